@@ -1,0 +1,1 @@
+"""Feeds, observers and the streaming calibration run."""

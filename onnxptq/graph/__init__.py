@@ -1,0 +1,1 @@
+"""Loading, saving, canonicalizing and indexing ONNX graphs."""

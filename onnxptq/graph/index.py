@@ -1,0 +1,80 @@
+"""Who produces and who consumes each tensor of a graph.
+
+The index is a snapshot: build a new one after an edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_graphsurgeon as gs
+
+from onnxptq.types import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One read of a tensor: input ``index`` of ``node``."""
+
+    node: gs.Node
+    index: int
+
+
+class GraphIndex:
+    """Producers, consumers and constants of ``graph``, by tensor name.
+
+    Nodes must have unique, non-empty names (``graph.load`` gives them).
+    """
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self.graph = graph
+        self.nodes: Sequence[gs.Node] = tuple(graph.nodes)
+        self.by_name: Mapping[str, gs.Node] = {node.name: node for node in self.nodes}
+        producers: dict[str, gs.Node] = {}
+        uses: dict[str, list[Use]] = {}
+        for node in self.nodes:
+            for tensor in node.outputs:
+                if tensor.name:
+                    producers[tensor.name] = node
+            for i, tensor in enumerate(node.inputs):
+                if tensor.name:
+                    uses.setdefault(tensor.name, []).append(Use(node, i))
+        self._producers = producers
+        self._uses = uses
+        self.input_names = frozenset(t.name for t in graph.inputs)
+        self.output_names = frozenset(t.name for t in graph.outputs)
+
+    def producer(self, tensor: str) -> gs.Node | None:
+        """The node that writes ``tensor``; None for graph inputs and initializers."""
+        return self._producers.get(tensor)
+
+    def uses(self, tensor: str) -> Sequence[Use]:
+        """Every read of ``tensor`` by a node, in graph order. Graph outputs are not uses."""
+        return self._uses.get(tensor, ())
+
+    def is_only_read_by(self, tensor: str, node: gs.Node) -> bool:
+        """Whether ``node`` is the single reader of ``tensor`` and the caller does not see it."""
+        return (
+            tensor not in self.output_names
+            and bool(self.uses(tensor))
+            and all(use.node is node for use in self.uses(tensor))
+        )
+
+    def sole_user(self, tensor: str) -> gs.Node | None:
+        """The one node that reads ``tensor`` once, if there is exactly one and it is no graph output."""
+        uses = self.uses(tensor)
+        return uses[0].node if len(uses) == 1 and tensor not in self.output_names else None
+
+
+def is_constant(tensor: gs.Tensor) -> bool:
+    """Whether ``tensor`` is an initializer."""
+    return isinstance(tensor, gs.Constant)
+
+
+def constant_value(tensor: gs.Tensor) -> Array | None:
+    """The value of an initializer, or None for any other tensor."""
+    if not isinstance(tensor, gs.Constant):
+        return None
+    value: Array = tensor.values
+    return value

@@ -1,0 +1,1 @@
+"""Differentiable torch functions from ranges of an ONNX graph."""

@@ -1,0 +1,1 @@
+"""Torch lowerings, one operator family per file."""

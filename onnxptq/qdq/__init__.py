@@ -1,0 +1,1 @@
+"""Writing QuantizeLinear/DequantizeLinear pairs into a graph."""

@@ -1,0 +1,1 @@
+"""One file per deployment target: what is legal and where quantizers go."""

@@ -1,0 +1,200 @@
+"""The typed, frozen artefacts that pass between stages, and the leaf values they are made of.
+
+Nothing here computes more than a property; stages import this module and never each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float32]
+Sample = Mapping[str, Array]
+"""One forward pass worth of inputs, keyed by graph input name, batch axis included."""
+
+GRAPH_OUTPUT = "<graph output>"
+"""The consumer of a site whose tensor is read by the graph's caller."""
+
+Storage = Literal["int4", "uint4", "int8", "uint8", "int16", "uint16", "int32"]
+_STORAGE_LIMITS: Mapping[str, tuple[int, int]] = {
+    "int4": (-8, 7),
+    "uint4": (0, 15),
+    "int8": (-128, 127),
+    "uint8": (0, 255),
+    "int16": (-32768, 32767),
+    "uint16": (0, 65535),
+    "int32": (-(2**31), 2**31 - 1),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QType:
+    """An integer grid, separate from the ONNX type that stores it (ONNX has no 3- or 6-bit type)."""
+
+    bits: int
+    qmin: int
+    qmax: int
+    storage: Storage
+
+    def __post_init__(self) -> None:
+        low, high = self.storage_limits
+        if not low <= self.qmin < self.qmax <= high:
+            raise ValueError(f"grid [{self.qmin}, {self.qmax}] does not fit {self.storage} [{low}, {high}]")
+
+    @property
+    def storage_limits(self) -> tuple[int, int]:
+        """Smallest and largest integer of the storage type."""
+        return _STORAGE_LIMITS[self.storage]
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the grid is smaller than the storage, so that saturation needs an explicit Clip."""
+        return (self.qmin, self.qmax) != self.storage_limits
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether the storage type is signed."""
+        return not self.storage.startswith("u")
+
+    @staticmethod
+    def signed(bits: int, storage: Storage = "int8") -> QType:
+        """The two's complement grid [-2^(bits-1), 2^(bits-1) - 1]."""
+        return QType(bits=bits, qmin=-(2 ** (bits - 1)), qmax=2 ** (bits - 1) - 1, storage=storage)
+
+    @staticmethod
+    def unsigned(bits: int, storage: Storage = "uint8") -> QType:
+        """The grid [0, 2^bits - 1]."""
+        return QType(bits=bits, qmin=0, qmax=2**bits - 1, storage=storage)
+
+
+@dataclass(frozen=True, slots=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerAxis:
+    """One scale per index of ``axis`` (the axis kept)."""
+
+    axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class PerGroup:
+    """One scale per ``group_size`` consecutive elements along ``axis`` (the axis split)."""
+
+    axis: int
+    group_size: int
+
+
+Granularity = PerTensor | PerAxis | PerGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QParams:
+    """What turns floats into integers and back: x_hat = (clamp(round(x / scale) + zero_point) - zero_point) scale.
+
+    ``scale`` is float32 and positive; ``zero_point`` is int32 and of the same shape: () per tensor,
+    (n,) per axis, the tensor's shape with ``axis`` divided by ``group_size`` per group.
+    """
+
+    scale: FloatArray
+    zero_point: npt.NDArray[np.int32]
+    qtype: QType
+    granularity: Granularity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Site:
+    """An edge of the graph that may carry a quantizer: ``tensor`` as read by input ``input_index`` of ``consumer``.
+
+    ``consumer`` is a node name, or GRAPH_OUTPUT where the graph's caller reads the tensor.
+    """
+
+    tensor: str
+    consumer: str
+    input_index: int
+    is_weight: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skip:
+    """Something that onnxptq declined to do, and why. ``site`` names it in the user's own names."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputSpec:
+    """One graph input: an unknown dimension is None, a symbolic one its name."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+
+
+class Feeds(Protocol):
+    """Input samples that can be read again and again, always in the same order."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Sample]: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the contents and of how they are read."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """One line for the summary: what was read and how."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CanonicalModel:
+    """A float model cleaned to the form that every later stage expects.
+
+    ``graph`` is shared by all readers and never edited in place: writers work on ``graph.copy()``.
+    ``path`` is the same graph on disk, with external data beside it where it is large.
+    """
+
+    path: Path
+    graph: gs.Graph
+    source: Path
+    source_bytes: int
+    fingerprint: str
+    opset: int
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[str, ...]
+    user_names: Mapping[str, str]
+    node_metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    model_metadata: Mapping[str, str] = field(default_factory=dict)
+    skips: tuple[Skip, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def user_name(self, tensor: str) -> str:
+        """The name that the user's own file gives to ``tensor`` (itself where it has none)."""
+        return self.user_names.get(tensor, tensor)
+
+
+class Progress(Protocol):
+    """Where a stage tells how far it is. The command line draws bars; the default draws nothing."""
+
+    def start(self, title: str, total: int) -> Callable[[], None]:
+        """Announce ``total`` steps of work; the returned function marks one step as done."""
+        ...
+
+    def message(self, text: str) -> None:
+        """Say one line."""
+        ...

@@ -1,0 +1,1 @@
+"""Structure checks, parity, metrics and reports."""
