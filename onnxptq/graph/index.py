@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnxptq.types import Array
@@ -70,6 +72,14 @@ class GraphIndex:
 def is_constant(tensor: gs.Tensor) -> bool:
     """Whether ``tensor`` is an initializer."""
     return isinstance(tensor, gs.Constant)
+
+
+def is_float32(tensor: gs.Tensor) -> bool:
+    """Whether ``tensor`` is known to hold single-precision floats."""
+    dtype = tensor.dtype
+    if isinstance(dtype, int):  # graphsurgeon keeps the ONNX enumeration of types that numpy does not know
+        return bool(dtype == onnx.TensorProto.FLOAT)
+    return dtype is not None and np.dtype(dtype) == np.float32
 
 
 def constant_value(tensor: gs.Tensor) -> Array | None:

@@ -1,0 +1,280 @@
+"""From any accepted ONNX file to the one float form that every later stage expects.
+
+Order of the work::
+
+    read and check -> name nodes -> inline functions -> half precision to float32 -> raise the opset
+      -> onnxsim -> infer shapes -> own passes (``passes.PASSES``) -> names back to the user's -> write
+
+Graph inputs and outputs keep names, types and order; symbolic dimensions stay. Models whose weights exceed
+protobuf's limit go through the native steps without their weights, which are memory-mapped from then on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto
+
+from onnxptq.errors import InvalidModelError, UnsupportedModelError
+from onnxptq.graph import proto, weights
+from onnxptq.graph.half import raise_half, uses_half
+from onnxptq.graph.load import checker_error, model_bytes, read_model
+from onnxptq.graph.names import name_nodes, user_names
+from onnxptq.graph.native import NativeError, run_native
+from onnxptq.graph.passes import PASSES
+from onnxptq.graph.save import save_graph
+from onnxptq.graph.surgeon import import_graph
+from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip
+
+FORM = 1
+"""Version of the canonical form: part of the fingerprint, raised when results change."""
+
+LARGE_MODEL_BYTES = 1_500_000_000
+"""Models with more weights than this take the road without weights; protobuf's own limit is 2 GiB."""
+
+_CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+_FOLD_LIMIT = "64MB"
+# Steps of onnxsim that are left out: our own passes do them exactly and keep the user's names (batch norm),
+# or they hide the linear layers behind Reshape nodes or merge weights that are quantized separately.
+_SKIPPED_OPTIMIZERS = (
+    "eliminate_duplicate_initializer",
+    "fuse_bn_into_conv",
+    "fuse_matmul_add_bias_into_gemm",
+    "fuse_matmul_add_bias_into_gemm_batched",
+    "fuse_qkv",
+)
+_HASH_CHUNK = 1 << 22
+
+
+@dataclass(slots=True)
+class _Draft:
+    """What is known about a model while it is being prepared."""
+
+    source: Path
+    model: onnx.ModelProto
+    notes: list[str] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+def canonicalize(
+    path: Path,
+    work_dir: Path,
+    *,
+    opset: int | None = None,
+    min_opset: int = 13,
+    simplify: bool = True,
+    progress: Progress | None = None,
+) -> CanonicalModel:
+    """Read ``path`` and write its canonical float form to ``work_dir/canonical.onnx``.
+
+    Args:
+        path: the user's model.
+        work_dir: an existing folder for the result.
+        opset: the opset of the result, if it is to be newer than the model's own.
+        min_opset: raise the opset to this where the model's own is older and ``opset`` is not given.
+        simplify: whether to run onnxsim.
+        progress: told about each step.
+
+    Raises:
+        InvalidModelError, UnsupportedModelError, AlreadyQuantizedError: as ``load.load_model``; also where
+            the opset cannot be raised or an input is no tensor.
+        OutputPathError: ``work_dir`` cannot be written.
+    """
+    tick = progress.start("Reading the model", 5) if progress else _no_tick
+    model = read_model(path)
+    try:
+        run_native("check", path)
+    except NativeError as failure:
+        raise checker_error(path, failure) from failure
+    tick()
+    source_bytes = model_bytes(model, path)
+    fingerprint = _fingerprint(model, path, (opset, min_opset, simplify))
+    tick()
+    _drop_initializer_inputs(model)
+    name_nodes(model.graph)
+    reference = weights.structure_only(model)
+    draft = _Draft(source=path, model=model)
+    with tempfile.TemporaryDirectory(dir=work_dir, prefix=".prepare-") as scratch:
+        graph = _prepare(draft, Path(scratch), opset, min_opset, simplify)
+        tick()
+        _run_passes(graph, draft)
+        canonical = work_dir / "canonical.onnx"
+        node_metadata = _node_metadata(reference, graph)
+        model_metadata = proto.metadata(model.metadata_props)
+        save_graph(graph, canonical, model_metadata=model_metadata, node_metadata=node_metadata)
+    tick()
+    # Read back, so that memory maps point at the canonical file and the graph is what later stages see.
+    graph = import_graph(onnx.load(str(canonical), load_external_data=False), work_dir)
+    tick()
+    return CanonicalModel(
+        path=canonical,
+        graph=graph,
+        source=path,
+        source_bytes=source_bytes,
+        fingerprint=fingerprint,
+        opset=graph.opset,
+        inputs=tuple(_input_spec(tensor, path) for tensor in graph.inputs),
+        outputs=tuple(tensor.name for tensor in graph.outputs),
+        user_names=user_names(reference, graph, draft.renamed),
+        node_metadata=node_metadata,
+        model_metadata=model_metadata,
+        skips=_control_flow_skips(graph),
+        notes=tuple(draft.notes),
+    )
+
+
+def _no_tick() -> None:
+    return None
+
+
+def _fingerprint(model: onnx.ModelProto, path: Path, options: tuple[Any, ...]) -> str:
+    """SHA-256 of the model file, the external files it uses, the canonical form's version and the options."""
+    versions = tuple(importlib.metadata.version(name) for name in ("onnx", "onnxsim", "onnx-graphsurgeon"))
+    digest = hashlib.sha256(repr((FORM, versions, options)).encode())
+    files = {path.name: path}
+    for tensor in proto.walk_tensors(model):
+        if proto.is_external(tensor):
+            location = proto.external_ref(tensor).location
+            files[location] = path.parent / location
+    for _, file in sorted(files.items(), key=lambda item: (item[1] != path, item[0])):
+        with file.open("rb") as stream:
+            while chunk := stream.read(_HASH_CHUNK):
+                digest.update(chunk)
+        digest.update(b"\0end of file\0")
+    return digest.hexdigest()
+
+
+def _drop_initializer_inputs(model: onnx.ModelProto) -> None:
+    """Make initializers constant that are also inputs, which lets callers override them."""
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    kept = [entry for entry in model.graph.input if entry.name not in initializers]
+    if len(kept) < len(model.graph.input):
+        del model.graph.input[:]
+        model.graph.input.extend(kept)
+
+
+def _prepare(draft: _Draft, scratch: Path, opset: int | None, min_opset: int, simplify: bool) -> gs.Graph:
+    """Every native step; returns the graph with its weights."""
+    folder = draft.source.parent
+    model = draft.model
+    has_half = uses_half(model)
+    is_large = weights.total_weight_bytes(model, as_float=has_half) > LARGE_MODEL_BYTES
+    detached: Mapping[str, TensorProto] = {}
+    if is_large:
+        detached = weights.detach(model, folder)
+    else:
+        weights.load_inline(model, folder)
+    if model.functions:
+        _native(draft, scratch, ["read", "inline"], {})
+        name_nodes(draft.model.graph)
+    if has_half:
+        weights.declare_float(detached, draft.model)
+        draft.renamed.update(raise_half(draft.model))
+        draft.notes.append(
+            "Half-precision compute was raised to float32; graph inputs and outputs keep their types."
+        )
+    own = proto.default_opset(draft.model) or 0
+    wanted = max(own, opset if opset is not None else min_opset)
+    draft.model.ir_version = max(draft.model.ir_version, 8)
+    if wanted > own:
+        _native(draft, scratch, ["read", "convert"], {"opset": wanted})
+        draft.notes.append(f"The operator set was raised from {own} to {wanted}.")
+        name_nodes(draft.model.graph)
+    if simplify and is_large:
+        draft.notes.append("onnxsim was skipped: the model is larger than protobuf's limit.")
+    elif simplify:
+        _simplify(draft, scratch)
+    _native(draft, scratch, ["read", "infer"], {})
+    name_nodes(draft.model.graph)
+    _require_plain_attributes(draft.model, draft.source)
+    graph = import_graph(draft.model, scratch)
+    weights.attach(graph, detached, folder, scratch)
+    return graph
+
+
+def _simplify(draft: _Draft, scratch: Path) -> None:
+    options = {"skipped_optimizers": _SKIPPED_OPTIMIZERS, "fold_limit": _FOLD_LIMIT}
+    try:
+        _run(draft, scratch, ["read", "simplify"], options)
+    except NativeError as failure:
+        draft.notes.append(f"onnxsim could not clean this model and was skipped: {failure.reason}")
+
+
+def _native(draft: _Draft, scratch: Path, steps: list[str], options: Mapping[str, Any]) -> None:
+    try:
+        _run(draft, scratch, steps, options)
+    except NativeError as failure:
+        if failure.step == "convert":
+            raise UnsupportedModelError(
+                f"{draft.source}: the opset cannot be raised to {options['opset']}: {failure.reason}",
+                "Export the model with that opset, or ask for an older one.",
+            ) from failure
+        raise InvalidModelError(f"{draft.source}: {failure.step} failed: {failure.reason}") from failure
+
+
+def _run(draft: _Draft, scratch: Path, steps: list[str], options: Mapping[str, Any]) -> None:
+    before, after = scratch / "before.onnx", scratch / "after.onnx"
+    before.write_bytes(draft.model.SerializeToString())
+    run_native(steps, draft.source, input_path=before, output=after, options=options)
+    draft.model = onnx.load(str(after), load_external_data=False)
+
+
+def _require_plain_attributes(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse attributes that onnx-graphsurgeon would drop in silence."""
+    dropped = {
+        onnx.AttributeProto.GRAPHS,
+        onnx.AttributeProto.TENSORS,
+        onnx.AttributeProto.SPARSE_TENSOR,
+        onnx.AttributeProto.SPARSE_TENSORS,
+        onnx.AttributeProto.TYPE_PROTO,
+        onnx.AttributeProto.TYPE_PROTOS,
+    }
+    for node in proto.walk_nodes(model):
+        for attribute in node.attribute:
+            if attribute.type in dropped:
+                raise UnsupportedModelError(
+                    f"{path}: attribute {attribute.name!r} of node {node.name!r} ({node.op_type}) has a type "
+                    "that cannot be carried through."
+                )
+
+
+def _run_passes(graph: gs.Graph, draft: _Draft) -> None:
+    for rewrite in PASSES:
+        count = rewrite(graph)
+        if count:
+            name = rewrite.__module__.rsplit(".", 1)[-1]
+            draft.notes.append(f"{name}: {count}")
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+
+
+def _node_metadata(reference: onnx.ModelProto, graph: gs.Graph) -> dict[str, dict[str, str]]:
+    present = {node.name for node in graph.nodes}
+    return {
+        node.name: proto.metadata(node.metadata_props)
+        for node in reference.graph.node
+        if node.metadata_props and node.name in present
+    }
+
+
+def _input_spec(tensor: gs.Variable, path: Path) -> InputSpec:
+    if tensor.type != "tensor_type" or not isinstance(tensor.dtype, np.dtype | type):
+        raise UnsupportedModelError(f"{path}: input {tensor.name!r} is no tensor of a type that numpy knows.")
+    shape = tuple(dim if dim not in ("", None) else None for dim in (tensor.shape or ()))
+    return InputSpec(name=tensor.name, dtype=np.dtype(tensor.dtype), shape=shape)
+
+
+def _control_flow_skips(graph: gs.Graph) -> tuple[Skip, ...]:
+    return tuple(
+        Skip(site=node.name, reason=f"The bodies of {node.op} nodes stay in float.")
+        for node in graph.nodes
+        if node.op in _CONTROL_FLOW
+    )

@@ -1,0 +1,257 @@
+"""Reading an ONNX file from disk, trusting nothing in it.
+
+The file is parsed with external data left where it is, then checked in Python for everything that native
+code would trip over: sizes that the dimensions claim against the bytes that are there, external data that
+is absent, too short or outside the model's folder, opsets, and quantization operators. The ONNX checker,
+with type and shape inference, then runs in a subprocess (``native.py``), because it is native code that a
+hostile file could crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import TensorProto
+
+from onnxptq.errors import AlreadyQuantizedError, InvalidModelError, UnsupportedModelError
+from onnxptq.graph import proto
+from onnxptq.graph.native import NativeError, run_native
+
+MIN_OPSET = 11
+"""The oldest default operator set that is accepted; older ones lack inputs that the passes rely on."""
+
+_QUANTIZED_OPS = frozenset(
+    {
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "QLinearConv",
+        "QLinearMatMul",
+        "ConvInteger",
+        "MatMulInteger",
+    }
+)
+_QUANTIZED_CONTRIB_OPS = frozenset(
+    {
+        "BiasedQuantizeLinear",
+        "DynamicQuantizeLSTM",
+        "DynamicQuantizeMatMul",
+        "GatherBlockQuantized",
+        "MatMulBnb4",
+        "MatMulFpQ4",
+        "MatMulInteger16",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "MulInteger",
+        "QAttention",
+        "QEmbedLayerNormalization",
+        "QGemm",
+        "QMoE",
+        "QOrderedAttention",
+        "QOrderedGelu",
+        "QOrderedLayerNormalization",
+        "QOrderedLongformerAttention",
+        "QOrderedMatMul",
+        "QuantizeBFP",
+        "QuantizeWithOrder",
+        "DequantizeBFP",
+        "DequantizeWithOrder",
+        "ReduceSumInteger",
+    }
+)
+_REEXPORT = "Export the model again, or copy the file again: it may be truncated or damaged."
+
+
+def load_model(path: Path) -> onnx.ModelProto:
+    """Read and fully check the float model at ``path``; external data stays on disk.
+
+    Returns:
+        The parsed model. Tensors with external data keep their references, relative to ``path.parent``.
+
+    Raises:
+        InvalidModelError: no such file, not an ONNX file, truncated or damaged, external data absent, too
+            short or outside the model's folder, no inputs or outputs, or the ONNX checker refuses it.
+        UnsupportedModelError: an opset below 11 or newer than the installed onnx, or a sparse initializer.
+        AlreadyQuantizedError: the model holds quantization operators.
+    """
+    model = read_model(path)
+    try:
+        run_native("check", path)
+    except NativeError as failure:
+        raise checker_error(path, failure) from failure
+    return model
+
+
+def checker_error(path: Path, failure: NativeError) -> InvalidModelError:
+    """The error that a failed check of ``path`` becomes."""
+    return InvalidModelError(
+        f"{path} is no valid ONNX model: {failure.reason}",
+        "Run onnx.checker.check_model(path, full_check=True) on it, and fix or repeat the export.",
+    )
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """As ``load_model`` but without the native checker: everything that can be judged in Python."""
+    model = _parse(path)
+    _check_header(model, path)
+    _check_tensors(model, path)
+    _check_floats_only(model, path)
+    return model
+
+
+def model_bytes(model: onnx.ModelProto, path: Path) -> int:
+    """Size on disk of the model file and of the external data that it uses."""
+    total = path.stat().st_size
+    seen: set[str] = set()
+    for tensor in proto.walk_tensors(model):
+        if proto.is_external(tensor):
+            seen.add(proto.external_ref(tensor).location)
+    return total + sum((path.parent / location).stat().st_size for location in sorted(seen))
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise InvalidModelError(f"{path} {what}.", "Give the path of an .onnx file.")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InvalidModelError(
+            f"{path} cannot be read: {error.strerror}.", "Check the file's permissions."
+        ) from error
+    if not data:
+        raise InvalidModelError(f"{path} is empty.", _REEXPORT)
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except (DecodeError, ValueError, RuntimeError) as error:
+        raise InvalidModelError(f"{path} is not an ONNX file, or is damaged: {error}.", _REEXPORT) from error
+    if not model.HasField("graph"):
+        raise InvalidModelError(f"{path} holds no graph: it is not an ONNX model, or is damaged.", _REEXPORT)
+    return model
+
+
+def _check_header(model: onnx.ModelProto, path: Path) -> None:
+    opset = proto.default_opset(model)
+    newest = onnx.defs.onnx_opset_version()
+    if opset is None:
+        raise InvalidModelError(f"{path} does not say which operator set it uses.", _REEXPORT)
+    if opset < MIN_OPSET:
+        raise UnsupportedModelError(
+            f"{path} uses opset {opset}; opset {MIN_OPSET} or newer is needed.",
+            f"Export it with opset {MIN_OPSET} or newer, or convert it with onnx.version_converter.",
+        )
+    if opset > newest:
+        raise UnsupportedModelError(
+            f"{path} uses opset {opset}; the installed onnx {onnx.__version__} knows opset {newest} at most.",
+            "Upgrade onnx, or export the model with an older opset.",
+        )
+    if model.ir_version > onnx.IR_VERSION:
+        raise UnsupportedModelError(
+            f"{path} uses IR version {model.ir_version}; the installed onnx knows {onnx.IR_VERSION} at most.",
+            "Upgrade onnx, or export the model with an older one.",
+        )
+    if not model.graph.output:
+        raise InvalidModelError(f"{path} has no graph outputs.", _REEXPORT)
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    if all(entry.name in initializers for entry in model.graph.input):
+        raise InvalidModelError(
+            f"{path} has no graph inputs: its outputs are constants and nothing can be calibrated.", _REEXPORT
+        )
+
+
+def _check_tensors(model: onnx.ModelProto, path: Path) -> None:
+    for graph in proto.walk_graphs(model.graph):
+        for sparse in graph.sparse_initializer:
+            raise UnsupportedModelError(
+                f"{path}: initializer {sparse.values.name!r} is stored sparse.",
+                "Convert sparse initializers to dense ones before quantizing.",
+            )
+    folder = path.parent.resolve()
+    for tensor in proto.walk_tensors(model):
+        problem = _tensor_problem(tensor, folder)
+        if problem:
+            raise InvalidModelError(f"{path}: tensor {tensor.name!r} is unusable: {problem}.", _REEXPORT)
+
+
+def _tensor_problem(tensor: TensorProto, folder: Path) -> str | None:
+    if any(dim < 0 for dim in tensor.dims):
+        return f"negative dimension in {list(tensor.dims)}"
+    if tensor.data_type == TensorProto.STRING:
+        wanted = proto.element_count(tensor)
+        return None if len(tensor.string_data) == wanted else "wrong number of strings"
+    if proto.bits_per_element(tensor.data_type) is None:
+        return f"unknown element type {tensor.data_type}"
+    wanted = proto.stored_bytes(tensor)
+    if proto.is_external(tensor):
+        return _external_problem(tensor, wanted, folder)
+    if tensor.HasField("raw_data"):
+        have = len(tensor.raw_data)
+        return None if have == wanted else f"shape {list(tensor.dims)} needs {wanted} bytes, {have} are there"
+    values = _typed_count(tensor)
+    need = _typed_need(tensor)
+    if values != need:
+        return f"shape {list(tensor.dims)} needs {need} stored values, {values} are there"
+    return None
+
+
+def _typed_count(tensor: TensorProto) -> int:
+    return (
+        len(tensor.float_data)
+        + len(tensor.int32_data)
+        + len(tensor.int64_data)
+        + len(tensor.double_data)
+        + len(tensor.uint64_data)
+    )
+
+
+def _typed_need(tensor: TensorProto) -> int:
+    """Entries of the typed field: complex numbers take two, sub-byte types share one."""
+    count = proto.element_count(tensor)
+    if tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128):
+        return 2 * count
+    bits = proto.bits_per_element(tensor.data_type) or 8
+    return -(-count * bits // 8) if bits < 8 else count
+
+
+def _external_problem(tensor: TensorProto, wanted: int, folder: Path) -> str | None:
+    try:
+        ref = proto.external_ref(tensor)
+    except ValueError as error:
+        return str(error)
+    # A model from elsewhere must not be able to name any file of this machine as its weights.
+    target = (folder / ref.location).resolve()
+    if not target.is_relative_to(folder):
+        return f"its external data {ref.location!r} is outside the model's folder {folder}"
+    if not target.is_file():
+        return f"its external data file {target} does not exist"
+    if ref.length is not None and ref.length != wanted:
+        return f"shape {list(tensor.dims)} needs {wanted} bytes, its external data entry says {ref.length}"
+    size = target.stat().st_size
+    if ref.offset + wanted > size:
+        return (
+            f"its external data file {target} has {size} bytes, "
+            f"{wanted} bytes from {ref.offset} on are needed"
+        )
+    return None
+
+
+def _check_floats_only(model: onnx.ModelProto, path: Path) -> None:
+    for node in _quantized_nodes(model):
+        label = node.name or (node.output[0] if node.output else "?")
+        raise AlreadyQuantizedError(
+            f"{path} is already quantized: node {label!r} is a {node.op_type}.",
+            "Give the float model that it was made from.",
+        )
+
+
+def _quantized_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    for node in proto.walk_nodes(model):
+        if node.domain in proto.ONNX_DOMAINS:
+            if node.op_type in _QUANTIZED_OPS:
+                yield node
+        elif node.op_type in _QUANTIZED_OPS | _QUANTIZED_CONTRIB_OPS or node.op_type.startswith("QLinear"):
+            yield node

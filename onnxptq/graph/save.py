@@ -1,0 +1,289 @@
+"""Writing a gs.Graph to disk: atomically, with metadata, and without holding large weights in memory.
+
+Large models get their weights in ``<file name>.data`` beside the model, streamed tensor by tensor; sources
+may be memory maps. Both files are written under temporary names in the target's folder and renamed when
+complete, so that a failure leaves neither a partial file nor a damaged older one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter, dtype_to_onnx, update_import_domains
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
+
+from onnxptq.errors import OutputPathError, UnsupportedModelError
+from onnxptq.graph import proto
+from onnxptq.graph.surgeon import quiet_surgeon
+from onnxptq.types import Array
+
+EXTERNAL_DATA_BYTES = 1_500_000_000
+"""Weights above this go to a file beside the model; protobuf's own limit is 2 GiB."""
+
+_INLINE_BYTES = 1024
+_ALIGNMENT = 4096
+_CHUNK_BYTES = 1 << 24
+
+
+def save_graph(
+    graph: gs.Graph,
+    path: Path,
+    *,
+    model_metadata: Mapping[str, str] = {},
+    node_metadata: Mapping[str, Mapping[str, str]] = {},
+    external_data: bool | None = None,
+) -> int:
+    """Write ``graph`` to ``path`` and return the total bytes written.
+
+    Args:
+        graph: left as it is. Constants are written from their arrays, memory maps included, and those
+            that wrap a TensorProto (``LazyValues``) exactly as it stands, so that 4-bit types survive.
+        path: the model file; an existing one is replaced only when the new one is complete.
+        model_metadata: ``metadata_props`` of the model.
+        node_metadata: ``metadata_props`` by node name.
+        external_data: whether weights go to ``<path>.data``; None for whenever they exceed 1.5 GB.
+
+    Raises:
+        OutputPathError: the folder is absent or not writable, or the disk is full.
+    """
+    constants = [t for t in graph.tensors().values() if isinstance(t, gs.Constant)]
+    if external_data is None:
+        external_data = sum(_constant_bytes(t) for t in constants) > EXTERNAL_DATA_BYTES
+    data_path = path.with_name(path.name + ".data")
+    with _replacing(path, data_path) as (model_file, data_file):
+        sink = _Sink(data_file, data_path.name) if external_data else None
+        model = _to_proto(graph, [_initializer(t, sink) for t in constants])
+        _attach_metadata(model, model_metadata, node_metadata)
+        payload = model.SerializeToString()
+        model_file.write(payload)
+        return len(payload) + (sink.position if sink else 0)
+
+
+def write_model(model: onnx.ModelProto, path: Path) -> int:
+    """Write a ModelProto (external references left as they are) atomically; returns the bytes written."""
+    with _replacing(path, None) as (model_file, _):
+        return model_file.write(model.SerializeToString())
+
+
+def exposed_copy(path: Path, tensors: Sequence[str], out: Path) -> None:
+    """Write beside ``path`` a variant of it whose ``tensors`` are additional graph outputs.
+
+    Weights in external data are shared, not copied, so ``out`` must be in the folder of ``path``.
+
+    Args:
+        path: a canonical or written model.
+        tensors: names; those that are graph outputs already are left out, as are duplicates.
+        out: the new file.
+
+    Raises:
+        ValueError: a name is no tensor of the graph, or ``out`` is in another folder.
+        UnsupportedModelError: the element type of a tensor cannot be inferred.
+        OutputPathError: ``out`` cannot be written.
+    """
+    if out.resolve().parent != path.resolve().parent:
+        raise ValueError(f"{out} must be beside {path}, whose external data it shares")
+    model = onnx.load(str(path), load_external_data=False)
+    present = {entry.name for entry in model.graph.output}
+    wanted = [name for name in dict.fromkeys(tensors) if name not in present]
+    known = _known_types(model)
+    if any(name not in known for name in wanted):
+        known |= _known_types(onnx.shape_inference.infer_shapes(_without_weights(model)))
+    written = {name for node in model.graph.node for name in node.output}
+    constant = {tensor.name for tensor in model.graph.initializer}
+    for name in wanted:
+        if name not in written and name not in known and name not in constant:
+            raise ValueError(f"{name!r} is no tensor of {path}")
+        if name not in known:
+            raise UnsupportedModelError(f"{path}: the type of tensor {name!r} cannot be inferred.")
+        entry = model.graph.output.add()
+        entry.name = name
+        # Shapes from value_info may be wrong for other batch sizes; onnxruntime needs only the type.
+        entry.type.tensor_type.elem_type = known[name]
+    write_model(model, out)
+
+
+def _known_types(model: onnx.ModelProto) -> dict[str, int]:
+    graph = model.graph
+    types = {t.name: t.data_type for t in graph.initializer}
+    for entry in (*graph.value_info, *graph.input, *graph.output):
+        elem_type = entry.type.tensor_type.elem_type
+        if elem_type:
+            types[entry.name] = elem_type
+    return types
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with every external initializer as an input: all that type inference needs."""
+    skeleton = onnx.ModelProto()
+    skeleton.CopyFrom(model)
+    kept = []
+    for tensor in skeleton.graph.initializer:
+        if proto.is_external(tensor):
+            skeleton.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
+        else:
+            kept.append(tensor)
+    del skeleton.graph.initializer[:]
+    skeleton.graph.initializer.extend(kept)
+    return skeleton
+
+
+class _Sink:
+    """The external data file being filled."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file = file
+        self._name = name
+        self.position = 0
+
+    def add(self, tensor: onnx.TensorProto, chunks: Iterator[memoryview]) -> None:
+        """Append the elements, page aligned so that runtimes can map them; ``tensor`` refers to them."""
+        padding = -self.position % _ALIGNMENT
+        self._file.write(b"\0" * padding)
+        start = self.position + padding
+        length = 0
+        for chunk in chunks:
+            self._file.write(chunk)
+            length += chunk.nbytes
+        self.position = start + length
+        proto.set_external_ref(tensor, proto.ExternalRef(self._name, start, length))
+
+
+def _constant_bytes(tensor: gs.Constant) -> int:
+    values = tensor._values
+    return proto.stored_bytes(values.tensor) if isinstance(values, LazyValues) else int(values.nbytes)
+
+
+def _initializer(tensor: gs.Constant, sink: _Sink | None) -> onnx.TensorProto:
+    """The TensorProto of a constant; large elements go to ``sink`` if there is one."""
+    values = tensor._values
+    result = onnx.TensorProto()
+    if isinstance(values, SparseValues):
+        raise UnsupportedModelError(f"initializer {tensor.name!r} is stored sparse.")
+    if isinstance(values, LazyValues):
+        result.CopyFrom(values.tensor)
+        if sink is not None and result.HasField("raw_data") and len(result.raw_data) > _INLINE_BYTES:
+            sink.add(result, iter([memoryview(result.raw_data)]))
+    else:
+        result.data_type = dtype_to_onnx(tensor.export_dtype)
+        result.dims.extend(values.shape)
+        if sink is not None and values.nbytes > _INLINE_BYTES:
+            sink.add(result, _chunks(values))
+        else:
+            result.raw_data = np.ascontiguousarray(values).tobytes()
+    result.name = tensor.name
+    return result
+
+
+def _chunks(values: Array) -> Iterator[memoryview]:
+    """The elements in C order, a few megabytes at a time."""
+    if not values.flags.c_contiguous:
+        values = np.ascontiguousarray(values)
+    flat = values.reshape(-1).view(np.uint8)
+    for start in range(0, flat.size, _CHUNK_BYTES):
+        yield flat[start : start + _CHUNK_BYTES].data
+
+
+def _to_proto(graph: gs.Graph, initializers: Sequence[onnx.TensorProto]) -> onnx.ModelProto:
+    """The model without metadata: structure from graphsurgeon, initializers from us."""
+    with quiet_surgeon():
+        skipped = {t.name for t in (*graph.inputs, *graph.outputs)}
+        infos = [
+            OnnxExporter.export_value_info_proto(t, True)
+            for t in graph.tensors().values()
+            if isinstance(t, gs.Variable) and t.dtype is not None and t.name not in skipped
+        ]
+        graph_proto = onnx.helper.make_graph(
+            nodes=[export_node(node) for node in graph.nodes],
+            name=graph.name or "graph",
+            inputs=[OnnxExporter.export_value_info_proto(t, True) for t in graph.inputs],
+            outputs=[OnnxExporter.export_value_info_proto(t, True) for t in graph.outputs],
+            doc_string=graph.doc_string,
+            value_info=infos,
+        )
+        graph_proto.initializer.extend(initializers)
+        domains = update_import_domains(graph)
+    model = onnx.helper.make_model(graph_proto, opset_imports=domains)
+    model.producer_name = "onnxptq"
+    model.ir_version = max(graph.ir_version or 0, onnx.helper.find_min_ir_version_for(list(domains), True))
+    return model
+
+
+def export_node(node: gs.Node) -> onnx.NodeProto:
+    """As graphsurgeon's exporter, but an empty list attribute keeps its declared type instead of failing."""
+    empty = {key for key, value in node.attrs.items() if isinstance(value, list | tuple) and not value}
+    result: onnx.NodeProto
+    if not empty:
+        result = OnnxExporter.export_node(node)
+        return result
+    lean = gs.Node(node.op, node.name, {k: v for k, v in node.attrs.items() if k not in empty})
+    result = OnnxExporter.export_node(lean)
+    result.domain = node.domain or ""
+    result.input.extend(t.name for t in node.inputs)
+    result.output.extend(t.name for t in node.outputs)
+    for key in sorted(empty):
+        kind: Any = onnx.defs.get_schema(node.op, node.domain or "").attributes[key].type
+        result.attribute.add(name=key, type=kind.value)
+    return result
+
+
+def _attach_metadata(
+    model: onnx.ModelProto,
+    model_metadata: Mapping[str, str],
+    node_metadata: Mapping[str, Mapping[str, str]],
+) -> None:
+    for key, value in sorted(model_metadata.items()):
+        model.metadata_props.add(key=key, value=value)
+    for node in model.graph.node:
+        for key, value in sorted(node_metadata.get(node.name, {}).items()):
+            node.metadata_props.add(key=key, value=value)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, data_path: Path | None) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Two temporary files beside ``path`` that take the final names when the block ends well."""
+    temporary: list[Path] = []
+    try:
+        with contextlib.ExitStack() as stack:
+            files = []
+            for _ in range(2):
+                handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+                temporary.append(Path(name))
+                files.append(stack.enter_context(os.fdopen(handle, "wb")))
+            yield files[0], files[1]
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        _publish(temporary, path, data_path)
+    except OSError as error:
+        raise OutputPathError(
+            f"{path} cannot be written: {error.strerror or error}.",
+            "Check that the folder exists, that it is writable, and that the disk has room.",
+        ) from error
+    finally:
+        for leftover in temporary:
+            leftover.unlink(missing_ok=True)
+
+
+def _publish(temporary: Sequence[Path], path: Path, data_path: Path | None) -> None:
+    model_tmp, data_tmp = temporary
+    umask = os.umask(0)
+    os.umask(umask)
+    if data_path is not None:
+        if data_tmp.stat().st_size:
+            data_tmp.chmod(0o666 & ~umask)
+            data_tmp.replace(data_path)
+        elif data_path.exists():
+            # An older, larger model's weights must not stay beside a model that has none.
+            data_path.unlink()
+    model_tmp.chmod(0o666 & ~umask)
+    model_tmp.replace(path)
