@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 (Tan and Le, "EfficientNet", ICML 2019; the Lite variant has ReLU6 and no squeeze-and-excite).
+"""EfficientNet-Lite0: Tan and Le, "EfficientNet", ICML 2019, with ReLU6 and without squeeze-and-excite.
 
 ``python -m models.efficientnet_lite0 OUT.onnx`` writes the ImageNet classifier: input ``image``
 [batch, 3, 224, 224] float32, output ``logits`` [batch, 1000]. The same environment writes the same
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import io
 import os
 import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -68,14 +68,15 @@ class _Classifier(torch.nn.Module):
     The view would put four nodes of shape arithmetic into the file and say nothing more.
     """
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """[batch, 3, 224, 224] -> [batch, 1000]."""
-        features = self.network.extract_features(image)
-        return self.network._fc(torch.flatten(self.network._avg_pooling(features), 1))
+        pooled: torch.Tensor = self.network._avg_pooling(self.network.extract_features(image))
+        logits: torch.Tensor = self.network._fc(torch.flatten(pooled, 1))
+        return logits
 
 
 def load_torch() -> torch.nn.Module:
@@ -113,7 +114,8 @@ def build(output: Path) -> Path:
         output.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
     except OSError as error:
-        raise OutputPathError(f"Cannot write {output}: {error}", "Choose a folder that can be written.") from error
+        remedy = "Choose a folder that can be written."
+        raise OutputPathError(f"Cannot write {output}: {error}", remedy) from error
     draft = Path(name)
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -127,24 +129,26 @@ def build(output: Path) -> Path:
 
 
 def _export(network: torch.nn.Module) -> onnx.ModelProto:
-    stream = io.BytesIO()
     batch = {0: "batch"}
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         # The other exporter needs onnxscript. This one announces its retirement on every call, and
         # that it cannot fold the padding arithmetic, which onnxsim folds below.
         warnings.simplefilter("ignore")
+        raw = Path(folder) / "raw.onnx"
         torch.onnx.export(
             _Classifier(network).eval(),
             (torch.zeros(2, 3, 224, 224),),
-            stream,
+            raw,
             input_names=[MANIFEST.input_name],
             output_names=[MANIFEST.output_name],
             dynamic_axes={MANIFEST.input_name: batch, MANIFEST.output_name: batch},
             opset_version=MANIFEST.opset,
             dynamo=False,
         )
+        exported = onnx.load(raw)
     # Static "same" padding is exported as a sub-graph and a Pad per layer; onnxsim makes it Conv's own pads.
-    model, is_equal = onnxsim.simplify(onnx.load_from_string(stream.getvalue()))
+    simplified: tuple[onnx.ModelProto, bool] = onnxsim.simplify(exported)
+    model, is_equal = simplified
     if not is_equal:
         raise OutputCheckError("onnxsim changed the outputs of the exported EfficientNet-Lite0.")
     return model
@@ -158,7 +162,9 @@ def _compare(network: torch.nn.Module, path: Path) -> None:
         with torch.inference_mode():
             expected: FloatArray = network(torch.from_numpy(image)).numpy()
         got = session.run({MANIFEST.input_name: image})[MANIFEST.output_name]
-        error = float(np.abs(got - expected).max() / np.abs(expected).max()) if got.shape == expected.shape else np.inf
+        if got.shape != expected.shape:
+            raise OutputCheckError(f"{path.name} gives shape {got.shape}, torch {expected.shape}.")
+        error = float(np.abs(got - expected).max() / np.abs(expected).max())
         if not error <= _MAX_RELATIVE_ERROR:
             raise OutputCheckError(
                 f"{path.name} differs from torch by {error:.1e} of the largest logit at batch {size} "

@@ -45,7 +45,7 @@ class PackageFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagePreprocessing:
-    """From a picture to one NCHW float32 input: centre crop, resize, then x = (v - mean) / std on v in [0, 255].
+    """From a picture to a float32 input: centre crop, resize, then x = (v - mean) / std with v in [0, 255].
 
     ``crop_fraction`` is the side of the centre square as a fraction of the picture's short side;
     ``size`` is (height, width) in pixels after resizing; ``mean`` and ``std`` hold one value per channel.
