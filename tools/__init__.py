@@ -1,0 +1,1 @@
+"""Repository chores; run them from the repository root as `python -m tools.NAME`."""
