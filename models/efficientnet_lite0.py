@@ -43,12 +43,14 @@ MANIFEST = ModelManifest(
     output_name="logits",
     output_shape=("batch", 1000),
     opset=17,
+    # A centre crop of 224/256 of the short side, at 224 pixels.
     preprocessing=ImagePreprocessing(
-        crop_fraction=224 / 256,
         size=(224, 224),
-        resample="bicubic",
-        colour_order="rgb",
-        layout="nchw",
+        resize_size=256,
+        interpolation="bicubic",
+        color="RGB",
+        layout="NCHW",
+        scale=1.0,
         mean=(127.0, 127.0, 127.0),
         std=(128.0, 128.0, 128.0),
     ),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onnxptq.errors import EnvironmentMismatchError
 
@@ -45,19 +47,26 @@ class PackageFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImagePreprocessing:
-    """From a picture to a float32 input: centre crop, resize, then x = (v - mean) / std with v in [0, 255].
+    """From a picture to a float32 input, in the words of ``onnxptq quantize --preprocess FILE.yaml``.
 
-    ``crop_fraction`` is the side of the centre square as a fraction of the picture's short side;
-    ``size`` is (height, width) in pixels after resizing; ``mean`` and ``std`` hold one value per channel.
+    The short side is resized to ``resize_size`` pixels, the centre of ``size`` (height, width) is cut
+    out, and every byte v of channel c becomes (v scale - mean[c]) / std[c].
     """
 
-    crop_fraction: float
     size: tuple[int, int]
-    resample: str
-    colour_order: str
+    resize_size: int
+    interpolation: str
+    color: str
     layout: str
+    scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: str = "short_side"
+    center_crop: bool = True
+
+    def options(self) -> dict[str, Any]:
+        """The same as plain values, ready for YAML."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
