@@ -1,1 +1,29 @@
-"""Differentiable torch functions from ranges of an ONNX graph."""
+"""ONNX sub-graphs as differentiable torch modules."""
+
+from onnxptq.lowering import ops as _ops  # noqa: F401 - importing it fills the registry
+from onnxptq.lowering.module import LoweredModule, lower
+from onnxptq.lowering.program import needed_nodes
+from onnxptq.lowering.registry import (
+    MIN_OPSET,
+    REVIEWED_OPSET,
+    Entry,
+    Unsupported,
+    check_supported,
+    entries,
+    lookup,
+    register,
+)
+
+__all__ = [
+    "MIN_OPSET",
+    "REVIEWED_OPSET",
+    "Entry",
+    "LoweredModule",
+    "Unsupported",
+    "check_supported",
+    "entries",
+    "lookup",
+    "lower",
+    "needed_nodes",
+    "register",
+]
