@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +53,114 @@ def unique_tensor_name(graph: gs.Graph, name: str) -> str:
     while f"{name}_{number}" in taken:
         number += 1
     return f"{name}_{number}"
+
+
+def is_graph_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    """Whether the caller sees ``tensor``."""
+    return any(output is tensor for output in graph.outputs)
+
+
+def sole_reader(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
+    """The one node that reads ``tensor``, once, if it has no other reader and is no graph output."""
+    if len(tensor.outputs) != 1 or is_graph_output(graph, tensor):
+        return None
+    node: gs.Node = tensor.outputs[0]
+    return node if sum(read is tensor for read in node.inputs) == 1 else None
+
+
+def producer(tensor: gs.Tensor) -> gs.Node | None:
+    """The node that writes ``tensor``; None for graph inputs, constants and tensors of an outer graph."""
+    return tensor.inputs[0] if isinstance(tensor, gs.Variable) and tensor.inputs else None
+
+
+def is_op(node: gs.Node | None, *ops: str) -> bool:
+    """Whether ``node`` is one of the default domain's ``ops``."""
+    return node is not None and node.op in ops and (node.domain or "") in proto.ONNX_DOMAINS
+
+
+def float_constant(tensor: gs.Tensor) -> Array | None:
+    """The value of a float32 constant, or None for anything else."""
+    if not isinstance(tensor, gs.Constant) or tensor.dtype != np.float32:
+        return None
+    value: Array = tensor.values
+    return value
+
+
+def scalar_constant(tensor: gs.Tensor) -> float | None:
+    """The value of a constant with a single numeric element, or None for anything else."""
+    if not isinstance(tensor, gs.Constant) or int(np.prod(tensor.shape)) != 1:
+        return None
+    value = np.asarray(tensor.values).reshape(-1)[0]
+    return float(value) if np.issubdtype(value.dtype, np.number) else None
+
+
+def int_constants(tensor: gs.Tensor) -> list[int] | None:
+    """The values of an integer constant as a flat list, or None for anything else."""
+    if not isinstance(tensor, gs.Constant) or not np.issubdtype(np.dtype(tensor.dtype), np.integer):
+        return None
+    return [int(v) for v in np.asarray(tensor.values).reshape(-1)]
+
+
+def axes_of(node: gs.Node) -> list[int] | None:
+    """The axes of a node that has them as an attribute (older opsets) or as input 1; None if neither."""
+    if "axes" in node.attrs:
+        return [int(axis) for axis in node.attrs["axes"]]
+    return int_constants(node.inputs[1]) if len(node.inputs) > 1 else None
+
+
+def set_constant(graph: gs.Graph, node: gs.Node, index: int, values: Array) -> None:
+    """Make input ``index`` of ``node`` the constant ``values``; other readers keep the old one.
+
+    A constant that only this input reads keeps its name.
+    """
+    old = node.inputs[index]
+    if isinstance(old, gs.Constant) and len(old.outputs) == 1 and not is_graph_output(graph, old):
+        old.values = values
+        old.data_location = None
+    else:
+        node.inputs[index] = new_constant(graph, old.name, values)
+
+
+def bypass(graph: gs.Graph, node: gs.Node) -> bool:
+    """Remove a node that hands input 0 on as output 0; False if the names of the graph's ends forbid it."""
+    source, target = node.inputs[0], node.outputs[0]
+    if is_graph_output(graph, target):
+        maker = producer(source)
+        if maker is None or is_graph_output(graph, source):
+            return False
+        position = next(i for i, tensor in enumerate(maker.outputs) if tensor is source)
+        node.outputs.clear()
+        node.inputs.clear()
+        maker.outputs[position] = target
+        _redirect(source, target)
+    else:
+        node.outputs.clear()
+        node.inputs.clear()
+        _redirect(target, source)
+    graph.nodes[:] = [kept for kept in graph.nodes if kept is not node]
+    return True
+
+
+def _redirect(old: gs.Tensor, new: gs.Tensor) -> None:
+    """Make every reader of ``old`` read ``new``."""
+    for reader in list(old.outputs):
+        for i, tensor in enumerate(reader.inputs):
+            if tensor is old:
+                reader.inputs[i] = new
+
+
+def replace_nodes(graph: gs.Graph, dead: Iterable[gs.Node], tail: gs.Node, node: gs.Node) -> None:
+    """Put ``node`` in the place of ``tail``, writing what it wrote, and drop ``dead`` and ``tail``.
+
+    The dead nodes must be read by nothing but each other and ``tail``.
+    """
+    target = tail.outputs[0]
+    tail.outputs.clear()
+    node.outputs = [target]
+    position = next(i for i, candidate in enumerate(graph.nodes) if candidate is tail)
+    graph.nodes[position] = node
+    gone = {id(tail): tail} | {id(other): other for other in dead}
+    for other in gone.values():
+        other.inputs.clear()
+        other.outputs.clear()
+    graph.nodes[:] = [kept for kept in graph.nodes if id(kept) not in gone]

@@ -1,4 +1,8 @@
-"""Rewrites of the canonical graph, one per file; each proves output equality in its test."""
+"""Rewrites of the canonical graph, one per file; each proves output equality in its test.
+
+The order matters: constants first, so that all others see them; idle nodes before patterns, so that they do
+not hide one; attention scales last, when the linear layers have taken in what belongs to them.
+"""
 
 from __future__ import annotations
 
@@ -6,5 +10,21 @@ from collections.abc import Callable
 
 import onnx_graphsurgeon as gs
 
-PASSES: tuple[Callable[[gs.Graph], int], ...] = ()
+from onnxptq.graph.passes import (
+    constant_to_initializer,
+    fold_attention_scale,
+    fold_batch_norm,
+    fuse_gelu,
+    fuse_layer_norm,
+    remove_identity,
+)
+
+PASSES: tuple[Callable[[gs.Graph], int], ...] = (
+    constant_to_initializer.run,
+    remove_identity.run,
+    fold_batch_norm.run,
+    fuse_layer_norm.run,
+    fuse_gelu.run,
+    fold_attention_scale.run,
+)
 """All rewrites in the order in which they run."""
