@@ -85,8 +85,8 @@ def test_every_picture_has_its_terms(folder: Path) -> None:
 
 def test_cut_takes_the_stated_square() -> None:
     pixels = np.arange(10 * 6, dtype=np.uint8).reshape(6, 10)  # value = 10 row + column
-    window = Window(scale=0.5, left=1.0, top=0.0, is_mirrored=False)
+    window = Window(scale=0.5, left=1.0, top=1.0, is_mirrored=False)
     got = np.asarray(photographs.cut(Image.fromarray(pixels), window))
-    assert got.tolist() == [[7, 8, 9], [17, 18, 19], [27, 28, 29]]
+    assert got.tolist() == [[37, 38, 39], [47, 48, 49], [57, 58, 59]]
     mirrored = Window(scale=0.5, left=1.0, top=0.0, is_mirrored=True)
     assert np.asarray(photographs.cut(Image.fromarray(pixels), mirrored)).tolist()[0] == [9, 8, 7]
