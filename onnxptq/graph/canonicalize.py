@@ -185,15 +185,12 @@ def _prepare(draft: _Draft, scratch: Path, opset: int | None, min_opset: int, si
     own = proto.default_opset(draft.model) or 0
     wanted = max(own, opset if opset is not None else min_opset)
     draft.model.ir_version = max(draft.model.ir_version, 8)
-    if wanted > own:
-        _native(draft, scratch, ["read", "convert"], {"opset": wanted})
-        draft.notes.append(f"The operator set was raised from {own} to {wanted}.")
-        name_nodes(draft.model.graph)
     if simplify and is_large:
         draft.notes.append("onnxsim was skipped: the model is larger than protobuf's limit.")
-    elif simplify:
-        _simplify(draft, scratch)
-    _native(draft, scratch, ["read", "infer"], {})
+    convert = ["convert"] if wanted > own else []
+    _clean(draft, scratch, convert, {"opset": wanted}, simplify=simplify and not is_large)
+    if convert:
+        draft.notes.append(f"The operator set was raised from {own} to {wanted}.")
     name_nodes(draft.model.graph)
     _require_plain_attributes(draft.model, draft.source)
     graph = import_graph(draft.model, scratch)
@@ -201,12 +198,20 @@ def _prepare(draft: _Draft, scratch: Path, opset: int | None, min_opset: int, si
     return graph
 
 
-def _simplify(draft: _Draft, scratch: Path) -> None:
-    options = {"skipped_optimizers": _SKIPPED_OPTIMIZERS, "fold_limit": _FOLD_LIMIT}
-    try:
-        _run(draft, scratch, ["read", "simplify"], options)
-    except NativeError as failure:
-        draft.notes.append(f"onnxsim could not clean this model and was skipped: {failure.reason}")
+def _clean(
+    draft: _Draft, scratch: Path, convert: list[str], options: dict[str, Any], *, simplify: bool
+) -> None:
+    """Raise the opset, run onnxsim, infer shapes; without onnxsim if that fails."""
+    options |= {"skipped_optimizers": _SKIPPED_OPTIMIZERS, "fold_limit": _FOLD_LIMIT}
+    if simplify:
+        try:
+            _run(draft, scratch, ["read", *convert, "simplify", "infer"], options)
+        except NativeError as failure:
+            if failure.step == "simplify":
+                draft.notes.append(f"onnxsim could not clean this model and was skipped: {failure.reason}")
+        else:
+            return
+    _native(draft, scratch, ["read", *convert, "infer"], options)
 
 
 def _native(draft: _Draft, scratch: Path, steps: list[str], options: Mapping[str, Any]) -> None:

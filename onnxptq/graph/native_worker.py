@@ -59,9 +59,29 @@ def simplify(job: dict[str, Any], model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def infer(_: dict[str, Any], model: onnx.ModelProto) -> onnx.ModelProto:
-    """Infer element types and shapes, of symbolic dimensions too."""
-    return onnx.shape_inference.infer_shapes(model, check_type=False, strict_mode=False, data_prop=True)
+    """Infer element types and shapes, symbolic ones too, without carrying the weights through native code."""
+    large = [tensor for tensor in model.graph.initializer if len(tensor.raw_data) > _SMALL_BYTES]
+    small = [tensor for tensor in model.graph.initializer if len(tensor.raw_data) <= _SMALL_BYTES]
+    skeleton = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    skeleton.graph.name = model.graph.name
+    skeleton.graph.node.extend(model.graph.node)
+    skeleton.graph.input.extend(model.graph.input)
+    skeleton.graph.input.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+        for tensor in large
+    )
+    skeleton.graph.output.extend(model.graph.output)
+    skeleton.graph.initializer.extend(small)
+    skeleton.graph.value_info.extend(model.graph.value_info)
+    inferred = onnx.shape_inference.infer_shapes(
+        skeleton, check_type=False, strict_mode=False, data_prop=True
+    )
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(inferred.graph.value_info)
+    return model
 
+
+_SMALL_BYTES = 4096
 
 STEPS: dict[str, Callable[[dict[str, Any], Any], onnx.ModelProto | None]] = {
     "check": check,

@@ -78,6 +78,13 @@ def is_op(node: gs.Node | None, *ops: str) -> bool:
     return node is not None and node.op in ops and (node.domain or "") in proto.ONNX_DOMAINS
 
 
+def live_nodes(graph: gs.Graph, *ops: str) -> Iterator[gs.Node]:
+    """The nodes of ``ops``, while the caller edits the graph: nodes that it has dropped are left out."""
+    for node in list(graph.nodes):
+        if is_op(node, *ops) and node.outputs:
+            yield node
+
+
 def float_constant(tensor: gs.Tensor) -> Array | None:
     """The value of a float32 constant, or None for anything else."""
     if not isinstance(tensor, gs.Constant) or tensor.dtype != np.float32:

@@ -30,6 +30,7 @@ from onnxptq.graph.surgeon import (
     int_constants,
     is_graph_output,
     is_op,
+    live_nodes,
     producer,
     scalar_constant,
     set_constant,
@@ -46,7 +47,7 @@ Ids = npt.NDArray[np.int64]
 
 def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many scalar nodes were folded."""
-    return sum(_fold(graph, node) for node in list(graph.nodes) if is_op(node, "Mul", "Div"))
+    return sum(_fold(graph, node) for node in live_nodes(graph, "Mul", "Div"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,6 +22,7 @@ import onnx_graphsurgeon as gs
 from onnxptq.graph.surgeon import (
     float_constant,
     is_op,
+    live_nodes,
     new_constant,
     producer,
     set_constant,
@@ -32,7 +33,7 @@ from onnxptq.types import Array
 
 def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many BatchNormalization nodes were folded."""
-    return sum(_fold(graph, node) for node in list(graph.nodes) if is_op(node, "BatchNormalization"))
+    return sum(_fold(graph, node) for node in live_nodes(graph, "BatchNormalization"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,7 +125,7 @@ def _fold_into_matmul(graph: gs.Graph, last: gs.Node, norm: gs.Node, affine: _Af
         return _drop_norm(graph, norm)
     norm.op = "Add"
     norm.attrs.clear()
-    del norm.outputs[1:]
+    norm.outputs = [norm.outputs[0]]
     norm.inputs = [norm.inputs[0], new_constant(graph, f"{norm.name}_bias", shifted)]
     return True
 

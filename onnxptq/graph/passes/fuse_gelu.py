@@ -22,6 +22,7 @@ import onnx_graphsurgeon as gs
 from onnxptq.graph.surgeon import (
     is_graph_output,
     is_op,
+    live_nodes,
     producer,
     replace_nodes,
     scalar_constant,
@@ -45,7 +46,7 @@ def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many activations were fused."""
     if graph.opset < MIN_OPSET:
         return 0
-    return sum(_fuse(graph, node) for node in list(graph.nodes) if is_op(node, "Erf", "Tanh"))
+    return sum(_fuse(graph, node) for node in live_nodes(graph, "Erf", "Tanh"))
 
 
 def _fuse(graph: gs.Graph, function: gs.Node) -> bool:

@@ -21,6 +21,7 @@ from onnxptq.graph.surgeon import (
     float_constant,
     is_graph_output,
     is_op,
+    live_nodes,
     new_constant,
     producer,
     replace_nodes,
@@ -35,7 +36,7 @@ def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many normalizations were fused."""
     if graph.opset < MIN_OPSET:
         return 0
-    return sum(_fuse(graph, node) for node in list(graph.nodes) if is_op(node, "Div", "Mul"))
+    return sum(_fuse(graph, node) for node in live_nodes(graph, "Div", "Mul"))
 
 
 @dataclass(slots=True)
