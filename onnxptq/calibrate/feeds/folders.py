@@ -172,8 +172,8 @@ def _kind(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix in decode.SUFFIXES:
         return "pictures"
-    if suffix in _ARRAY_SUFFIXES and path.stem not in LABEL_KEYS:
-        return suffix
+    if suffix in _ARRAY_SUFFIXES:
+        return f"{path.stem}{suffix}" if path.stem in LABEL_KEYS else suffix
     if _INPUT_PB.fullmatch(path.name):
         return "input_*.pb"
     return "output" if _OUTPUT_PB.fullmatch(path.name) else suffix

@@ -29,7 +29,7 @@ _FORMATS = (
 Labels = npt.NDArray[np.int64]
 
 
-def read_labels(source: str | Path | Sequence[int] | Labels | None, feeds: Feeds) -> Labels | None:
+def read_labels(source: str | Path | Sequence[int] | npt.NDArray[Any] | None, feeds: Feeds) -> Labels | None:
     """Class indices aligned with the rows of the model's output over ``feeds``.
 
     Args:

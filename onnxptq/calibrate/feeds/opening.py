@@ -68,9 +68,12 @@ def open_feeds(
     else:
         records, origin = open_object(source, reading)
     used = reading.used_preprocess
-    notes = [*reading.notes, f"preprocessing: {used.describe()}" if used is not None else ""]
+    if used is not None:
+        reading.notes.append(f"preprocessing: {used.describe()}")
+    elif preprocess is not None:
+        reading.notes.append("preprocessing not used, the arrays are taken as the model's own values")
     settings = used.model_dump_json() if used is not None else ""
-    opened = build_set(records, inputs, origin=origin, notes=notes, settings=settings)
+    opened = build_set(records, inputs, origin=origin, notes=reading.notes, settings=settings)
     rows = spread(opened.total, opened.total if limit is None else limit)
     feeds = RecordFeeds(opened, rows, "spread evenly" if len(rows) < opened.total else "")
     feeds.source.read(feeds.rows[0])

@@ -191,13 +191,20 @@ class ImagePreprocess(BaseModel):
         """The same with ``size`` and ``layout`` filled in from ``spec`` where they are left open.
 
         Raises:
-            FeedError: the layout is ``auto`` and the shape does not tell it.
+            FeedError: the layout is ``auto`` and the shape does not tell it, or the channels differ.
         """
         layout = self.layout if self.layout != "auto" else image_layout(spec)
         if layout is None or len(spec.shape) != 4:
             raise FeedError(
                 f"Input {spec.name!r} with shape {quote(spec.shape)} does not look like a picture.",
                 "State layout: NCHW or NHWC, or give the samples as .npy or .npz files.",
+            )
+        wanted = spec.shape[1 if layout == "NCHW" else 3]
+        if isinstance(wanted, int) and wanted != self.channels:
+            raise FeedError(
+                f"Input {spec.name!r} with shape {quote(spec.shape)} reads {wanted} channel(s) as {layout}, "
+                f"color {self.color} gives {self.channels}.",
+                "Use color: RGB or BGR for three channels, GRAY for one, or state the layout.",
             )
         size = self.size
         rows = 2 if layout == "NCHW" else 1
@@ -217,7 +224,8 @@ class ImagePreprocess(BaseModel):
         else:
             to = f"short side to {self.resize_size}" if self.resize_size else f"resize to cover {target}"
             steps = [f"{to} ({self.interpolation})"]
-        if self.center_crop and self.size:
+        is_exact = self.resize == "exact" and self.resize_size is None
+        if self.center_crop and self.size and not is_exact:
             steps.append(f"centre crop {target}")
         steps.append(f"{self.color} {self.layout}")
         steps.append(self._describe_values())

@@ -90,7 +90,14 @@ def _read_reader(reader: Any) -> Iterator[object]:
     rewind = getattr(reader, "rewind", None)
     if callable(rewind):
         rewind()
-    while (sample := reader.get_next()) is not None:
+    while True:
+        try:
+            sample = reader.get_next()
+        except StopIteration:
+            # Not the protocol (None is), but readers around a plain iterator do it.
+            break
+        if sample is None:
+            break
         yield sample
     if callable(rewind):
         rewind()
