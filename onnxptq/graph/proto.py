@@ -7,6 +7,7 @@ large tensors are references ``(location, offset, length)`` into files beside th
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,13 @@ def map_external(tensor: TensorProto, folder: Path) -> Array:
         return np.zeros(shape, dtype)
     # mode "c" would allow writing to a private copy; "r" makes an accidental in-place edit an error.
     return np.memmap(folder / ref.location, dtype=dtype, mode="r", offset=ref.offset, shape=shape)
+
+
+def release_pages(array: Array) -> None:
+    """Let the system take back what was read of a file-backed memory map; nothing for other arrays."""
+    mapping = getattr(array, "_mmap", None)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED") and getattr(array, "mode", "c") != "c":
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def subgraphs_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

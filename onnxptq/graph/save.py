@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter, dtype_to_onnx, update_import_domains
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter, dtype_to_onnx
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxptq.errors import OutputPathError, UnsupportedModelError
@@ -58,7 +58,7 @@ def save_graph(
     if external_data is None:
         external_data = sum(_constant_bytes(t) for t in constants) > EXTERNAL_DATA_BYTES
     data_path = path.with_name(path.name + ".data")
-    with _replacing(path, data_path) as (model_file, data_file):
+    with _replacing(path, data_path if external_data else None) as (model_file, data_file):
         sink = _Sink(data_file, data_path.name) if external_data else None
         model = _to_proto(graph, [_initializer(t, sink) for t in constants])
         _attach_metadata(model, model_metadata, node_metadata)
@@ -191,6 +191,7 @@ def _chunks(values: Array) -> Iterator[memoryview]:
     flat = values.reshape(-1).view(np.uint8)
     for start in range(0, flat.size, _CHUNK_BYTES):
         yield flat[start : start + _CHUNK_BYTES].data
+        proto.release_pages(values)
 
 
 def _to_proto(graph: gs.Graph, initializers: Sequence[onnx.TensorProto]) -> onnx.ModelProto:
@@ -211,11 +212,23 @@ def _to_proto(graph: gs.Graph, initializers: Sequence[onnx.TensorProto]) -> onnx
             value_info=infos,
         )
         graph_proto.initializer.extend(initializers)
-        domains = update_import_domains(graph)
+    domains = _domains(graph)
     model = onnx.helper.make_model(graph_proto, opset_imports=domains)
     model.producer_name = "onnxptq"
-    model.ir_version = max(graph.ir_version or 0, onnx.helper.find_min_ir_version_for(list(domains), True))
+    model.ir_version = max(graph.ir_version or 0, onnx.helper.find_min_ir_version_for(domains, True))
     return model
+
+
+def _domains(graph: gs.Graph) -> list[onnx.OperatorSetIdProto]:
+    """The operator sets that the graph imports, at version 1 where it uses one without importing it."""
+    versions = {entry.domain: entry.version for entry in graph.import_domains or ()}
+    if not any(name in versions for name in proto.ONNX_DOMAINS):
+        versions[""] = graph.opset
+    for nodes in (graph.nodes, *(nested.nodes for nested in graph.subgraphs(recursive=True))):
+        for node in nodes:
+            if (node.domain or "") not in proto.ONNX_DOMAINS:
+                versions.setdefault(node.domain, 1)
+    return [onnx.helper.make_opsetid(name, version) for name, version in versions.items()]
 
 
 def export_node(node: gs.Node) -> onnx.NodeProto:
@@ -275,15 +288,18 @@ def _replacing(path: Path, data_path: Path | None) -> Iterator[tuple[BinaryIO, B
 
 
 def _publish(temporary: Sequence[Path], path: Path, data_path: Path | None) -> None:
+    """Move the complete files to their names, the weights first, so that the model never lacks them."""
     model_tmp, data_tmp = temporary
     umask = os.umask(0)
     os.umask(umask)
-    if data_path is not None:
-        if data_tmp.stat().st_size:
-            data_tmp.chmod(0o666 & ~umask)
+    for file in temporary:
+        file.chmod(0o666 & ~umask)
+    is_new = data_path is not None and not data_path.exists()
+    try:
+        if data_path is not None:
             data_tmp.replace(data_path)
-        elif data_path.exists():
-            # An older, larger model's weights must not stay beside a model that has none.
-            data_path.unlink()
-    model_tmp.chmod(0o666 & ~umask)
-    model_tmp.replace(path)
+        model_tmp.replace(path)
+    except BaseException:
+        if data_path is not None and is_new:
+            data_path.unlink(missing_ok=True)
+        raise

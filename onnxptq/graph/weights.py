@@ -128,6 +128,8 @@ def _as_float32(source: Array, scratch: Path) -> Array:
     for start in range(0, flat_in.size, _CHUNK_ELEMENTS):
         part = slice(start, start + _CHUNK_ELEMENTS)
         flat_out[part] = flat_in[part].astype(np.float32)
+        proto.release_pages(source)
+        proto.release_pages(target)
     target.flush()
     return target
 

@@ -12,7 +12,7 @@ from graph_helpers import apply, build, node, random
 
 from onnxptq.graph.passes import fuse_layer_norm
 
-# Two float32 formulas of the same quantity: a handful of roundings of 6e-8 each, relative to the largest output.
+# Two float32 formulas of the same quantity: a handful of roundings of 6e-8 each, against the largest output.
 ROUNDING = 2e-6
 C = 8
 
