@@ -44,7 +44,7 @@ def torch_dtype(onnx_type: int) -> torch.dtype:
 
 
 def tensor_of(array: Array) -> torch.Tensor:
-    """A tensor that shares the memory of ``array``, so do not write to it. Copies only what torch cannot view.
+    """A tensor that shares the memory of ``array``, so do not write to it. Copies what torch cannot view.
 
     Raises:
         Declined: the element type has no torch type.

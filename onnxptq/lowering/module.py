@@ -108,7 +108,7 @@ class LoweredModule(torch.nn.Module):
         return found
 
     def set_hook(self, site_tensor: str, consumer: str, input_index: int, fn: Hook | None) -> None:
-        """Make input ``input_index`` of ``consumer`` read ``fn(value of site_tensor)``; None removes the hook.
+        """Make input ``input_index`` of ``consumer`` read ``fn(value of site_tensor)``; None removes it.
 
         With ``consumer`` GRAPH_OUTPUT the hook applies to what ``forward`` returns for ``site_tensor``
         (the index is ignored); nodes that read the tensor are not affected.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 
@@ -89,10 +90,10 @@ def compile_program(graph: gs.Graph, *, inputs: Sequence[str], outputs: Sequence
 
 
 def needed_nodes(graph: gs.Graph, *, inputs: Sequence[str], outputs: Sequence[str]) -> tuple[gs.Node, ...]:
-    """The nodes that compute ``outputs`` from ``inputs`` and constants, in graph order, without Constant nodes.
+    """The nodes that compute ``outputs`` from ``inputs`` and constants, in graph order. No Constant nodes.
 
     Raises:
-        ValueError: an output does not exist, a graph input is missing from ``inputs``, or nodes are not sorted.
+        ValueError: an output does not exist, ``inputs`` lack a graph input, or the nodes are not sorted.
     """
     producers = {t.name: node for node in graph.nodes for t in node.outputs if t.name}
     constants = _constants_of(graph)
@@ -144,6 +145,11 @@ def _constants_of(graph: gs.Graph) -> dict[str, gs.Constant]:
         if isinstance(tensor, gs.Constant):
             found[tensor.name] = tensor
     return found
+
+
+def _holds_integers(constant: gs.Constant) -> bool:
+    # graphsurgeon gives types that numpy lacks as ONNX's number; all of those are floats or 4-bit.
+    return isinstance(constant.dtype, np.dtype) and constant.dtype.kind in "iu"
 
 
 class _Layout:
@@ -224,7 +230,7 @@ class _Layout:
         if any(name not in self._on_host for name in variable):
             return False
         # Only constants: integers are shape arithmetic, floats are weights.
-        return bool(variable) or all(constants[name].dtype.kind in "iu" for name in data)
+        return bool(variable) or all(_holds_integers(constants[name]) for name in data)
 
     def _new_slot(self, name: str) -> int:
         slot = self.n_slots

@@ -25,7 +25,7 @@ from onnxptq.types import Array
 MIN_OPSET = 7
 """The oldest opset of onnxruntime, whose results the lowering is tested against."""
 
-REVIEWED_OPSET = 26
+REVIEWED_OPSET = 28
 """The newest opset whose operator definitions were read and tested."""
 
 _STANDARD_DOMAINS = ("", "ai.onnx")

@@ -95,9 +95,10 @@ def mean(spec: NodeSpec) -> Kernel:
 @register("", "Pow", 7)
 def power(spec: NodeSpec) -> Kernel:
     """x^y in the type of x. A constant scalar exponent becomes a number, which has the exact gradient."""
-    exponent = spec.constant(1) if spec.is_constant(1) else None
-    if exponent is not None and exponent.size == 1 and exponent.ndim == 0:
+    exponent = spec.peek(1)
+    if exponent is not None and exponent.ndim == 0:
         value = float(exponent)
+        spec.constant(1)
         if value.is_integer():
             return lambda x, _: torch.pow(x, int(value))
         return lambda x, _: torch.pow(x, value).to(x.dtype)

@@ -53,12 +53,14 @@ def constant_of_shape(spec: NodeSpec) -> Kernel:
 @register("", "Range", 11, host_inputs=(0, 1, 2))
 def arange(spec: NodeSpec) -> Kernel:
     """start, start + delta, ... below limit: max(ceil((limit - start) / delta), 0) elements."""
-    del spec
+    spec.ignore("stash_type")
 
     def run(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
         first, last, step = start.item(), limit.item(), delta.item()
         count = max(math.ceil((last - first) / step), 0)
-        return torch.arange(count, dtype=start.dtype) * step + first
+        is_half = start.dtype in (torch.float16, torch.bfloat16)
+        values = torch.arange(count, dtype=torch.float32 if is_half else start.dtype) * step + first
+        return values.to(start.dtype)
 
     return run
 
@@ -92,7 +94,7 @@ def trilu(spec: NodeSpec) -> Kernel:
 
 @register("", "OneHot", 9, host_inputs=(1,))
 def one_hot(spec: NodeSpec) -> Kernel:
-    """values[1] where the new axis equals the index, else values[0]; an index outside [-depth, depth) is off."""
+    """values[1] where the new axis equals the index, else values[0]: indices outside [-depth, depth) are off."""
     axis = spec.integer("axis", -1)
     fixed = spec.constant(1)
 

@@ -39,7 +39,7 @@ def gather(spec: NodeSpec) -> Kernel:
         picked = x.index_select(at, flat)
         if indices.dim() == 1:
             return picked
-        return picked.reshape(*x.shape[:at], *indices.shape, *x.shape[at + 1 :])
+        return picked.reshape((*x.shape[:at], *indices.shape, *x.shape[at + 1 :]))
 
     return run
 
@@ -69,10 +69,10 @@ def gather_nd(spec: NodeSpec) -> Kernel:
         batch, tail = x.shape[:batch_dims], x.shape[batch_dims + depth :]
         sizes = tuple(x.shape[batch_dims : batch_dims + depth])
         n = math.prod(batch)
-        flat = x.reshape(n, math.prod(sizes), *tail)
+        flat = x.reshape((n, math.prod(sizes), *tail))
         at = _linear(indices, sizes).reshape(n, -1)
         rows = torch.arange(n, device=x.device).reshape(n, 1)
-        return flat[rows, at].reshape(*indices.shape[:-1], *tail)
+        return flat[rows, at].reshape((*indices.shape[:-1], *tail))
 
     return run
 

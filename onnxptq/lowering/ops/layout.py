@@ -224,14 +224,11 @@ def identity(spec: NodeSpec) -> Kernel:
 
 @register("", "Dropout", 7, note="inference form")
 def dropout(spec: NodeSpec) -> Kernel:
-    """The input itself, and a mask of ones where it is wanted.
-
-    A ``training_mode`` that is not a constant is read as false.
-    """
+    """The input itself, and a mask of ones where it is wanted."""
     spec.ignore("ratio", "seed")
-    if spec.is_constant(2):
+    if spec.has_input(2):
         training = spec.constant(2)
-        if training is not None and bool(training.reshape(-1)[0]):
+        if training is None or bool(training.reshape(-1)[0]):
             raise Declined("Dropout in training mode")
     if spec.n_outputs > 1:
         return lambda x, *_: (x, torch.ones_like(x, dtype=torch.bool))

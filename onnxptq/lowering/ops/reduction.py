@@ -61,7 +61,8 @@ def _prod(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
 def _l2(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
     if x.is_floating_point():
         # Its gradient at zero is zero, not the infinity of a plain square root.
-        return torch.linalg.vector_norm(x, dim=axes, keepdim=keep)
+        norm: Tensor = torch.linalg.vector_norm(x, dim=axes, keepdim=keep)
+        return norm
     return _sum(x * x, axes, keep).sqrt().to(x.dtype)
 
 

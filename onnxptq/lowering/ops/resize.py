@@ -105,7 +105,8 @@ def nearest_indices(axis: Axis, how: ResizeMode) -> npt.NDArray[np.int64]:
 
 
 def _linear(t: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return np.maximum(1 - np.abs(t), 0)
+    weights: npt.NDArray[np.float64] = np.maximum(1 - np.abs(t), 0)
+    return weights
 
 
 def _cubic(t: npt.NDArray[np.float64], a: float) -> npt.NDArray[np.float64]:

@@ -105,11 +105,13 @@ def depth_to_space(spec: NodeSpec) -> Kernel:
 
 @register("", "SpaceToDepth", 1)
 def space_to_depth(spec: NodeSpec) -> Kernel:
-    """Blocks of pixels become blocks of channels."""
-    block = spec.integer("blocksize", 1)
+    """Blocks of pixels become blocks of channels, as the inverse of DepthToSpace."""
+    block, mode = spec.integer("blocksize", 1), spec.text("mode", "DCR")
 
     def run(x: Tensor) -> Tensor:
         n, c, h, w = x.shape
+        if mode == "CRD":
+            return F.pixel_unshuffle(x, block)
         y = x.reshape(n, c, h // block, block, w // block, block).permute(0, 3, 5, 1, 2, 4)
         return y.reshape(n, c * block**2, h // block, w // block)
 
