@@ -269,10 +269,8 @@ class ImagePreprocess(BaseModel):
         """The module's equation for every byte value: float32 of shape (channels, 256)."""
         mean = np.broadcast_to(np.asarray(self.mean, np.float64), self.channels)[:, None]
         std = np.broadcast_to(np.asarray(self.std, np.float64), self.channels)[:, None]
-        # 1/255 is no binary fraction: dividing rounds 255 to exactly 1, multiplying would not always.
         values = np.arange(256, dtype=np.float64)[None, :]
-        scaled = values / 255 if self.scale == _BYTE_SCALE else values * self.scale
-        return ((scaled - mean) / std).astype(np.float32)
+        return ((values * self.scale - mean) / std).astype(np.float32)
 
     def _resized(self, image: Image.Image) -> Image.Image:
         width, height = image.size

@@ -221,6 +221,13 @@ class TestInputsWithoutBatch:
         data = {"x": np.zeros((4, 2, 2), np.float32), "positions": np.ones((1, 2), np.float32)}
         assert [s["positions"].shape for s in open_feeds(data, inputs, spool_dir=tmp_path)] == [(1, 2)] * 4
 
+    def test_a_first_dimension_of_one_takes_one_row_per_sample(self, tmp_path: Path) -> None:
+        inputs = [spec("x", "b", 2, 2), spec("noise", 1, 2)]
+        noise = np.arange(8, dtype=np.float32).reshape(4, 2)
+        data = {"x": np.zeros((4, 2, 2), np.float32), "noise": noise}
+        found = [s["noise"] for s in open_feeds(data, inputs, spool_dir=tmp_path)]
+        np.testing.assert_array_equal(np.stack(found), noise[:, None])
+
     def test_samples_of_one_batch_must_agree_on_whole_inputs(self, tmp_path: Path) -> None:
         inputs = [spec("x", 2, 2), spec("scale")]
         data = {"x": np.zeros((4, 2), np.float32), "scale": np.array([1, 1, 1, 2], np.float32)}

@@ -29,7 +29,7 @@ def decode(image: Image.Image, path: Path, **options: Any) -> np.ndarray[Any, An
 
 class TestDecoding:
     def test_16_bit_grey_keeps_white_white(self, tmp_path: Path) -> None:
-        values = np.array([[0, 257, 65535, 65535 // 2]], np.uint16)
+        values = np.array([[0, 255, 65535, 65535 // 2]], np.uint16)
         np.testing.assert_array_equal(decode(Image.fromarray(values), tmp_path / "a.png"), [[0, 1, 255, 127]])
         np.testing.assert_array_equal(
             decode(Image.fromarray(values), tmp_path / "a.tiff"), [[0, 1, 255, 127]]
@@ -128,6 +128,13 @@ class TestGeometry:
         assert ImagePreprocess(size=size).apply(image, "a").shape == (3, *size)
         assert ImagePreprocess(size=size, resize="exact").apply(image, "a").shape == (3, *size)
 
+    def test_cover_keeps_the_aspect(self) -> None:
+        image = Image.fromarray(RNG.integers(0, 256, (10, 20, 3), np.uint8))
+        found = ImagePreprocess(size=(4, 11), layout="NHWC", dtype="uint8").apply(image, "a")
+        # Width needs the larger factor, 11/20: the height becomes int(5.5), the crop starts at round(0.5).
+        expected = np.asarray(image.resize((11, 5), Image.Resampling.BICUBIC))[:4]
+        np.testing.assert_array_equal(found, expected)
+
     def test_cover_does_not_touch_pictures_of_the_right_size(self) -> None:
         found = ImagePreprocess(size=(6, 8), dtype="uint8").apply(Image.fromarray(RGB), "a")
         np.testing.assert_array_equal(found, RGB.transpose(2, 0, 1))
@@ -200,6 +207,15 @@ class TestPixelArrays:
         feeds = open_feeds(data, [spec("b", 3, 6, 6)], preprocess=ImagePreprocess(), spool_dir=tmp_path)
         np.testing.assert_array_equal(np.concatenate([s["x"] for s in feeds]), data)
         assert "preprocessing not used" in feeds.description
+
+    def test_bytes_that_are_no_picture_but_fit_stay_bytes(self, tmp_path: Path) -> None:
+        data = RNG.integers(0, 256, (2, 5, 6, 7), np.uint8)
+        feeds = open_feeds(
+            data, [spec("b", 5, 6, 7, dtype=np.uint8)], preprocess=ImagePreprocess(), spool_dir=tmp_path
+        )
+        np.testing.assert_array_equal(np.concatenate([s["x"] for s in feeds]), data)
+        with pytest.raises(FeedError, match="is no picture and no stack"):
+            open_feeds(data, [spec("b", 5, 6, 7)], preprocess=ImagePreprocess(), spool_dir=tmp_path)
 
     def test_bytes_in_the_models_own_shape_stay_bytes(self, tmp_path: Path) -> None:
         data = RNG.integers(0, 256, (2, 6, 6, 3), np.uint8)
