@@ -16,11 +16,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from lowering_oracle import assert_same, freeze, graph_of, run_lowered
 
 from onnxptq.lowering import check_supported, entries
 from onnxptq.lowering.dtypes import torch_dtype
 from onnxptq.lowering.registry import Declined
+from tests.unit.lowering.lowering_oracle import assert_same, freeze, graph_of, run_lowered
 
 OPERATORS = sorted({entry.op for entry in entries()})
 
@@ -93,6 +93,14 @@ def _check(case: Any) -> str | None:
         except Exception as error:
             return f"{case.name} ({form}): {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return None
+
+
+def test_the_cases_are_there(cases: Mapping[str, list[Any]]) -> None:
+    composed = [c for c in cases["composed"] if not check_supported(graph_of(c.model))]
+    assert len(composed) > 200
+    assert sum(len(cases.get(op, [])) for op in OPERATORS) > 700
+    stale = [p for p in DECLINED if not any(re.fullmatch(p, c.name) for group in cases.values() for c in group)]
+    assert not stale
 
 
 @pytest.mark.parametrize("op", [*OPERATORS, "composed"])

@@ -7,18 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lowering_oracle import check_against_onnxruntime
 
-RNG = np.random.default_rng(0)
-
-
-def normal(*shape: int) -> np.ndarray[Any, Any]:
-    return RNG.normal(size=shape).astype(np.float32)
-
-
-def named(case: dict[str, Any]) -> str:
-    return "-".join(f"{k}={v}".replace(" ", "") for k, v in case.items()) or "default"
-
+from tests.unit.lowering.lowering_oracle import RNG, check_against_onnxruntime, named, normal
 
 CONV_CASES: list[dict[str, Any]] = [
     {},
