@@ -94,7 +94,7 @@ def trilu(spec: NodeSpec) -> Kernel:
 
 @register("", "OneHot", 9, host_inputs=(1,))
 def one_hot(spec: NodeSpec) -> Kernel:
-    """values[1] where the new axis equals the index, else values[0]: indices outside [-depth, depth) are off."""
+    """values[1] where the new axis equals the index, else values[0]; negative indices count from the end."""
     axis = spec.integer("axis", -1)
     fixed = spec.constant(1)
 

@@ -53,7 +53,7 @@ def array_of(value: torch.Tensor) -> Array:
     return value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
 
 
-def run_lowered(model: onnx.ModelProto, feed: Mapping[str, Array]) -> dict[str, Array]:
+def run_lowered(model: onnx.ModelProto, feed: Mapping[str, Any]) -> dict[str, Array]:
     """Outputs of the lowered model."""
     graph = graph_of(model)
     module = lower(graph, inputs=tuple(feed), outputs=[t.name for t in graph.outputs])
@@ -61,7 +61,7 @@ def run_lowered(model: onnx.ModelProto, feed: Mapping[str, Array]) -> dict[str, 
     return {name: array_of(value) for name, value in found.items()}
 
 
-def freeze(model: onnx.ModelProto, feed: Mapping[str, Array], names: Sequence[str]) -> onnx.ModelProto:
+def freeze(model: onnx.ModelProto, feed: Mapping[str, Any], names: Sequence[str]) -> onnx.ModelProto:
     """``model`` with the inputs ``names`` turned into initializers."""
     frozen = onnx.ModelProto()
     frozen.CopyFrom(model)
@@ -74,7 +74,7 @@ def freeze(model: onnx.ModelProto, feed: Mapping[str, Array], names: Sequence[st
 
 def node_model(
     op: str,
-    feed: Mapping[str, Array],
+    feed: Mapping[str, Any],
     *,
     opset: int,
     inputs: Sequence[str] | None = None,
@@ -109,7 +109,7 @@ def assert_same(got: Array, want: Array, *, rtol: float, atol: float, label: str
 
 def check_against_onnxruntime(
     op: str,
-    feed: Mapping[str, Array],
+    feed: Mapping[str, Any],
     *,
     opset: int,
     inputs: Sequence[str] | None = None,
@@ -126,7 +126,7 @@ def check_against_onnxruntime(
     feed = {name: np.asarray(value) for name, value in feed.items()}
     model = node_model(op, feed, opset=opset, inputs=inputs, n_outputs=n_outputs, **attributes)
     want = Session(model.SerializeToString(), exact=True, threads=1).run(feed)
-    first, *others = feed
+    others = list(feed)[1:]
     for form, names in (("fed", ()), ("constant", tuple(others))):
         if form == "constant" and not names:
             continue

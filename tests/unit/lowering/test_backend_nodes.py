@@ -99,7 +99,9 @@ def test_the_cases_are_there(cases: Mapping[str, list[Any]]) -> None:
     composed = [c for c in cases["composed"] if not check_supported(graph_of(c.model))]
     assert len(composed) > 200
     assert sum(len(cases.get(op, [])) for op in OPERATORS) > 700
-    stale = [p for p in DECLINED if not any(re.fullmatch(p, c.name) for group in cases.values() for c in group)]
+    stale = [
+        p for p in DECLINED if not any(re.fullmatch(p, c.name) for group in cases.values() for c in group)
+    ]
     assert not stale
 
 

@@ -134,7 +134,12 @@ def test_graph_output_hook_leaves_readers_alone(module: LoweredModule) -> None:
 
 
 def test_wrong_hooks_are_refused(module: LoweredModule) -> None:
-    for tensor, consumer, index in (("x", "relu", 0), ("x", "add", 0), ("x", "nobody", 0), ("a", GRAPH_OUTPUT, 0)):
+    for tensor, consumer, index in (
+        ("x", "relu", 0),
+        ("x", "add", 0),
+        ("x", "nobody", 0),
+        ("a", GRAPH_OUTPUT, 0),
+    ):
         with pytest.raises(ValueError, match=r"no hookable read|no output"):
             module.set_hook(tensor, consumer, index, lambda t: t)
 
@@ -230,7 +235,7 @@ def test_unknown_operator_is_named_before_values_are_loaded() -> None:
 
 
 def shape_arithmetic() -> gs.Graph:
-    """Flatten by Shape -> Gather -> Concat -> Reshape, a class token by ConstantOfShape and Expand, and a scale."""
+    """Flatten by Shape -> Gather -> Concat -> Reshape, a token by Expand, and a scale by the batch size."""
     x, y = variable("x"), variable("y")
     shape, batch, joined, flat = (variable(n) for n in ("shape", "batch", "joined", "flat"))
     token, both, number, scaled = (variable(n) for n in ("token", "both", "number", "scaled"))

@@ -30,7 +30,9 @@ ConstantOfShape Shape Size Range Identity Cast CastLike Dropout DepthToSpace Spa
 Trilu EyeLike OneHot NonZero Hardmax LRN MeanVarianceNormalization Attention""".split()
 
 
-def one_node(op: str, attributes: dict[str, Any] | None = None, *, opset: int = 17, domain: str = "") -> gs.Graph:
+def one_node(
+    op: str, attributes: dict[str, Any] | None = None, *, opset: int = 17, domain: str = ""
+) -> gs.Graph:
     x, y = gs.Variable("x", np.float32), gs.Variable("y", np.float32)
     node = gs.Node(op, "the node", attributes or {}, [x], [y], domain=domain)
     return gs.Graph(nodes=[node], inputs=[x], outputs=[y], opset=opset)
@@ -42,7 +44,14 @@ def test_core_operators_are_registered() -> None:
 
 @pytest.mark.parametrize(
     ("op", "opset", "since"),
-    [("Softmax", 12, 1), ("Softmax", 13, 13), ("Softmax", 21, 13), ("Clip", 10, 6), ("Clip", 11, 11), ("Gelu", 20, 20)],
+    [
+        ("Softmax", 12, 1),
+        ("Softmax", 13, 13),
+        ("Softmax", 21, 13),
+        ("Clip", 10, 6),
+        ("Clip", 11, 11),
+        ("Gelu", 20, 20),
+    ],
 )
 def test_lookup_takes_the_greatest_version_not_above_the_opset(op: str, opset: int, since: int) -> None:
     found = lookup("", op, opset)
