@@ -269,7 +269,7 @@ SCALES = [(2.0, 2.0), (2.0, 3.0), (1.5, 0.6), (0.5, 0.5), (0.3, 2.7)]
             [*COORDINATES, "tf_half_pixel_for_nn"],
             ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"],
         ),
-        # The other roundings of this mode meet coordinates that are whole numbers up to onnxruntime's own rounding.
+        # This mode's other roundings meet whole numbers, up to onnxruntime's own order of operations.
         ("half_pixel_symmetric", "round_prefer_floor"),
     ],
 )

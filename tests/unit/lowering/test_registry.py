@@ -19,15 +19,24 @@ from onnxptq.lowering import (
     register,
 )
 
-CORE = """Conv ConvTranspose Gemm MatMul Einsum MaxPool AveragePool GlobalAveragePool GlobalMaxPool
-BatchNormalization LayerNormalization GroupNormalization InstanceNormalization RMSNormalization Relu LeakyRelu
-PRelu Elu Selu Celu Sigmoid HardSigmoid HardSwish Mish Softplus Softsign Tanh Erf Gelu Softmax LogSoftmax Swish
-Add Sub Mul Div Pow Sqrt Exp Log Abs Neg Reciprocal Floor Ceil Round Sign Min Max Mean Sum Mod Clip Sin Cos Tan
-Where Equal Greater Less GreaterOrEqual LessOrEqual And Or Not IsNaN IsInf ReduceSum ReduceMean ReduceMax ReduceMin
-ReduceProd ReduceL1 ReduceL2 ReduceSumSquare ReduceLogSum ReduceLogSumExp ArgMax ArgMin TopK CumSum Reshape Transpose
-Flatten Squeeze Unsqueeze Concat Split Slice Pad Expand Tile Gather GatherElements GatherND ScatterElements ScatterND
-ConstantOfShape Shape Size Range Identity Cast CastLike Dropout DepthToSpace SpaceToDepth Resize Upsample GridSample
-Trilu EyeLike OneHot NonZero Hardmax LRN MeanVarianceNormalization Attention""".split()
+# fmt: off
+CORE = [
+    "Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "MaxPool", "AveragePool", "GlobalAveragePool",
+    "GlobalMaxPool", "BatchNormalization", "LayerNormalization", "GroupNormalization",
+    "InstanceNormalization", "RMSNormalization", "Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu",
+    "Sigmoid", "HardSigmoid", "HardSwish", "Mish", "Softplus", "Softsign", "Tanh", "Erf", "Gelu",
+    "Softmax", "LogSoftmax", "Swish", "Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Exp", "Log", "Abs",
+    "Neg", "Reciprocal", "Floor", "Ceil", "Round", "Sign", "Min", "Max", "Mean", "Sum", "Mod", "Clip",
+    "Sin", "Cos", "Tan", "Where", "Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "And",
+    "Or", "Not", "IsNaN", "IsInf", "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd",
+    "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp", "ArgMax", "ArgMin",
+    "TopK", "CumSum", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Split",
+    "Slice", "Pad", "Expand", "Tile", "Gather", "GatherElements", "GatherND", "ScatterElements",
+    "ScatterND", "ConstantOfShape", "Shape", "Size", "Range", "Identity", "Cast", "CastLike", "Dropout",
+    "DepthToSpace", "SpaceToDepth", "Resize", "Upsample", "GridSample", "Trilu", "EyeLike", "OneHot",
+    "NonZero", "Hardmax", "LRN", "MeanVarianceNormalization", "Attention",
+]
+# fmt: on
 
 
 def one_node(
@@ -67,7 +76,7 @@ def test_lookup_below_the_first_version() -> None:
 
 def test_a_version_is_registered_once() -> None:
     with pytest.raises(ValueError, match="Relu version 6 is registered twice"):
-        register("", "Relu", 6)(lambda spec: lambda x: x)
+        register("", "Relu", 6)(lambda _: lambda x: x)
 
 
 @pytest.mark.parametrize("op", ["NonMaxSuppression", "LSTM", "GRU", "RNN", "If", "Loop", "Scan"])
