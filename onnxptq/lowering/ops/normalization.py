@@ -33,6 +33,11 @@ def batch_normalization(spec: NodeSpec) -> Kernel:
     def run(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         if scale.dtype != x.dtype or mean.dtype != x.dtype:
             scale, bias, mean, var = (t.to(x.dtype) for t in (scale, bias, mean, var))
+        if mean.requires_grad or var.requires_grad:
+            # torch's own function has no derivative by the statistics.
+            shape = (1, -1, *(1,) * (x.dim() - 2))
+            gain = scale * torch.rsqrt(var + epsilon)
+            return x * gain.reshape(shape) + (bias - mean * gain).reshape(shape)
         return F.batch_norm(x, mean, var, scale, bias, False, 0.0, epsilon)
 
     return run
