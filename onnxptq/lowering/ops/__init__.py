@@ -14,5 +14,6 @@ from onnxptq.lowering.ops import (  # noqa: F401 - imported for their registrati
     pool,
     reduction,
     resize,
+    roi,
     spatial,
 )

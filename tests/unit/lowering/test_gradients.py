@@ -136,6 +136,12 @@ INDEXED: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
     ("Pad", 19, {"x": normal(3, 4), "p": np.array([1, 2, 0, 1])}, {"mode": "reflect"}),
     ("Pad", 19, {"x": normal(3, 4), "p": np.array([1, -1, 0, 1])}, {}),
     ("Expand", 13, {"x": normal(3, 1), "s": np.array([2, 3, 2])}, {}),
+    (
+        "GridSample",
+        16,
+        {"x": normal(1, 1, 3, 3), "g": np.array([[[[0.3, -0.2], [0.7, 0.9]]]], np.float32)},
+        {"padding_mode": "border"},
+    ),
     ("Tile", 13, {"x": normal(2, 2), "r": np.array([2, 1])}, {}),
 ]
 
@@ -173,6 +179,14 @@ def test_kinks_and_zeros_have_finite_gradients(op: str, opset: int, attributes: 
     module({"x": x})["y0"].sum().backward()
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
+
+
+def test_roi_align() -> None:
+    feed = {"x": normal(1, 2, 5, 5), "r": np.array([[0.4, 0.3, 3.1, 4.2]], np.float32), "b": np.array([0])}
+    model = freeze(node_model("RoiAlign", feed, opset=16, output_height=2, output_width=2), feed, ["r", "b"])
+    module = lower(graph_of(model), inputs=["x"], outputs=["y0"]).double()
+    x = torch.tensor(feed["x"], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: module({"x": v})["y0"], [x])
 
 
 @pytest.mark.parametrize("exponent", [2.0, 0.5, 3.0])
