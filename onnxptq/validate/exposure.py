@@ -1,0 +1,121 @@
+"""Running a model with inner tensors exposed, in groups that fit a memory budget.
+
+Models anywhere on disk can be exposed: they are linked into the work folder first, because a variant must
+lie beside the external data that it shares, and the user's folder may not be writable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import onnx
+
+from onnxptq.graph import proto
+from onnxptq.graph.save import exposed_copy
+from onnxptq.runtime import Provider, Session
+from onnxptq.types import Sample
+
+DEFAULT_GROUP_BYTES = 1 << 28
+"""Exposed tensors of one sample held at once when the user states no budget."""
+
+_MEASURED_AT_ONCE = 16
+
+
+@contextlib.contextmanager
+def staged(path: Path, work_dir: Path) -> Iterator[Path]:
+    """A link to (else a copy of) the model and its external data, in a folder of its own in ``work_dir``."""
+    with tempfile.TemporaryDirectory(dir=work_dir, prefix=".expose-") as folder:
+        result = Path(folder) / path.name
+        _link(path, result)
+        model = onnx.load(str(path), load_external_data=False)
+        locations = {
+            proto.external_ref(t).location for t in proto.walk_tensors(model) if proto.is_external(t)
+        }
+        for location in sorted(locations):
+            target = Path(folder) / location
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link(path.parent / location, target)
+        yield result
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def open_exposed(path: Path, tensors: Sequence[str], *, exact: bool, provider: Provider = "cpu") -> Session:
+    """A session of ``path`` (staged) that can return ``tensors`` besides the graph outputs."""
+    variant = path.with_name("exposed.onnx")
+    try:
+        exposed_copy(path, tensors, variant)
+        return Session(variant, exact=exact, provider=provider)
+    finally:
+        variant.unlink(missing_ok=True)
+
+
+def sizes_of(path: Path, tensors: Sequence[str], sample: Sample, *, exact: bool) -> Mapping[str, int]:
+    """Bytes of each tensor for ``sample``: from the file's shapes where they are known, else by running it.
+
+    Sizes from shapes assume 4 bytes per element.
+    """
+    model = onnx.load(str(path), load_external_data=False)
+    dims = _bound_dimensions(model, sample)
+    sizes: dict[str, int] = {}
+    wanted = set(tensors)
+    for tensor in model.graph.initializer:
+        if tensor.name in wanted:
+            sizes[tensor.name] = 4 * proto.element_count(tensor)
+    for entry in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        if entry.name in wanted and entry.type.tensor_type.HasField("shape"):
+            shape = [
+                d.dim_value if d.HasField("dim_value") else dims.get(d.dim_param)
+                for d in entry.type.tensor_type.shape.dim
+            ]
+            if all(d is not None for d in shape):
+                sizes[entry.name] = 4 * math.prod(d for d in shape if d is not None)
+    unknown = [name for name in tensors if name not in sizes]
+    for start in range(0, len(unknown), _MEASURED_AT_ONCE):
+        chunk = unknown[start : start + _MEASURED_AT_ONCE]
+        for name, value in open_exposed(path, chunk, exact=exact).run(sample, chunk).items():
+            sizes[name] = value.nbytes
+    return sizes
+
+
+def _bound_dimensions(model: onnx.ModelProto, sample: Sample) -> dict[str, int]:
+    """The values that ``sample`` gives to symbolic dimensions of the graph's inputs."""
+    bound: dict[str, int] = {}
+    for entry in model.graph.input:
+        value = sample.get(entry.name)
+        if value is not None:
+            for dim, size in zip(entry.type.tensor_type.shape.dim, value.shape, strict=False):
+                if dim.dim_param:
+                    bound[dim.dim_param] = size
+    return bound
+
+
+def group(units: Sequence[Sequence[str]], sizes: Mapping[str, int], limit: int) -> list[list[int]]:
+    """Indices of consecutive ``units`` in groups whose tensors take at most ``limit`` bytes together.
+
+    A unit larger than the limit gets a group of its own: it cannot be split.
+    """
+    groups: list[list[int]] = []
+    present: set[str] = set()
+    used = 0
+    for i, unit in enumerate(units):
+        extra = sum(sizes[name] for name in set(unit) - present)
+        if not groups or used + extra > limit:
+            groups.append([])
+            present, used = set(), 0
+            extra = sum(sizes[name] for name in set(unit))
+        groups[-1].append(i)
+        present |= set(unit)
+        used += extra
+    return groups

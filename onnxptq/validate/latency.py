@@ -1,0 +1,83 @@
+"""Latency of two models on the same feed, measured so that a noisy machine disturbs both alike.
+
+The models alternate in pairs A B, B A, A B, ... A pair gives one ratio; its two runs are a moment apart, so
+that slow changes of the machine's speed cancel. The median of the ratios is reported with its quartiles.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnxptq.runtime import Provider, Session
+from onnxptq.types import Sample
+
+_WARM_UP = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Milliseconds per run (medians) and quantized / reference (median and quartiles; below 1 is faster).
+
+    ``batch`` is the first dimension of the feed (None where its inputs have none); ``threads`` is 0 for
+    onnxruntime's own choice.
+    """
+
+    reference_ms: float
+    quantized_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    pairs: int
+    batch: int | None
+    threads: int
+    provider: str
+
+
+def measure_latency(
+    reference: Path,
+    quantized: Path,
+    sample: Sample,
+    *,
+    pairs: int = 20,
+    provider: Provider = "cpu",
+    threads: int = 0,
+) -> Latency:
+    """Time both models on ``sample`` in onnxruntime's default sessions.
+
+    Args:
+        pairs: number of interleaved pairs, at least 2; each model runs once in each.
+
+    Raises:
+        EnvironmentMismatchError, InvalidModelError: as ``runtime.Session``.
+    """
+    if pairs < 2:
+        raise ValueError("at least two pairs are needed")
+    sessions = (
+        Session(reference, provider=provider, threads=threads),
+        Session(quantized, provider=provider, threads=threads),
+    )
+    for session in sessions:
+        for _ in range(_WARM_UP):
+            session.run(sample)
+    times: tuple[list[float], list[float]] = ([], [])
+    for pair in range(pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            start = time.perf_counter()
+            sessions[which].run(sample)
+            times[which].append(1e3 * (time.perf_counter() - start))
+    ratios = [b / a for a, b in zip(*times, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Latency(
+        reference_ms=statistics.median(times[0]),
+        quantized_ms=statistics.median(times[1]),
+        ratio=middle,
+        ratio_low=low,
+        ratio_high=high,
+        pairs=pairs,
+        batch=next((value.shape[0] for value in sample.values() if value.ndim), None),
+        threads=threads,
+        provider=provider,
+    )

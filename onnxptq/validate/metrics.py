@@ -1,0 +1,204 @@
+"""How far the outputs of two models are apart, in constant memory.
+
+With reference r and quantized q, over all elements of all samples:
+
+    SQNR     10 log10( sum r^2 / sum (r - q)^2 )  in dB
+    cosine   sum r q / sqrt( sum r^2  sum q^2 )
+
+and for an output of class scores, one row per sample: top-1 agreement is the fraction of rows in which both
+models rank the same class first, top-5 agreement that in which the reference's first class is among the
+quantized model's first five, accuracy the fraction in which the label is ranked first. Of equal scores the
+lower class number ranks higher. Sums are in double precision; counts are exact, so the order of the samples
+changes a value by no more than double rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxptq.errors import OutputCheckError
+from onnxptq.types import Array
+
+_BLOCK = 1 << 20
+_TOP = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputMetrics:
+    """The distance of one output between two models.
+
+    ``sqnr_db`` is +inf where the outputs are equal, -inf where only the reference is zero, NaN where NaN or
+    Inf is among the values (``nonfinite`` counts those of either model). Float measures are None for integer
+    and boolean outputs, which have ``equal_fraction``; the ones from ``top1_agreement`` on are None for
+    outputs that are no class scores, accuracies also without labels. Fractions are in [0, 1].
+    """
+
+    name: str
+    elements: int
+    rows: int
+    nonfinite: int = 0
+    sqnr_db: float | None = None
+    cosine: float | None = None
+    max_abs_error: float | None = None
+    equal_fraction: float | None = None
+    top1_agreement: float | None = None
+    top5_agreement: float | None = None
+    labelled: int = 0
+    reference_accuracy: float | None = None
+    quantized_accuracy: float | None = None
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """10 log10(signal / noise) of two sums of squares; +inf without noise, -inf without signal."""
+    if math.isnan(signal) or math.isnan(noise) or math.isinf(signal) or math.isinf(noise):
+        return math.nan
+    if noise == 0.0:
+        return math.inf
+    return -math.inf if signal == 0.0 else 10.0 * (math.log10(signal) - math.log10(noise))
+
+
+class OutputMeter:
+    """Accumulates the metrics of one output.
+
+    Args:
+        name: how the output is called in the result.
+        is_scores: whether rows hold class scores; None to decide by the first value: float, of rank 2, with
+            at least two columns.
+    """
+
+    def __init__(self, name: str, *, is_scores: bool | None = None) -> None:
+        self.name = name
+        self._is_scores = is_scores
+        self._is_float: bool | None = None
+        self._elements = self._rows = self._equal = self._nonfinite = 0
+        self._signal = self._noise = self._energy = self._product = self._largest = 0.0
+        self._top1 = self._top5 = self._classes = 0
+        self._labelled = self._right_reference = self._right_quantized = 0
+
+    def update(self, reference: Array, quantized: Array, labels: npt.NDArray[np.int64] | None = None) -> None:
+        """Add one sample's output of both models; ``labels`` holds one class per row.
+
+        Raises:
+            OutputCheckError: the two have different shapes.
+        """
+        if reference.shape != quantized.shape:
+            raise OutputCheckError(
+                f"Output '{self.name}' has shape {list(quantized.shape)} in the quantized model and "
+                f"{list(reference.shape)} in the reference."
+            )
+        if self._is_float is None:
+            self._is_float = bool(
+                np.issubdtype(reference.dtype, np.floating) and np.issubdtype(quantized.dtype, np.floating)
+            )
+            if self._is_scores is None:
+                self._is_scores = self._is_float and reference.ndim == 2 and reference.shape[1] >= 2
+        self._elements += reference.size
+        self._rows += reference.shape[0] if reference.ndim else 1
+        if not self._is_float:
+            self._equal += int((reference == quantized).sum())
+            return
+        flat, other = reference.reshape(-1), quantized.reshape(-1)
+        for start in range(0, flat.size, _BLOCK):
+            self._add(flat[start : start + _BLOCK], other[start : start + _BLOCK])
+        if self._is_scores and reference.size:
+            self._rank(
+                reference.reshape(-1, reference.shape[-1]), quantized.reshape(-1, reference.shape[-1]), labels
+            )
+
+    def _add(self, reference: Array, quantized: Array) -> None:
+        r, q = reference.astype(np.float64), quantized.astype(np.float64)
+        bad = int((~(np.isfinite(r) & np.isfinite(q))).sum())
+        self._nonfinite += bad
+        with np.errstate(invalid="ignore", over="ignore"):
+            error = r - q
+            self._signal += float(r @ r)
+            self._energy += float(q @ q)
+            self._product += float(r @ q)
+            self._noise += float(error @ error)
+            self._largest = float(np.fmax(self._largest, np.abs(error).max(initial=0.0)))
+
+    def _rank(self, reference: Array, quantized: Array, labels: npt.NDArray[np.int64] | None) -> None:
+        first, other = reference.argmax(axis=1), quantized.argmax(axis=1)
+        rows = np.arange(len(first))
+        self._classes = reference.shape[1]
+        self._top1 += int((first == other).sum())
+        score = quantized[rows, first][:, None]
+        earlier = np.arange(self._classes)[None, :] < first[:, None]
+        rank = ((quantized > score) | ((quantized == score) & earlier)).sum(axis=1)
+        self._top5 += int((rank < _TOP).sum())
+        if labels is not None:
+            self._labelled += len(labels)
+            self._right_reference += int((first == labels).sum())
+            self._right_quantized += int((other == labels).sum())
+
+    @property
+    def sums(self) -> tuple[float, float]:
+        """Sums of the squares of the reference and of the error so far."""
+        return self._signal, self._noise
+
+    def result(self) -> OutputMetrics:
+        """The metrics of all that was added."""
+        if not self._is_float:
+            fraction = self._equal / self._elements if self._elements else None
+            return OutputMetrics(
+                name=self.name, elements=self._elements, rows=self._rows, equal_fraction=fraction
+            )
+        norm = math.sqrt(self._signal) * math.sqrt(self._energy)
+        ranked = self._rows if self._is_scores and self._classes else 0
+        labelled = self._labelled
+        return OutputMetrics(
+            name=self.name,
+            elements=self._elements,
+            rows=self._rows,
+            nonfinite=self._nonfinite,
+            sqnr_db=sqnr_db(self._signal, self._noise) if not self._nonfinite else math.nan,
+            cosine=self._cosine(norm),
+            max_abs_error=self._largest,
+            top1_agreement=self._top1 / ranked if ranked else None,
+            top5_agreement=self._top5 / ranked if ranked and self._classes > _TOP else None,
+            labelled=labelled,
+            reference_accuracy=self._right_reference / labelled if labelled else None,
+            quantized_accuracy=self._right_quantized / labelled if labelled else None,
+        )
+
+    def _cosine(self, norm: float) -> float:
+        if self._nonfinite:
+            return math.nan
+        if norm > 0.0:
+            return min(1.0, max(-1.0, self._product / norm))
+        return 1.0 if self._signal == self._energy else 0.0
+
+
+class QualityMeter:
+    """Accumulates the metrics of all outputs.
+
+    Args:
+        outputs: (name in the reference, name in the quantized model) of each output.
+        scores: names (in the reference) of outputs with class scores; None to decide by shape.
+    """
+
+    def __init__(self, outputs: Collection[tuple[str, str]], scores: Collection[str] | None = None) -> None:
+        self._pairs = tuple(outputs)
+        self.meters = {
+            name: OutputMeter(name, is_scores=None if scores is None else name in scores)
+            for name, _ in self._pairs
+        }
+
+    def update(
+        self,
+        reference: Mapping[str, Array],
+        quantized: Mapping[str, Array],
+        labels: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Add one sample's outputs of both models; ``labels`` go to the outputs that hold class scores."""
+        for name, other in self._pairs:
+            self.meters[name].update(reference[name], quantized[other], labels)
+
+    def results(self) -> tuple[OutputMetrics, ...]:
+        """The metrics, in the order of the outputs."""
+        return tuple(meter.result() for meter in self.meters.values())

@@ -1,0 +1,251 @@
+"""Whether a written file computes what the simulation predicts.
+
+**What the file means.** In an exact session (``session.disable_quant_qdq``, no graph optimization, CPU) the
+DequantizeLinear output of every quantized edge must equal ``fake_quantize`` of the tensor in front of its
+quantizer, fetched from the same run, and that of every weight and bias ``fake_quantize`` of its float values.
+The tolerance is zero: onnxruntime's CPU kernels divide, round half to even, clamp and multiply in single
+precision exactly as :mod:`onnxptq.quantizers.affine` does.
+
+**What the file does.** In the session that production uses, outputs must be finite where the float model's
+are, have its shapes, and their SQNR against the float model must not fall more than a margin below the
+exact session's. Integer kernels round intermediate sums differently by one step, which is worth less than
+``FAST_MARGIN_DB``; a saturating kernel or a wrong fusion is worth far more. The two rounding errors are
+different draws from one distribution, so over n output elements the two SQNR differ by chance as well: a
+sum of n squares has a relative deviation of sqrt(2/n), two of them 10 log10(e) sqrt(4/n) = 8.7/sqrt(n) dB, of which
+three are allowed on top. Above ``CEILING_DB`` differences do not count: the whole error is then below one
+step of an 8-bit output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from onnxptq.errors import OutputCheckError
+from onnxptq.quantizers.affine import expand, fake_quantize
+from onnxptq.runtime import Provider, Session
+from onnxptq.types import Array, CanonicalModel, QParams, Quantizer, QuantPlan, Sample, Solution
+from onnxptq.validate.exposure import DEFAULT_GROUP_BYTES, group, open_exposed, sizes_of, staged
+from onnxptq.validate.metrics import OutputMeter, QualityMeter, sqnr_db
+from onnxptq.validate.reading import Pair, WrittenModel
+from onnxptq.validate.structure import constant_of, label, locate, row_blocks
+
+FAST_MARGIN_DB = 3.0
+_CHANCE_DB = 3 * 8.7
+CEILING_DB = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeParity:
+    """One quantizer in the exact session: how many elements differ, and by how many steps at most."""
+
+    quantizer_id: str
+    tensor: str
+    role: str
+    elements: int
+    different: int
+    max_steps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputParity:
+    """One graph output: SQNR in dB against the float model in the exact and in the fast session.
+
+    None for integer and boolean outputs.
+    """
+
+    name: str
+    exact_sqnr_db: float | None
+    fast_sqnr_db: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """What was compared, and how it came out."""
+
+    samples: int
+    edges: tuple[EdgeParity, ...]
+    outputs: tuple[OutputParity, ...]
+    provider: str
+
+    @property
+    def elements(self) -> int:
+        """Number of elements compared in the exact session."""
+        return sum(edge.elements for edge in self.edges)
+
+    @property
+    def max_steps(self) -> float:
+        """Largest difference of all edges in the exact session, in quantization steps."""
+        return max((edge.max_steps for edge in self.edges), default=0.0)
+
+
+def check_parity(
+    path: Path,
+    model: CanonicalModel,
+    plan: QuantPlan,
+    solution: Solution,
+    samples: Sequence[Sample],
+    *,
+    work_dir: Path,
+    provider: Provider = "cpu",
+    group_bytes: int = DEFAULT_GROUP_BYTES,
+) -> Parity:
+    """Run the file at ``path`` in both sessions over ``samples`` and compare (see the module).
+
+    Args:
+        samples: a few feeds; at least one.
+        work_dir: an existing folder for temporary files.
+        provider: of the fast session.
+        group_bytes: largest size of the tensors of one sample that are exposed at once.
+
+    Raises:
+        OutputCheckError: naming the tensor whose values differ, or the output that is wrong in production.
+    """
+    if not samples:
+        raise ValueError("parity needs at least one sample")
+    written = WrittenModel(path)
+    located = locate(written, model, plan)
+    meters = {q.quantizer_id: _EdgeMeter(q, solution.qparams[q.quantizer_id], model) for q in plan.quantizers}
+    activations = [q for q in plan.quantizers if q.role == "activation"]
+    constants = [q for q in plan.quantizers if q.role != "activation"]
+    with staged(path, work_dir) as copy:
+        _compare_activations(copy, activations, located, samples, meters, group_bytes)
+        _compare_constants(copy, constants, located, samples[0], meters, group_bytes, model, solution)
+        edges = tuple(meters[q.quantizer_id].result() for q in plan.quantizers)
+        for quantizer, edge in zip(plan.quantizers, edges, strict=True):
+            if edge.different:
+                raise OutputCheckError(
+                    f"{path}: {label(quantizer, model)} computes other values than the simulation: "
+                    f"{edge.different} of {edge.elements} elements, by up to {edge.max_steps:.3g} steps."
+                )
+        outputs = _compare_outputs(copy, path, model, samples, provider)
+    return Parity(samples=len(samples), edges=edges, outputs=outputs, provider=provider)
+
+
+class _EdgeMeter:
+    """Counts the differences of one quantizer."""
+
+    def __init__(self, quantizer: Quantizer, qparams: QParams, model: CanonicalModel) -> None:
+        self._quantizer = quantizer
+        self._qparams = qparams
+        self._tensor = model.user_name(quantizer.tensor)
+        self._elements = self._different = 0
+        self._steps = 0.0
+
+    def update(self, source: Array, output: Array) -> None:
+        """Compare ``output`` of the file with the simulation of ``source``."""
+        if source.shape != output.shape:
+            raise OutputCheckError(f"The quantizer of '{self._tensor}' changes its shape.")
+        self._elements += output.size
+        for block, params in row_blocks(source, self._qparams):
+            wanted = fake_quantize(np.asarray(source[block], np.float32), params)
+            found = output[block]
+            different = ~((wanted == found) | (np.isnan(wanted) & np.isnan(found)))
+            if different.any():
+                self._different += int(different.sum())
+                scale = expand(params.scale, params.granularity, wanted.shape).astype(np.float64)
+                steps = np.abs(wanted.astype(np.float64) - found) / scale
+                self._steps = max(self._steps, float(np.nan_to_num(steps, nan=np.inf).max()))
+
+    def result(self) -> EdgeParity:
+        """The counts so far."""
+        return EdgeParity(
+            quantizer_id=self._quantizer.quantizer_id,
+            tensor=self._tensor,
+            role=self._quantizer.role,
+            elements=self._elements,
+            different=self._different,
+            max_steps=self._steps,
+        )
+
+
+def _compare_activations(
+    path: Path,
+    quantizers: Sequence[Quantizer],
+    located: Mapping[str, Pair],
+    samples: Sequence[Sample],
+    meters: Mapping[str, _EdgeMeter],
+    group_bytes: int,
+) -> None:
+    pairs = [located[q.quantizer_id] for q in quantizers]
+    # A graph input is no output that a run can return; its values are in the feed itself.
+    units = [[name for name in (p.source, p.output) if name and name not in samples[0]] for p in pairs]
+    names = sorted({name for unit in units for name in unit})
+    sizes = sizes_of(path, names, samples[0], exact=True)
+    for members in group(units, sizes, group_bytes):
+        fetched = sorted({name for i in members for name in units[i]})
+        session = open_exposed(path, fetched, exact=True)
+        for sample in samples:
+            values = {**sample, **session.run(sample, fetched)}
+            for i in members:
+                meters[quantizers[i].quantizer_id].update(
+                    values[pairs[i].source or ""], values[pairs[i].output]
+                )
+
+
+def _compare_constants(
+    path: Path,
+    quantizers: Sequence[Quantizer],
+    located: Mapping[str, Pair],
+    sample: Sample,
+    meters: Mapping[str, _EdgeMeter],
+    group_bytes: int,
+    model: CanonicalModel,
+    solution: Solution,
+) -> None:
+    """Weights and biases do not depend on the feed: one run shows them."""
+    units = [[located[q.quantizer_id].output] for q in quantizers]
+    sizes = sizes_of(path, [unit[0] for unit in units], sample, exact=True)
+    for members in group(units, sizes, group_bytes):
+        fetched = [units[i][0] for i in members]
+        values = open_exposed(path, fetched, exact=True).run(sample, fetched)
+        for i in members:
+            quantizer = quantizers[i]
+            meters[quantizer.quantizer_id].update(
+                constant_of(model, solution, quantizer.tensor), values[units[i][0]]
+            )
+
+
+def _compare_outputs(
+    copy: Path, path: Path, model: CanonicalModel, samples: Sequence[Sample], provider: Provider
+) -> tuple[OutputParity, ...]:
+    pairs = [(name, name) for name in model.outputs]
+    exact_meter, fast_meter = QualityMeter(pairs, ()), QualityMeter(pairs, ())
+    reference, exact, fast = Session(model.path), Session(copy, exact=True), Session(copy, provider=provider)
+    for sample in samples:
+        wanted, meant, done = reference.run(sample), exact.run(sample), fast.run(sample)
+        for name in model.outputs:
+            if not _is_finite_where(wanted[name], done[name]):
+                raise OutputCheckError(
+                    f"{path}: output '{name}' is NaN or Inf in onnxruntime's default session."
+                )
+        exact_meter.update(wanted, meant)
+        fast_meter.update(wanted, done)
+    return tuple(
+        _judge(path, name, exact_meter.meters[name], fast_meter.meters[name]) for name in model.outputs
+    )
+
+
+def _is_finite_where(reference: Array, value: Array) -> bool:
+    if not np.issubdtype(value.dtype, np.floating) or reference.shape != value.shape:
+        return True
+    return bool((np.isfinite(value) | ~np.isfinite(reference)).all())
+
+
+def _judge(path: Path, name: str, exact: OutputMeter, fast: OutputMeter) -> OutputParity:
+    summary = exact.result()
+    if summary.sqnr_db is None or not summary.elements:
+        return OutputParity(name=name, exact_sqnr_db=None, fast_sqnr_db=None)
+    meant, done = sqnr_db(*exact.sums), sqnr_db(*fast.sums)
+    margin = FAST_MARGIN_DB + _CHANCE_DB / math.sqrt(summary.elements)
+    if done < min(meant, CEILING_DB) - margin:
+        raise OutputCheckError(
+            f"{path}: in onnxruntime's default session output '{name}' has {done:.1f} dB against the float "
+            f"model, while the file's own arithmetic gives {meant:.1f} dB.",
+            "An integer kernel of this onnxruntime computes something else; try another version or target.",
+        )
+    return OutputParity(name=name, exact_sqnr_db=meant, fast_sqnr_db=done)

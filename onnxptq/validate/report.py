@@ -1,0 +1,166 @@
+"""The report of one run: everything that a person or a program may want to know afterwards.
+
+All names in it are the user's own. ``Report.to_json`` gives plain types under a stable schema; numbers that
+JSON cannot write become the strings "inf" and "-inf", NaN becomes null.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxptq.types import Skip
+from onnxptq.validate.latency import Latency
+from onnxptq.validate.metrics import OutputMetrics
+from onnxptq.validate.parity import Parity
+
+SCHEMA_VERSION = 1
+"""Raised when a field of the JSON changes its meaning or goes; new fields do not raise it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """The float model. ``parameters`` counts initializer elements, ``bytes`` the file with external data."""
+
+    path: str
+    fingerprint: str
+    opset: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFacts:
+    """The written model. ``note`` says why it is larger than the input, where it is."""
+
+    path: str
+    bytes: int
+    sha256: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFacts:
+    """What was read, how, and how many samples."""
+
+    description: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedRow:
+    """One quantizer. Scale and zero point are ranges over the channels (equal ends per tensor)."""
+
+    quantizer_id: str
+    tensor: str
+    role: str
+    bits: int
+    storage: str
+    granularity: str
+    symmetric: bool
+    scale: tuple[float, float]
+    zero_point: tuple[int, int]
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram:
+    """Counts in equal bins from ``low`` to ``high``."""
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorQuality:
+    """One tensor along the network.
+
+    ``sqnr_db`` compares its values in the quantized network with those in the float one, errors from earlier
+    layers included. ``minimum`` to ``maximum`` is its range over the calibration data, ``low`` to ``high``
+    what its quantizer represents; None where there is none.
+    """
+
+    tensor: str
+    position: int
+    sqnr_db: float
+    minimum: float | None = None
+    maximum: float | None = None
+    low: float | None = None
+    high: float | None = None
+    histogram: Histogram | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeRow:
+    """Bytes of one component of the file before and after."""
+
+    component: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTime:
+    """Wall-clock seconds of one stage."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Report:
+    """One run of ``quantize``.
+
+    ``outputs`` are measured on ``heldout`` (never the calibration samples) in onnxruntime's default session;
+    they are empty where there was no held-out data. ``kernels`` are the operators that onnxruntime executes
+    after its own optimizations, with their counts; ``recipe`` is the request as plain types; ``versions``
+    holds versions and hashes by name.
+    """
+
+    model: ModelFacts
+    output: OutputFacts
+    target: str
+    method: str
+    recipe: Mapping[str, Any]
+    calibration: DataFacts
+    heldout: DataFacts | None = None
+    quantized: tuple[QuantizedRow, ...] = ()
+    skips: tuple[Skip, ...] = ()
+    tensors: tuple[TensorQuality, ...] = ()
+    outputs: tuple[OutputMetrics, ...] = ()
+    parity: Parity | None = None
+    latency: Latency | None = None
+    kernels: Mapping[str, int] | None = None
+    sizes: tuple[SizeRow, ...] = ()
+    stages: tuple[StageTime, ...] = ()
+    peak_memory_bytes: int | None = None
+    versions: Mapping[str, str] | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Dicts, lists, strings, booleans and finite numbers, under ``schema_version``."""
+        result = plain(self)
+        if self.parity is not None:
+            result["parity"] |= {"elements": self.parity.elements, "max_steps": plain(self.parity.max_steps)}
+        return {"schema_version": SCHEMA_VERSION, **result}
+
+
+def plain(value: Any) -> Any:
+    """``value`` in types that JSON knows."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item") and not isinstance(value, str):  # numpy scalars
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value
