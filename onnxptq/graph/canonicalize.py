@@ -42,6 +42,7 @@ LARGE_MODEL_BYTES = 1_500_000_000
 """Models with more weights than this take the road without weights; protobuf's own limit is 2 GiB."""
 
 _CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _FOLD_LIMIT = "64MB"
 # Steps of onnxsim that are left out: our own passes do them exactly and keep the user's names (batch norm),
 # or they hide the linear layers behind Reshape nodes or merge weights that are quantized separately.
@@ -53,6 +54,22 @@ _SKIPPED_OPTIMIZERS = (
     "fuse_qkv",
 )
 _HASH_CHUNK = 1 << 22
+_NUMPY_TYPES = frozenset(
+    {
+        TensorProto.FLOAT,
+        TensorProto.FLOAT16,
+        TensorProto.DOUBLE,
+        TensorProto.BOOL,
+        TensorProto.INT8,
+        TensorProto.INT16,
+        TensorProto.INT32,
+        TensorProto.INT64,
+        TensorProto.UINT8,
+        TensorProto.UINT16,
+        TensorProto.UINT32,
+        TensorProto.UINT64,
+    }
+)
 
 
 @dataclass(slots=True)
@@ -100,6 +117,7 @@ def canonicalize(
     fingerprint = _fingerprint(model, path, (opset, min_opset, simplify))
     tick()
     _drop_initializer_inputs(model)
+    _require_numpy_ends(model, path)
     name_nodes(model.graph)
     reference = weights.structure_only(model)
     draft = _Draft(source=path, model=model)
@@ -122,7 +140,7 @@ def canonicalize(
         source_bytes=source_bytes,
         fingerprint=fingerprint,
         opset=graph.opset,
-        inputs=tuple(_input_spec(tensor, path) for tensor in graph.inputs),
+        inputs=tuple(_input_spec(tensor) for tensor in graph.inputs),
         outputs=tuple(tensor.name for tensor in graph.outputs),
         user_names=user_names(reference, graph, draft.renamed),
         node_metadata=node_metadata,
@@ -195,6 +213,7 @@ def _prepare(draft: _Draft, scratch: Path, opset: int | None, min_opset: int, si
     _require_plain_attributes(draft.model, draft.source)
     graph = import_graph(draft.model, scratch)
     weights.attach(graph, detached, folder, scratch)
+    _require_float32_weights(graph, draft.source)
     return graph
 
 
@@ -203,6 +222,8 @@ def _clean(
 ) -> None:
     """Raise the opset, run onnxsim, infer shapes; without onnxsim if that fails."""
     options |= {"skipped_optimizers": _SKIPPED_OPTIMIZERS, "fold_limit": _FOLD_LIMIT}
+    # With shapes known, conversion keeps operators that it would otherwise wrap in Reshape nodes.
+    convert = ["infer", *convert] if convert else []
     if simplify:
         try:
             _run(draft, scratch, ["read", *convert, "simplify", "infer"], options)
@@ -252,6 +273,16 @@ def _require_plain_attributes(model: onnx.ModelProto, path: Path) -> None:
                 )
 
 
+def _require_float32_weights(graph: gs.Graph, path: Path) -> None:
+    for node in graph.nodes:
+        for tensor in node.inputs if node.op in _WEIGHTED else ():
+            if isinstance(tensor, gs.Constant) and tensor.dtype == np.float64:
+                raise UnsupportedModelError(
+                    f"{path}: weight {tensor.name!r} of node {node.name!r} is double precision.",
+                    "Export the model in float32 or half precision.",
+                )
+
+
 def _run_passes(graph: gs.Graph, draft: _Draft) -> None:
     for rewrite in PASSES:
         count = rewrite(graph)
@@ -270,9 +301,19 @@ def _node_metadata(reference: onnx.ModelProto, graph: gs.Graph) -> dict[str, dic
     }
 
 
-def _input_spec(tensor: gs.Variable, path: Path) -> InputSpec:
-    if tensor.type != "tensor_type" or not isinstance(tensor.dtype, np.dtype | type):
-        raise UnsupportedModelError(f"{path}: input {tensor.name!r} is no tensor of a type that numpy knows.")
+def _require_numpy_ends(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse inputs and outputs that cannot be fed from, or read into, numpy arrays."""
+    for what, entries in (("input", model.graph.input), ("output", model.graph.output)):
+        for entry in entries:
+            kind = entry.type.tensor_type.elem_type if entry.type.HasField("tensor_type") else 0
+            if kind not in _NUMPY_TYPES:
+                raise UnsupportedModelError(
+                    f"{path}: {what} {entry.name!r} is no tensor of a type that numpy has.",
+                    "Only numeric and boolean tensors will do: no sequences, strings, bfloat16 or float8.",
+                )
+
+
+def _input_spec(tensor: gs.Variable) -> InputSpec:
     shape = tuple(dim if dim not in ("", None) else None for dim in (tensor.shape or ()))
     return InputSpec(name=tensor.name, dtype=np.dtype(tensor.dtype), shape=shape)
 

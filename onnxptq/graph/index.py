@@ -44,7 +44,8 @@ class GraphIndex:
                     uses.setdefault(tensor.name, []).append(Use(node, i))
         self._producers = producers
         self._uses = uses
-        self.input_names = frozenset(t.name for t in graph.inputs)
+        self.graph_inputs: Sequence[str] = tuple(t.name for t in graph.inputs)
+        self.input_names = frozenset(self.graph_inputs)
         self.output_names = frozenset(t.name for t in graph.outputs)
 
     def producer(self, tensor: str) -> gs.Node | None:

@@ -51,7 +51,8 @@ def user_names(reference: onnx.ModelProto, graph: gs.Graph, renamed: Mapping[str
 
     A tensor keeps its own name where the file has it. Otherwise its counterpart is sought by structure:
     an operator of the same type and attributes that reads counterparts of the same inputs, if there is just
-    one; and, for weights, what the counterpart of the reading node reads at the same place.
+    one; and else what the counterpart of a reading node reads at the same place, if that tensor has no other
+    counterpart. So the output of a fused operator gets the name of the last tensor that was fused.
 
     Args:
         reference: the user's graph (``weights.structure_only``), nodes named.
@@ -75,6 +76,16 @@ def user_names(reference: onnx.ModelProto, graph: gs.Graph, renamed: Mapping[str
             is_weight = isinstance(ours, gs.Constant) and theirs in index.constants
             if is_weight and counterpart(ours.name) is None:
                 found[ours.name] = theirs
+    taken = set(graph.tensors()) | set(found.values())
+    for node in reversed(graph.nodes):
+        origin = _origin(node, index, counterpart)
+        if origin is None or len(origin.input) != len(node.inputs):
+            continue
+        for ours, theirs in zip(node.inputs, origin.input, strict=True):
+            is_free = theirs in index.producers and theirs not in taken and theirs not in index.constants
+            if ours.name and isinstance(ours, gs.Variable) and is_free and counterpart(ours.name) is None:
+                found[ours.name] = theirs
+                taken.add(theirs)
     return found
 
 

@@ -17,10 +17,12 @@ from onnxptq.graph.passes import (
     fuse_gelu,
     fuse_layer_norm,
     remove_identity,
+    unwrap_softmax,
 )
 
 PASSES: tuple[Callable[[gs.Graph], int], ...] = (
     constant_to_initializer.run,
+    unwrap_softmax.run,
     remove_identity.run,
     fold_batch_norm.run,
     fuse_layer_norm.run,

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph_helpers import apply, build, node, random
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxptq.graph.passes import constant_to_initializer
 from onnxptq.graph.surgeon import import_graph
+from tests.unit.graph.graph_helpers import apply, build, node, random
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph_helpers import apply, build, node, random
 
 from onnxptq.graph.passes import fold_attention_scale
+from tests.unit.graph.graph_helpers import apply, build, node, random
 
 # A factor that is no power of two moves one rounding from the activations into the weights; softmax and the
 # second product average it.

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph_helpers import apply, build, node, random
 
 from onnxptq.graph.passes import fold_batch_norm
+from tests.unit.graph.graph_helpers import apply, build, node, random
 
 # Folding changes the order of float32 roundings: about sqrt(fan-in) of them, each 6e-8 relative.
 ROUNDING = 2e-6

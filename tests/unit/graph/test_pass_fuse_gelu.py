@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph_helpers import apply, build, node
 
 from onnxptq.graph.passes import fuse_gelu
+from tests.unit.graph.graph_helpers import apply, build, node
 
 # onnxruntime's Erf is a float32 approximation with an absolute error near 1e-7 of its own in both forms.
 ROUNDING = 3e-6

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph_helpers import apply, build, node, random
 
 from onnxptq.graph.passes import fuse_layer_norm
+from tests.unit.graph.graph_helpers import apply, build, node, random
 
 # Two float32 formulas of the same quantity: a handful of roundings of 6e-8 each, against the largest output.
 ROUNDING = 2e-6

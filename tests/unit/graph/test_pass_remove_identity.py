@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graph_helpers import apply, build, node, random
 from onnx import TensorProto
 
 from onnxptq.graph.passes import remove_identity
+from tests.unit.graph.graph_helpers import apply, build, node, random
 
 WEIGHTS = {"half": np.array(0.5, np.float32), "yes": np.array(True), "no": np.array(False)}
 

@@ -1,0 +1,395 @@
+"""The canonical form: same outputs, the user's names, types and order, and a report of what was done."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxptq.errors import UnsupportedModelError
+from onnxptq.graph import canonicalize as module
+from onnxptq.graph.canonicalize import canonicalize
+from onnxptq.types import CanonicalModel
+from tests.unit.graph.graph_helpers import assert_close, build, feed_for, node, random, run
+
+# Half precision keeps 11 bits; the original rounds after each node, the canonical form at the end only.
+HALF_ROUNDING = 4e-3
+FLOAT_ROUNDING = 2e-6
+
+
+def canonical(
+    tmp_path: Path, model: onnx.ModelProto, name: str = "work", **options: object
+) -> CanonicalModel:
+    source, work = tmp_path / "model.onnx", tmp_path / name
+    work.mkdir()
+    onnx.save(model, source)
+    result = canonicalize(source, work, **options)  # type: ignore[arg-type]
+    onnx.checker.check_model(str(result.path), full_check=True)
+    return result
+
+
+def ops(result: CanonicalModel) -> Counter[str]:
+    return Counter(n.op for n in result.graph.nodes)
+
+
+def network(**options: object) -> onnx.ModelProto:
+    """Conv, BatchNorm, a shape computation, an Identity, and a MatMul with bias."""
+    nodes = [
+        node("Conv", "image w", "c", pads=[1, 1]),
+        node("BatchNormalization", "c gamma beta mean var", "n"),
+        node("Relu", "n", "r"),
+        node("Shape", "r", "s"),
+        node("Constant", "", "zero", value_int=0),
+        node("Gather", "s zero", "batch"),
+        node("Constant", "", "axes", value_ints=[0]),
+        node("Unsqueeze", "batch axes", "batch1"),
+        node("Constant", "", "rest", value_ints=[-1]),
+        node("Concat", "batch1 rest", "shape", axis=0),
+        node("Reshape", "r shape", "f"),
+        node("Identity", "f", "same"),
+        node("MatMul", "same v", "m"),
+        node("Add", "m b", "logits"),
+    ]
+    weights = {
+        "w": random(3, 2, 3),
+        "gamma": random(3, seed=1),
+        "beta": random(3, seed=2),
+        "mean": random(3, seed=3),
+        "var": np.abs(random(3, seed=4)) + 0.5,
+        "v": random(18, 5),
+        "b": random(5),
+    }
+    return build(nodes, {"image": ["samples", 2, 6]}, ["logits"], weights, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("simplify", [True, False])
+def test_outputs_names_and_dynamic_batch_stay(tmp_path: Path, simplify: bool) -> None:
+    model = network()
+    result = canonical(tmp_path, model, simplify=simplify)
+    for batch in (1, 4):
+        feed = feed_for(model, symbol=batch)
+        assert_close(run(model, feed), run(result.path, feed), FLOAT_ROUNDING)
+    assert [(i.name, i.dtype, i.shape) for i in result.inputs] == [
+        ("image", np.dtype(np.float32), ("samples", 2, 6))
+    ]
+    assert result.outputs == ("logits",)
+    assert ops(result)["BatchNormalization"] == ops(result)["Identity"] == ops(result)["Constant"] == 0
+    names = [n.name for n in result.graph.nodes]
+    assert len(set(names)) == len(names)
+    assert all(names)
+    assert result.source_bytes == result.source.stat().st_size
+    assert sorted(file.name for file in result.path.parent.iterdir()) == ["canonical.onnx"]
+
+
+def test_every_tensor_carries_a_type_and_a_shape(tmp_path: Path) -> None:
+    result = canonical(tmp_path, network())
+    assert all(t.dtype is not None and t.shape is not None for t in result.graph.tensors().values())
+
+
+def test_unnamed_and_repeated_nodes_get_stable_unique_names(tmp_path: Path) -> None:
+    model = network()
+    for i, n in enumerate(model.graph.node):
+        n.name = "" if i % 2 else "same"
+    first = canonical(tmp_path, model, "first", simplify=False)
+    second = canonical(tmp_path, model, "second", simplify=False)
+    names = [n.name for n in first.graph.nodes]
+    assert len(set(names)) == len(names)
+    assert names == [n.name for n in second.graph.nodes]
+    assert first.fingerprint == second.fingerprint
+    assert first.path.read_bytes() == second.path.read_bytes()
+
+
+def test_the_fingerprint_covers_weights_external_data_and_options(tmp_path: Path) -> None:
+    base = canonical(tmp_path, network(), "a")
+    assert canonical(tmp_path, network(), "b", simplify=False).fingerprint != base.fingerprint
+    assert canonical(tmp_path, network(), "c", opset=18).fingerprint != base.fingerprint
+    changed = network()
+    values = numpy_helper.to_array(changed.graph.initializer[0]).copy()
+    values.flat[0] += 1
+    changed.graph.initializer[0].CopyFrom(numpy_helper.from_array(values, "w"))
+    assert canonical(tmp_path, changed, "d").fingerprint != base.fingerprint
+    folder = tmp_path / "external"
+    folder.mkdir()
+    onnx.save(network(), folder / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=10)
+    before = canonicalize(folder / "m.onnx", folder).fingerprint
+    data = bytearray((folder / "m.bin").read_bytes())
+    data[0] ^= 1
+    (folder / "m.bin").write_bytes(data)
+    assert canonicalize(folder / "m.onnx", folder).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "wanted"),
+    [(11, {}, 13), (17, {}, 17), (13, {"opset": 21}, 21), (17, {"opset": 13}, 17)],
+)
+def test_opset(tmp_path: Path, own: int, options: dict[str, int], wanted: int) -> None:
+    model = build(
+        [node("Softmax", "x", "s", axis=1), node("Clip", "s low", "y")],
+        {"x": ["n", 4]},
+        ["y"],
+        {"low": np.array(0.1, np.float32)},
+        opset=own,
+    )
+    result = canonical(tmp_path, model, **options)
+    assert result.opset == result.graph.opset == wanted
+    assert any("operator set" in note for note in result.notes) == (wanted != own)
+    feed = feed_for(model)
+    assert_close(run(model, feed), run(result.path, feed), FLOAT_ROUNDING)
+
+
+@pytest.mark.parametrize("axis", [-1, 3])
+def test_an_old_softmax_over_the_last_axis_stays_one_node(tmp_path: Path, axis: int) -> None:
+    nodes = [node("Relu", "x", "r"), node("Softmax", "r", "y", axis=axis)]
+    model = build(nodes, {"x": ["n", 2, 3, 4]}, ["y"], opset=11)
+    del model.graph.value_info[:]
+    assert ops(canonical(tmp_path, model, opset=17)) == {"Relu": 1, "Softmax": 1}
+
+
+def test_a_conversion_that_fails_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="raised to 200"):
+        canonical(tmp_path, network(), opset=200)
+
+
+def test_initializers_that_are_inputs_too_become_constants(tmp_path: Path) -> None:
+    model = network()
+    model.graph.input.append(helper.make_tensor_value_info("v", TensorProto.FLOAT, [18, 5]))
+    result = canonical(tmp_path, model)
+    assert [i.name for i in result.inputs] == ["image"]
+
+
+def half_network() -> onnx.ModelProto:
+    """FP16 with a mixed interface, an output that is also read inside, and casts."""
+    nodes = [
+        node("MatMul", "x w", "a"),
+        node("Relu", "a", "hidden"),
+        node("Cast", "t", "t16", to=TensorProto.FLOAT16),
+        node("Add", "hidden t16", "s"),
+        node("Constant", "", "c", value=numpy_helper.from_array(np.array(0.5, np.float16))),
+        node("Mul", "s c", "y"),
+        node("Cast", "y", "z", to=TensorProto.FLOAT),
+    ]
+    half, single = TensorProto.FLOAT16, TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "half",
+        [helper.make_tensor_value_info("x", half, ["n", 8]), helper.make_tensor_value_info("t", single, [6])],
+        [
+            helper.make_tensor_value_info(name, kind, ["n", 6])
+            for name, kind in (("hidden", half), ("y", half), ("z", single))
+        ],
+        [numpy_helper.from_array(random(8, 6).astype(np.float16), "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "road of large models"])
+def test_half_precision_becomes_float_behind_the_same_interface(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    model = half_network()
+    if large:
+        monkeypatch.setattr(module, "LARGE_MODEL_BYTES", 10)
+    result = canonical(tmp_path, model)
+    feed = feed_for(model)
+    assert_close(run(model, feed), run(result.path, feed), HALF_ROUNDING)
+    assert [i.dtype for i in result.inputs] == [np.float16, np.float32]
+    inner = [t for t in result.graph.tensors().values() if t.name not in ("x", "hidden", "y")]
+    assert all(t.dtype != np.float16 for t in inner)
+    assert next(n for n in result.graph.nodes if n.op == "MatMul").inputs[1].dtype == np.float32
+    assert {"x", "hidden", "y"} >= {
+        result.user_name(t) for t in ("x_as_float", "hidden_as_float", "y_as_float")
+    }
+    assert any("Half-precision" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_large_models_with_external_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    """Weights beyond the limit go round the native steps, through memory maps."""
+    kind = np.float16 if half else np.float32
+    nodes = [node("Identity", "x", "i"), node("MatMul", "i w", "m"), node("Add", "m b", "y")]
+    model = build(
+        nodes,
+        {"x": ["n", 64]},
+        {"y": TensorProto.FLOAT16 if half else TensorProto.FLOAT},
+        {"w": random(64, 96).astype(kind), "b": random(96).astype(kind)},
+        input_type=TensorProto.FLOAT16 if half else TensorProto.FLOAT,
+    )
+    source, work = tmp_path / "m.onnx", tmp_path / "work"
+    work.mkdir()
+    reference = onnx.ModelProto()
+    reference.CopyFrom(model)
+    onnx.save(model, source, save_as_external_data=True, location="m.bin", size_threshold=100)
+    monkeypatch.setattr(module, "LARGE_MODEL_BYTES", 1000)
+    result = canonicalize(source, work)
+    assert ("Identity" in ops(result)) is False
+    assert any("onnxsim was skipped" in note for note in result.notes)
+    feed = feed_for(reference)
+    assert_close(run(reference, feed), run(result.path, feed), HALF_ROUNDING if half else 0)
+    assert sorted(file.name for file in work.iterdir()) == ["canonical.onnx"]
+
+
+def test_functions_are_inlined(tmp_path: Path) -> None:
+    double = helper.make_function(
+        "local",
+        "Twice",
+        ["a"],
+        ["b"],
+        [helper.make_node("Add", ["a", "a"], ["b"])],
+        [helper.make_opsetid("", 17)],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Twice", ["x"], ["h"], domain="local"), helper.make_node("Relu", ["h"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])],
+    )
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
+    model = helper.make_model(graph, functions=[double], opset_imports=domains, ir_version=8)
+    result = canonical(tmp_path, model)
+    assert ops(result) == {"Add": 1, "Relu": 1}
+    feed = feed_for(model)
+    assert_close(run(model, feed), run(result.path, feed), 0)
+
+
+def test_bodies_of_control_flow_stay_and_are_reported(tmp_path: Path) -> None:
+    def branch(op: str) -> onnx.GraphProto:
+        nodes = [
+            helper.make_node("MatMul", ["h", "w"], [f"{op}_m"]),
+            helper.make_node(op, [f"{op}_m"], [f"{op}_y"]),
+        ]
+        return helper.make_graph(
+            nodes, op, [], [helper.make_tensor_value_info(f"{op}_y", TensorProto.FLOAT, ["n", 3])]
+        )
+
+    nodes = [
+        node("Relu", "x", "h"),
+        node("ReduceSum", "x", "total", keepdims=0),
+        node("Cast", "total", "flag", to=TensorProto.BOOL),
+        helper.make_node(
+            "If", ["flag"], ["y"], "choice", then_branch=branch("Neg"), else_branch=branch("Abs")
+        ),
+    ]
+    model = build(nodes, {"x": ["n", 4]}, ["y"], {"w": random(4, 3)})
+    model.graph.output[0].type.tensor_type.shape.CopyFrom(
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3]).type.tensor_type.shape
+    )
+    result = canonical(tmp_path, model)
+    assert [(skip.site, "float" in skip.reason) for skip in result.skips] == [("choice", True)]
+    feed = feed_for(model)
+    assert_close(run(model, feed), run(result.path, feed), 0)
+
+
+def test_metadata_is_kept(tmp_path: Path) -> None:
+    model = network()
+    model.metadata_props.add(key="author", value="someone")
+    model.graph.node[0].metadata_props.add(key="layer", value="stem")
+    result = canonical(tmp_path, model)
+    written = onnx.load(result.path)
+    assert result.model_metadata == {"author": "someone"}
+    assert {p.key: p.value for p in written.metadata_props} == {"author": "someone"}
+    conv = next(n for n in written.graph.node if n.op_type == "Conv")
+    assert (
+        {p.key: p.value for p in conv.metadata_props} == {"layer": "stem"} == result.node_metadata[conv.name]
+    )
+
+
+def test_names_lead_back_to_the_users_own(tmp_path: Path) -> None:
+    model = network()
+    result = canonical(tmp_path, model)
+    known = {name for n in model.graph.node for name in n.output}
+    known |= {t.name for t in model.graph.initializer} | {e.name for e in model.graph.input}
+    assert {t: n for t, n in result.user_names.items() if n not in known} == {}
+    conv, matmul = (next(n for n in result.graph.nodes if n.op == op) for op in ("Conv", "MatMul"))
+    assert result.user_name(conv.inputs[1].name) == "w"
+    assert result.user_name(matmul.inputs[1].name) == "v"
+    assert result.user_name(conv.outputs[0].name) == "n"
+    unmapped = {
+        t.name for n in result.graph.nodes for t in n.outputs if result.user_name(t.name) not in known
+    }
+    assert unmapped == set()
+
+
+def test_onnxsim_failing_is_a_note_and_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FOLD_LIMIT", "no size")
+    model = network()
+    result = canonical(tmp_path, model)
+    feed = feed_for(model)
+    assert_close(run(model, feed), run(result.path, feed), FLOAT_ROUNDING)
+    assert any("onnxsim could not clean" in note for note in result.notes)
+
+
+def test_double_weights_are_refused_by_name(tmp_path: Path) -> None:
+    kind = TensorProto.DOUBLE
+    model = build(
+        [node("MatMul", "x w", "y")],
+        {"x": ["n", 4]},
+        {"y": kind},
+        {"w": random(4, 3).astype(np.float64)},
+        input_type=kind,
+    )
+    with pytest.raises(UnsupportedModelError, match="'w'"):
+        canonical(tmp_path, model)
+
+
+def test_bfloat16_weights_become_float(tmp_path: Path) -> None:
+    weight = numpy_helper.to_array(numpy_helper.from_array(random(4, 3)))
+    model = build(
+        [
+            node("Cast", "x", "h", to=TensorProto.BFLOAT16),
+            node("MatMul", "h w", "m"),
+            node("Cast", "m", "y", to=TensorProto.FLOAT),
+        ],
+        {"x": ["n", 4]},
+        ["y"],
+    )
+    bits = weight.view(np.uint32) >> 16
+    brain = helper.make_tensor("w", TensorProto.BFLOAT16, [4, 3], bits.astype(np.uint16).tobytes(), raw=True)
+    model.graph.initializer.append(brain)
+    model = onnx.shape_inference.infer_shapes(model)
+    result = canonical(tmp_path, model)
+    assert ops(result) == {"MatMul": 1}
+    feed = feed_for(model)
+    truncated = (bits << 16).view(np.float32)
+    # One float32 matrix product in two summation orders.
+    np.testing.assert_allclose(run(result.path, feed)["y"], feed["x"] @ truncated, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_interfaces_are_refused_by_name(tmp_path: Path) -> None:
+    brain = TensorProto.BFLOAT16
+    model = build([node("Relu", "x", "y")], {"x": [3]}, {"y": brain}, input_type=brain)
+    with pytest.raises(UnsupportedModelError, match="input 'x'"):
+        canonical(tmp_path, model)
+
+
+def test_sequences_are_refused_by_name(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("ConcatFromSequence", ["items"], ["y"], axis=0)],
+        "g",
+        [helper.make_tensor_sequence_value_info("items", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    with pytest.raises(UnsupportedModelError, match="'items'"):
+        canonical(tmp_path, model)
+
+
+BEDS = ["resnet20_cifar10", "efficientnet_lite0", "fastestdet", "pointnet_modelnet40"]
+
+
+@pytest.mark.parametrize("bed", BEDS)
+def test_testbed(tmp_path: Path, testbed: Path, bed: str) -> None:
+    source = testbed / "models" / f"{bed}.onnx"
+    result = canonicalize(source, tmp_path)
+    before = onnx.load(source)
+    assert [i.name for i in result.inputs] == [e.name for e in before.graph.input]
+    assert list(result.outputs) == [e.name for e in before.graph.output]
+    assert not {"Constant", "Identity", "BatchNormalization", "Dropout"} & set(ops(result))
+    feed = feed_for(before, symbol=2)
+    # Batch norm folding and a changed opset reorder float32 roundings; through some 50 layers.
+    assert_close(run(source, feed), run(result.path, feed), 1e-5)
