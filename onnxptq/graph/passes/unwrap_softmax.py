@@ -41,7 +41,7 @@ def _unwrap(graph: gs.Graph, softmax: gs.Node) -> bool:
         return False
     if softmax.attrs.get("axis", -1) not in (-1, 1):
         return False
-    if sole_reader(graph, flatten.outputs[0]) is not softmax:
+    if sole_reader(graph, flatten.outputs[0]) is None:
         return False
     softmax.attrs["axis"] = -1
     softmax.outputs[0].shape = list(shape)
