@@ -27,10 +27,39 @@ TOLERANCE = 1e-4
 SIZES: Mapping[str, int | None] = {
     "resnet26d": 64,
     "seresnext26d_32x4d": 64,
+    "res2net50_14w_8s": 64,
+    "skresnet18": 64,
     "regnety_002": 64,
     "mobilenetv2_050": 64,
     "mobilenetv3_small_050": 64,
     "tf_efficientnet_lite0": 65,
+    "lcnet_035": 64,
+    "ghostnet_050": 64,
+    "densenet121": 64,
+    "hrnet_w18_small": 64,
+    "dla34": 64,
+    "ese_vovnet19b_dw": 64,
+    "repvgg_a0": 64,
+    "hgnetv2_b0": 64,
+    "inception_v3": 96,
+    "convnext_atto": 64,
+    "convnextv2_atto": 64,
+    "poolformer_s12": 64,
+    "edgenext_xx_small": 64,
+    "mobilevit_xxs": 64,
+    "efficientvit_b0": 64,
+    "pvt_v2_b0": 64,
+    "vit_tiny_patch16_224": 64,
+    "eva02_tiny_patch14_224": 56,
+    "swin_tiny_patch4_window7_224": 56,
+    "xcit_nano_12_p16_224": 64,
+    "cait_xxs24_224": 64,
+    "coat_lite_tiny": 64,
+    "levit_128s": None,
+    "visformer_tiny": 64,
+    "mixer_s32_224": 64,
+    "resmlp_12_224": 64,
+    "starnet_s1": 64,
 }
 """Architecture -> side of its input; None where the architecture fixes it."""
 
@@ -50,6 +79,8 @@ def _export(timm: Any, name: str, side: int | None, exporter: str, path: Path) -
         # Deprecations inside timm and the exporters are theirs.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        # The older exporter cannot trace every call of fused attention.
+        timm.layers.set_fused_attn(exporter == "dynamo")
         size = {} if side is None else {"img_size": side}
         try:
             network = timm.create_model(name, num_classes=10, **size)
@@ -80,11 +111,11 @@ def _export(timm: Any, name: str, side: int | None, exporter: str, path: Path) -
 
 
 def _shake(network: torch.nn.Module) -> None:
-    """Give zero-initialized scales, biases and statistics values that would show a mistake."""
+    """Give biases, statistics and zero-initialized weights values that would show a mistake."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-            if tensor.dim() == 1 and tensor.is_floating_point():
+            if tensor.is_floating_point() and (tensor.dim() == 1 or not tensor.any()):
                 noise = torch.rand(tensor.shape, generator=generator) * 0.2
                 tensor.add_(noise if "var" in name else noise - 0.1)
 

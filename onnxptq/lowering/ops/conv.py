@@ -26,9 +26,9 @@ _CONV_TRANSPOSE: Mapping[int, Callable[..., Tensor]] = {
 
 
 def _check_rank(spec: NodeSpec) -> None:
-    rank = spec.rank(0)
-    if rank is not None and rank not in _CONV:
-        raise Declined(f"{rank - 2} spatial axes; 1, 2 and 3 are supported")
+    for rank in (spec.rank(0), spec.rank(1)):
+        if rank is not None and rank not in _CONV:
+            raise Declined(f"{rank - 2} spatial axes; 1, 2 and 3 are supported")
 
 
 @register("", "Conv", 1, note="1 to 3 spatial axes")
