@@ -1,1 +1,48 @@
-"""Post-training quantization for ONNX."""
+"""Post-training quantization for ONNX: a float model in, a low-bit QDQ model out, with proof that it is correct.
+
+    import onnxptq
+    result = onnxptq.quantize("model.onnx", calibration="photos/")
+
+Importing this package loads neither torch nor onnxruntime.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from onnxptq.errors import OnnxPtqError
+from onnxptq.version import __version__
+
+if TYPE_CHECKING:
+    from onnxptq.calibrate.feeds import ImagePreprocess
+    from onnxptq.comparison import validate
+    from onnxptq.inspection import inspect
+    from onnxptq.pipeline import Result, quantize
+    from onnxptq.recipe import Recipe
+
+_HOMES = {
+    "ImagePreprocess": "onnxptq.calibrate.feeds",
+    "Recipe": "onnxptq.recipe",
+    "Result": "onnxptq.pipeline",
+    "inspect": "onnxptq.inspection",
+    "quantize": "onnxptq.pipeline",
+    "validate": "onnxptq.comparison",
+}
+
+__all__ = [
+    "ImagePreprocess",
+    "OnnxPtqError",
+    "Recipe",
+    "Result",
+    "__version__",
+    "inspect",
+    "quantize",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'onnxptq' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)

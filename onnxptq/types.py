@@ -127,6 +127,43 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quantizer:
+    """What is decided for one Q/DQ pair: the tensor, its grid, and the edges that read the quantized values.
+
+    ``quantizer_id`` is unique in a plan. Quantizers with one ``scale_group`` share scale and zero point.
+    A bias (``role``) takes the scale ``scale(activation) * scale(weight)`` of the two quantizers named in
+    ``derived_from``.
+    """
+
+    quantizer_id: str
+    tensor: str
+    role: Literal["activation", "weight", "bias"]
+    qtype: QType
+    granularity: Granularity
+    symmetric: bool
+    sites: tuple[Site, ...]
+    scale_group: str
+    derived_from: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantPlan:
+    """Every quantizer of a model for one target, and what was left in float."""
+
+    target: str
+    quantizers: tuple[Quantizer, ...]
+    skips: tuple[Skip, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Solution:
+    """The parameters of every quantizer, by id, and the weights that replace the float ones, by tensor name."""
+
+    qparams: Mapping[str, QParams]
+    weights: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Skip:
     """Something that onnxptq declined to do, and why. ``site`` names it in the user's own names."""
 

@@ -1,1 +1,5 @@
 """Writing QuantizeLinear/DequantizeLinear pairs into a graph."""
+
+from onnxptq.qdq.write import insert_quantizers
+
+__all__ = ["insert_quantizers"]

@@ -1,0 +1,59 @@
+"""``onnxptq inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .options import MODEL, output_options
+from .progress import TerminalProgress
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option("--include", multiple=True, metavar="PATTERN", help="As in quantize.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="As in quantize.")
+@output_options
+def inspect(
+    model: Path,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    debug: bool,
+) -> None:
+    """List MODEL's operators and parameters, and what each target would quantize and why not."""
+    from onnxptq.inspection import inspect as run
+    from onnxptq.recipe import Recipe
+
+    with TerminalProgress(quiet=quiet or as_json, verbose=verbose) as progress:
+        found = run(model, recipe=Recipe(include=include, exclude=exclude), progress=progress)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+        return
+    if quiet:
+        return
+    console = Console(highlight=False)
+    console.print(f"{escape(found.model)}: opset {found.opset}, {found.nodes} nodes, {found.parameters:,} parameters, "
+                  f"{found.weight_bytes / 1e6:.1f} MB of weights as float32", soft_wrap=True)
+    for name, shape in found.inputs.items():
+        console.print(f"  input {escape(name)} {escape(str(list(shape)))}")
+    console.print(f"  outputs {escape(', '.join(found.outputs))}")
+    table = Table("operator", "count", *found.targets, title="Quantized nodes per target", title_justify="left")
+    for op, count in found.operators.items():
+        table.add_row(op, str(count), *(str(view.quantized.get(op, "")) for view in found.targets.values()))
+    console.print(table)
+    for name, view in found.targets.items():
+        console.print(f"{name}: {view.activations} activations, {view.weights} weights, {len(view.skips)} left in float")
+        for skip in view.skips if verbose else view.skips[:5]:
+            console.print(f"  {escape(skip.site)}: {escape(skip.reason)}", soft_wrap=True)
+        if len(view.skips) > 5 and not verbose:
+            console.print(f"  ... {len(view.skips) - 5} more with --verbose")
+    for note in (*found.notes, *(f"{s.site}: {s.reason}" for s in found.untrainable)):
+        console.print(f"note: {escape(note)}", soft_wrap=True)

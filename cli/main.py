@@ -1,0 +1,102 @@
+"""``onnxptq``: the command group, and how errors become exit codes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from onnxptq.errors import EXIT_INTERRUPTED, MemoryBudgetError, OnnxPtqError
+from onnxptq.version import __version__
+
+from .inspect import inspect
+from .quantize import quantize
+from .validate import validate
+
+EXIT_CODES = """\b
+Exit codes:
+  0    success
+  1    internal error (a bug; --debug shows where)
+  2    the request is wrong: option, recipe, data, or output path
+  3    the model is unsupported, damaged, or already quantized
+  4    a quality gate (--min-...) is not met
+  5    the target refuses the request
+  6    the work does not fit --max-memory
+  7    the written file failed its own checks and was removed
+  130  interrupted; the same command resumes from its caches
+"""
+
+
+@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="onnxptq")
+def cli() -> None:
+    """Quantize float ONNX models to QDQ files that are proven to compute what was simulated."""
+
+
+cli.add_command(quantize)
+cli.add_command(validate)
+cli.add_command(inspect)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with a documented code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    sys.exit(_run(arguments, debug))
+
+
+def _run(arguments: list[str] | None, debug: bool) -> int:
+    try:
+        result: Any = cli.main(args=arguments, standalone_mode=False)
+    except click.exceptions.Abort:
+        return _interrupted()
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except KeyboardInterrupt:
+        return _interrupted()
+    except OnnxPtqError as error:
+        if debug:
+            raise
+        _show(error.message, error.remedy)
+        return error.exit_code
+    except MemoryError:
+        if debug:
+            raise
+        _show("The machine ran out of memory.", "Lower --max-memory or --samples.")
+        return MemoryBudgetError.exit_code
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        _show(f"Internal error: {type(error).__name__}: {error}", "Rerun with --debug and report the traceback.")
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _interrupted() -> int:
+    Console(stderr=True).print("Interrupted. No output was written; the same command continues from its caches.")
+    return EXIT_INTERRUPTED
+
+
+def _show(message: str, remedy: str) -> None:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text("error: ", style="bold red").append(message, style="default"))
+    if remedy:
+        console.print(Text("  fix: ", style="bold green").append(remedy, style="default"))
+
+
+if __name__ == "__main__":
+    main()

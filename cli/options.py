@@ -1,0 +1,67 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from onnxptq.recipe import read_yaml_mapping
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+MODEL = click.Path(path_type=Path)
+
+
+def image_options(command: Command) -> Command:
+    """How pictures become model inputs."""
+    options = [
+        click.option("--preprocess", type=MODEL, metavar="FILE", help="YAML with the picture options below."),
+        click.option("--size", metavar="H[,W]", help="Input size in pixels."),
+        click.option("--resize", type=click.Choice(["short_side", "exact", "none"]), help="How pictures reach it."),
+        click.option("--color", type=click.Choice(["RGB", "BGR", "GRAY"]), help="Channel order."),
+        click.option("--layout", type=click.Choice(["NCHW", "NHWC", "auto"]), help="Axis order."),
+        click.option("--scale", type=float, help="Factor on the bytes; (v * scale - mean) / std. [default: 1/255]"),
+        click.option("--mean", metavar="R,G,B", help="Mean per channel. [default: ImageNet]"),
+        click.option("--std", metavar="R,G,B", help="Standard deviation per channel. [default: ImageNet]"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def output_options(command: Command) -> Command:
+    """How much is said, and to whom."""
+    options = [
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."),
+        click.option("-q", "--quiet", is_flag=True, help="Errors only."),
+        click.option("-v", "--verbose", is_flag=True, help="Say more."),
+        click.option("--debug", is_flag=True, help="Show tracebacks."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def picture_options(preprocess: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """The picture options of the file and of the flags together; a flag wins.
+
+    Raises:
+        RecipeError: the file cannot be read.
+    """
+    values = read_yaml_mapping(preprocess) if preprocess is not None else {}
+    return {**values, **{name: _parsed(name, value) for name, value in flags.items() if value is not None}}
+
+
+def _parsed(name: str, value: Any) -> Any:
+    if name not in ("size", "mean", "std"):
+        return value
+    try:
+        numbers = [float(part) for part in str(value).replace("x", ",").split(",")]
+    except ValueError:
+        raise click.BadParameter(f"'{value}' is not a list of numbers", param_hint=f"--{name}") from None
+    if name == "size":
+        return [int(n) for n in (numbers if len(numbers) > 1 else numbers * 2)]
+    return numbers

@@ -1,0 +1,113 @@
+"""``onnxptq quantize``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from onnxptq.recipe import Recipe
+
+from .options import MODEL, image_options, output_options, picture_options
+from .progress import TerminalProgress
+
+_PICTURES = ("size", "resize", "color", "layout", "scale", "mean", "std")
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option("--calib", required=True, metavar="DATA", help="Calibration inputs: a folder of pictures, .npy, .npz or "
+              "test_data_set_* samples, one .npz, or the word 'random'.")
+@click.option("--eval", "evaluation", metavar="DATA", help="Inputs for the quality numbers. [default: a fifth of --calib "
+              "is held out]")
+@click.option("--labels", metavar="FILE", help="Labels of the evaluation inputs (.json, .csv, .npy, .npz, or 'folders').")
+@click.option("-o", "--output", type=MODEL, help="Result. [default: MODEL.int8.onnx]")
+@click.option("--report", "report_dir", type=MODEL, help="Folder of report.html and report.json. [default: OUTPUT.report]")
+@click.option("--no-report", is_flag=True, help="Write no report.")
+@click.option("--recipe", "recipe_path", type=MODEL, help="YAML with any of the settings below; options win.")
+@click.option("-t", "--target", type=click.Choice(["ort-cpu", "tensorrt", "simulate"]), help="Where the file will run. "
+              "[default: ort-cpu]")
+@click.option("--method", type=click.Choice(["auto", "rtn"]), help="auto, or rtn: plain round-to-nearest. [default: auto]")
+@click.option("-w", "--weight-bits", type=int, help="2 to 8. [default: 8]")
+@click.option("-a", "--activation-bits", type=int, help="2 to 8. [default: 8]")
+@click.option("--observer", type=click.Choice(["auto", "mse", "minmax", "percentile", "entropy"]),
+              help="How activation ranges are chosen. [default: auto]")
+@click.option("--percentile", type=float, help="For the percentile observer. [default: 99.999]")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only these: an op type, a name pattern, or "
+              "re:REGEX. Repeatable.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these in float. Repeatable.")
+@click.option("--equalize/--no-equalize", default=None, help="Rescale channels, exactly, beforehand. [default: yes]")
+@click.option("--correct-bias/--no-correct-bias", default=None, help="Correct biases where that helps. [default: yes]")
+@click.option("--samples", type=int, help="At most this many calibration samples. [default: 256]")
+@click.option("--holdout", type=float, help="Share held out where --eval is absent. [default: 0.2]")
+@click.option("--opset", type=int, help="Raise the model to this opset.")
+@click.option("--simplify/--no-simplify", default=None, help="Clean the model with onnxsim first. [default: yes]")
+@click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), help="Runs calibration and checks. [default: cpu]")
+@click.option("--max-memory", type=int, metavar="MIB", help="Budget for activations held at once. [default: 1024]")
+@click.option("--min-sqnr", type=float, metavar="DB", help="Gate: fail unless every output reaches this.")
+@click.option("--min-agreement", type=float, metavar="SHARE", help="Gate: fail unless top-1 agrees this often.")
+@click.option("--seed", type=int, help="For --calib random. [default: 0]")
+@click.option("--work-dir", type=MODEL, help="Caches. [default: $ONNXPTQ_CACHE or ~/.cache/onnxptq]")
+@image_options
+@output_options
+def quantize(
+    model: Path,
+    calib: str,
+    evaluation: str | None,
+    labels: str | None,
+    output: Path | None,
+    report_dir: Path | None,
+    no_report: bool,
+    recipe_path: Path | None,
+    preprocess: Path | None,
+    work_dir: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    debug: bool,
+    **settings: Any,
+) -> None:
+    """Quantize MODEL (float ONNX) to a QDQ file, check it, and report on it.
+
+    \b
+    onnxptq quantize model.onnx --calib photos/
+    onnxptq quantize model.onnx --calib photos/ -t tensorrt --exclude '*/head/*' --min-agreement 0.98
+    """
+    from onnxptq.pipeline import quantize as run
+    from onnxptq.validate.summary import render_summary
+
+    pictures = picture_options(preprocess, {name: settings.pop(name) for name in _PICTURES})
+    recipe = _recipe(recipe_path, settings, pictures)
+    target = output or model.with_name(f"{model.stem}.int8.onnx")
+    folder = None if no_report else report_dir or target.with_name(f"{target.stem}.report")
+    with TerminalProgress(quiet=quiet or as_json, verbose=verbose) as progress:
+        result = run(
+            model,
+            target,
+            calibration=calib,
+            evaluation=evaluation,
+            labels=labels,
+            recipe=recipe,
+            report_dir=folder,
+            work_dir=work_dir,
+            progress=progress,
+        )
+    if as_json:
+        click.echo(json.dumps(result.report.to_json(), indent=2))
+    elif not quiet:
+        console = Console(highlight=False)
+        console.print(render_summary(result.report))
+        console.print(f"output  {result.output}", soft_wrap=True)
+        if result.report_dir is not None:
+            console.print(f"report  {result.report_dir / 'report.html'}", soft_wrap=True)
+
+
+def _recipe(path: Path | None, settings: dict[str, Any], pictures: dict[str, Any]) -> Recipe:
+    base = Recipe.from_yaml(path) if path is not None else Recipe()
+    changes = {name: value for name, value in settings.items() if value not in (None, ())}
+    if pictures:
+        changes["preprocess"] = {**base.preprocess, **pictures}
+    return base.updated(**changes)

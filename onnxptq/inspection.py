@@ -1,0 +1,100 @@
+"""What a model is made of, and what each target would do with it."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_graphsurgeon as gs
+
+from onnxptq.graph.canonicalize import canonicalize
+from onnxptq.graph.index import GraphIndex
+from onnxptq.lowering import check_supported
+from onnxptq.recipe import Recipe
+from onnxptq.placing import placement_request
+from onnxptq.targets import TARGETS
+from onnxptq.types import CanonicalModel, Progress, Skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetView:
+    """What one target would quantize: nodes by operator type, and what it leaves in float."""
+
+    quantized: Mapping[str, int]
+    activations: int
+    weights: int
+    skips: tuple[Skip, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """A model after canonicalization.
+
+    ``weight_bytes`` are those of the float initializers; ``untrainable`` names the nodes that learnt methods
+    would have to leave in float, with the reason.
+    """
+
+    model: str
+    opset: int
+    inputs: Mapping[str, tuple[int | str | None, ...]]
+    outputs: tuple[str, ...]
+    operators: Mapping[str, int]
+    nodes: int
+    parameters: int
+    weight_bytes: int
+    targets: Mapping[str, TargetView]
+    untrainable: tuple[Skip, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def inspect(model: str | Path, *, recipe: Recipe | None = None, progress: Progress | None = None) -> Inspection:
+    """Read ``model`` and list its operators, its parameters, and what each target would quantize and why not.
+
+    Raises:
+        UnsupportedModelError: the model cannot be read or prepared.
+        SelectorError: a selector of ``recipe`` matches nothing.
+    """
+    recipe = recipe or Recipe()
+    with tempfile.TemporaryDirectory(prefix="onnxptq-") as folder:
+        canonical = canonicalize(
+            Path(model), Path(folder), opset=recipe.opset, simplify=recipe.simplify, progress=progress
+        )
+        index = GraphIndex(canonical.graph)
+        constants = [t for t in canonical.graph.tensors().values() if isinstance(t, gs.Constant)]
+        sizes = [math.prod(int(d) for d in t.shape) for t in constants]
+        return Inspection(
+            model=str(model),
+            opset=canonical.opset,
+            inputs={spec.name: spec.shape for spec in canonical.inputs},
+            outputs=canonical.outputs,
+            operators=dict(Counter(node.op for node in index.nodes).most_common()),
+            nodes=len(index.nodes),
+            parameters=sum(sizes),
+            weight_bytes=sum(4 * size for size in sizes),
+            targets={name: _view(name, canonical, index, recipe) for name in TARGETS},
+            untrainable=tuple(
+                Skip(site=gap.node, reason=f"no differentiable form of {gap.op} (since opset {gap.version})")
+                for gap in check_supported(canonical.graph)
+            ),
+            notes=(*canonical.notes, *(f"{s.site}: {s.reason}" for s in canonical.skips)),
+        )
+
+
+def _view(name: str, model: CanonicalModel, index: GraphIndex, recipe: Recipe) -> TargetView:
+    plan = TARGETS[name](index, placement_request(model, index, recipe.updated(target=name), {}))
+    nodes = {s.consumer for q in plan.quantizers for s in q.sites if s.consumer in index.by_name}
+    return TargetView(
+        quantized=dict(Counter(index.by_name[node].op for node in sorted(nodes)).most_common()),
+        activations=sum(q.role == "activation" for q in plan.quantizers),
+        weights=sum(q.role == "weight" for q in plan.quantizers),
+        skips=plan.skips,
+    )

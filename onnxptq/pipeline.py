@@ -1,0 +1,71 @@
+"""The method section: load, canonicalize, equalize, calibrate, place, solve, write, check, report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnxptq import steps
+from onnxptq.publish import require_distinct, require_writable, staging
+from onnxptq.recipe import Recipe
+from onnxptq.runtime import require_runtime
+from onnxptq.types import Progress
+from onnxptq.validate.report import Report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a run made: the file, its report, and the folder of the written report (None if none was asked)."""
+
+    output: Path
+    report: Report
+    report_dir: Path | None
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    calibration: object,
+    evaluation: object | None = None,
+    labels: object | None = None,
+    recipe: Recipe | None = None,
+    report_dir: str | Path | None = None,
+    work_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Quantize ``model`` and prove the result.
+
+    Args:
+        model: path of a float ONNX file.
+        output: path of the result; ``<model>.int8.onnx`` beside the model by default.
+        calibration: inputs to calibrate on: anything that :func:`onnxptq.calibrate.feeds.open_feeds` reads.
+        evaluation: inputs for the quality numbers; by default a part of ``calibration`` is held out.
+        labels: class labels of the evaluation data (see :func:`onnxptq.calibrate.feeds.read_labels`).
+        recipe: all other settings.
+        report_dir: where ``report.json`` and ``report.html`` go; none are written by default.
+        work_dir: folder for caches; calibration found there is reused.
+        progress: told about every long step.
+
+    Raises:
+        OnnxPtqError: see :mod:`onnxptq.errors`. No output file is left behind then.
+    """
+    source = Path(model)
+    target = Path(output) if output is not None else source.with_name(f"{source.stem}.int8.onnx")
+    require_runtime()
+    require_distinct(source, target)
+    require_writable(target)
+    with steps.start(recipe or Recipe(), work_dir, progress) as run:
+        float_model = steps.canonical_model(run, source)
+        data = steps.open_data(run, float_model, calibration, evaluation, labels)
+        prepared = steps.equalized_model(run, float_model, data)
+        statistics = steps.calibration(run, prepared, data)
+        plan = steps.plan(run, prepared, statistics)
+        solution = steps.solution(run, prepared, plan, statistics, data)
+        with staging(target) as staged:
+            steps.write(run, prepared, plan, solution, staged)
+            checks = steps.check(run, float_model, prepared, plan, solution, staged, data)
+            report = steps.report(run, prepared, plan, solution, statistics, staged, target, data, checks)
+            folder = steps.write_report(report, report_dir)
+            steps.require_quality(run, report)
+    return Result(output=target, report=report, report_dir=folder)

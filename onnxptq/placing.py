@@ -1,0 +1,82 @@
+"""From a recipe's selectors and rules to a placement request in canonical names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from onnxptq.calibrate.observers import Observer
+from onnxptq.graph.index import GraphIndex
+from onnxptq.recipe import Recipe
+from onnxptq.selectors import compile_pattern, match_nodes, match_tensors
+from onnxptq.targets import PlacementRequest
+from onnxptq.types import CanonicalModel
+
+
+def placement_request(
+    model: CanonicalModel, index: GraphIndex, recipe: Recipe, uncalibrated: Mapping[str, str]
+) -> PlacementRequest:
+    """Which nodes the recipe quantizes, at which bits.
+
+    Raises:
+        SelectorError: a pattern matches nothing.
+    """
+    names = {node.name: _known_names(model, node) for node in index.nodes}
+    ops = {node.name: node.op for node in index.nodes}
+    declined: dict[str, str] = {}
+    if recipe.include:
+        chosen = frozenset().union(*(match_nodes(p, names, ops, option="--include") for p in recipe.include))
+        declined = {name: "not chosen by --include" for name in names if name not in chosen}
+    for pattern in recipe.exclude:
+        matched = match_nodes(pattern, names, ops, option="--exclude")
+        declined.update({name: f"excluded by '{pattern}'" for name in matched})
+    bits: dict[str, tuple[int, int]] = {}
+    for rule in recipe.rules:
+        if rule.weight_bits is None and rule.activation_bits is None:
+            continue
+        for name in match_nodes(rule.match, names, ops, option="rule"):
+            weight, activation = bits.get(name, (recipe.weight_bits, recipe.activation_bits))
+            bits[name] = (rule.weight_bits or weight, rule.activation_bits or activation)
+    return PlacementRequest(
+        weight_bits=recipe.weight_bits,
+        activation_bits=recipe.activation_bits,
+        weight_storage="int4" if model.opset >= 21 and recipe.target == "simulate" else "int8",
+        bits_of=bits,
+        declined=declined,
+        uncalibrated=uncalibrated,
+    )
+
+
+def observer_overrides(
+    model: CanonicalModel, index: GraphIndex, recipe: Recipe, tensors: frozenset[str]
+) -> dict[str, Observer]:
+    """The observers that the recipe's rules set for single tensors, by canonical name.
+
+    A rule names tensors, or nodes: then it holds for what they read and write.
+
+    Raises:
+        SelectorError: a pattern matches nothing.
+    """
+    overrides: dict[str, Observer] = {}
+    users = {model.user_name(name): name for name in tensors}
+    names = {node.name: _known_names(model, node) for node in index.nodes}
+    ops = {node.name: node.op for node in index.nodes}
+    for rule in recipe.rules:
+        if rule.observer is None:
+            continue
+        observer = Observer(name=rule.observer, percentile=recipe.percentile)
+        matches = compile_pattern(rule.match)
+        matched = {tensor for name, tensor in users.items() if matches(name)}
+        if not matched:
+            nodes = match_nodes(rule.match, names, ops, option="rule")
+            touched = {t.name for n in nodes for t in (*index.by_name[n].inputs, *index.by_name[n].outputs)}
+            matched = touched & tensors
+        if not matched:
+            match_tensors(rule.match, sorted(users), option="rule")
+        overrides.update(dict.fromkeys(matched, observer))
+    return overrides
+
+
+def _known_names(model: CanonicalModel, node: Any) -> tuple[str, ...]:
+    outputs = [model.user_name(t.name) for t in node.outputs if t.name]
+    return (node.name, *outputs)

@@ -1,0 +1,159 @@
+"""From a plan and its solution to a graph with QuantizeLinear/DequantizeLinear pairs.
+
+An activation quantizer becomes ``[Clip ->] QuantizeLinear -> DequantizeLinear`` and the readers named in
+its sites read the result; all others keep reading the float tensor. QuantizeLinear saturates at the limits
+of its storage type only, so a grid narrower than its storage needs the Clip, whose bounds are the grid's
+ends: values inside them round to the grid's integers exactly as without it.
+
+A weight becomes its integers and a DequantizeLinear. A bias becomes int32 integers with the scale
+``scale(x) scale(w)`` that integer kernels accumulate in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from onnxptq.errors import UnsupportedModelError
+from onnxptq.qdq import names
+from onnxptq.quantizers.affine import quantize, range_of
+from onnxptq.types import GRAPH_OUTPUT, Array, PerAxis, PerGroup, PerTensor, QParams, Quantizer, QuantPlan, Solution
+
+_NARROW = {"int4": onnx.TensorProto.INT4, "uint4": onnx.TensorProto.UINT4}
+
+
+def insert_quantizers(graph: gs.Graph, plan: QuantPlan, solution: Solution) -> gs.Graph:
+    """A copy of ``graph`` that carries every quantizer of ``plan`` with the parameters of ``solution``.
+
+    Weights named in ``solution.weights`` replace the float ones, quantized or not.
+
+    Raises:
+        UnsupportedModelError: a generated name is already taken by the model.
+    """
+    result = graph.copy()
+    taken = {node.name for node in result.nodes} | set(result.tensors())
+    nodes = {node.name: node for node in result.nodes}
+    tensors = result.tensors()
+    for name, value in solution.weights.items():
+        tensors[name].values = np.asarray(value, np.float32)
+    for quantizer in plan.quantizers:
+        qparams = solution.qparams[quantizer.quantizer_id]
+        writer = _Writer(result, tensors, nodes, taken, quantizer, qparams)
+        if quantizer.role == "activation":
+            writer.activation()
+        else:
+            writer.constant(tensors[quantizer.tensor].values)
+    result.cleanup(remove_unused_node_outputs=False, recurse_subgraphs=False).toposort()
+    return result
+
+
+class _Writer:
+    """Adds one quantizer."""
+
+    def __init__(
+        self,
+        graph: gs.Graph,
+        tensors: Mapping[str, gs.Tensor],
+        nodes: Mapping[str, gs.Node],
+        taken: set[str],
+        quantizer: Quantizer,
+        qparams: QParams,
+    ) -> None:
+        self.graph = graph
+        self.nodes = nodes
+        self.taken = taken
+        self.quantizer = quantizer
+        self.qparams = qparams
+        self.tensor = tensors[quantizer.tensor]
+        self.prefix = quantizer.quantizer_id
+
+    def activation(self) -> None:
+        """Insert [Clip,] QuantizeLinear and DequantizeLinear, and re-point the readers."""
+        is_output = any(site.consumer == GRAPH_OUTPUT for site in self.quantizer.sites)
+        source = self.tensor
+        if is_output:
+            source = self._split_graph_output()
+        clipped = self._clip(source) if self.qparams.qtype.is_narrow else source
+        scale, zero_point = self._parameters()
+        quantized = gs.Variable(
+            self._name(names.QUANTIZE_OUTPUT), dtype=np.dtype(self.qparams.qtype.storage), shape=source.shape
+        )
+        self._add("QuantizeLinear", names.QUANTIZE_NODE, [clipped, scale, zero_point], quantized)
+        target = (
+            self.tensor
+            if is_output
+            else gs.Variable(self._name(names.DEQUANTIZE_OUTPUT), dtype=np.float32, shape=source.shape)
+        )
+        self._add("DequantizeLinear", names.DEQUANTIZE_NODE, [quantized, scale, zero_point], target)
+        self._repoint(target)
+
+    def constant(self, value: Array) -> None:
+        """Insert the integers of a weight or bias and a DequantizeLinear, and re-point the readers."""
+        scale, zero_point = self._parameters()
+        integers = quantize(np.asarray(value, np.float32), self.qparams)
+        stored = _constant(self._name(names.QUANTIZED), integers, self.qparams.qtype.storage)
+        output = gs.Variable(self._name(names.DEQUANTIZE_OUTPUT), dtype=np.float32, shape=list(value.shape))
+        self._add("DequantizeLinear", names.DEQUANTIZE_NODE, [stored, scale, zero_point], output)
+        self._repoint(output)
+
+    def _split_graph_output(self) -> gs.Tensor:
+        """Give the producer a new output name, so that the graph's output can come from the DequantizeLinear."""
+        inner = gs.Variable(self._name(names.QUANTIZE_INPUT), dtype=self.tensor.dtype, shape=self.tensor.shape)
+        (producer,) = self.tensor.inputs
+        producer.outputs[[t is self.tensor for t in producer.outputs].index(True)] = inner
+        for reader in list(self.tensor.outputs):
+            for i, tensor in enumerate(reader.inputs):
+                if tensor is self.tensor:
+                    reader.inputs[i] = inner
+        return inner
+
+    def _clip(self, source: gs.Tensor) -> gs.Tensor:
+        low, high = range_of(self.qparams)
+        output = gs.Variable(self._name(names.CLIP_OUTPUT), dtype=np.float32, shape=source.shape)
+        bounds = [gs.Constant(self._name(names.CLIP_LOW), low), gs.Constant(self._name(names.CLIP_HIGH), high)]
+        self._add("Clip", names.CLIP_NODE, [source, *bounds], output, axis=False)
+        return output
+
+    def _parameters(self) -> tuple[gs.Tensor, gs.Tensor]:
+        storage = self.qparams.qtype.storage
+        scale = gs.Constant(self._name(names.SCALE), np.asarray(self.qparams.scale, np.float32))
+        return scale, _constant(self._name(names.ZERO_POINT), self.qparams.zero_point, storage)
+
+    def _add(self, op: str, suffix: str, inputs: list[gs.Tensor], output: gs.Tensor, *, axis: bool = True) -> None:
+        attrs = _axis_attributes(self.qparams) if axis else {}
+        self.graph.nodes.append(gs.Node(op, self._name(suffix), attrs=attrs, inputs=inputs, outputs=[output]))
+
+    def _repoint(self, target: gs.Tensor) -> None:
+        for site in self.quantizer.sites:
+            if site.consumer != GRAPH_OUTPUT:
+                self.nodes[site.consumer].inputs[site.input_index] = target
+
+    def _name(self, suffix: str) -> str:
+        name = self.prefix + suffix
+        if name in self.taken:
+            raise UnsupportedModelError(
+                f"The model already uses the name '{name}' that quantization needs.", "Rename that tensor or node."
+            )
+        self.taken.add(name)
+        return name
+
+
+def _axis_attributes(qparams: QParams) -> dict[str, int]:
+    match qparams.granularity:
+        case PerTensor():
+            return {}
+        case PerAxis(axis):
+            return {"axis": axis}
+        case PerGroup(axis, group_size):
+            return {"axis": axis, "block_size": group_size}
+
+
+def _constant(name: str, values: Array, storage: str) -> gs.Constant:
+    if storage not in _NARROW:
+        return gs.Constant(name, np.asarray(values).astype(storage))
+    packed = onnx.helper.make_tensor(name, _NARROW[storage], list(values.shape), values.reshape(-1).tolist())
+    return gs.Constant(name, LazyValues(packed))

@@ -1,0 +1,150 @@
+"""What a user wants from a quantization run: one frozen value, read from and written to YAML.
+
+Every command-line option of ``onnxptq quantize`` that changes the result is a field here, under the same
+name, so a run can be repeated from its report.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from onnxptq.errors import RecipeError
+
+Target = Literal["ort-cpu", "tensorrt", "simulate"]
+ObserverChoice = Literal["auto", "mse", "minmax", "percentile", "entropy"]
+Method = Literal["auto", "rtn"]
+
+
+class TensorRule(BaseModel):
+    """Exceptions for the tensors or nodes that ``match`` names (see :mod:`onnxptq.selectors` for patterns)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    match: str
+    observer: Literal["mse", "minmax", "percentile", "entropy"] | None = None
+    weight_bits: int | None = Field(default=None, ge=2, le=8)
+    activation_bits: int | None = Field(default=None, ge=2, le=8)
+
+
+class Recipe(BaseModel):
+    """All settings of a run; the defaults need no reading.
+
+    Args:
+        target: where the file will run.
+        method: ``auto`` equalizes channels, corrects biases and picks ranges by measuring the output;
+            ``rtn`` is plain round-to-nearest with one observer, the baseline.
+        weight_bits, activation_bits: grid sizes, 2 to 8. A deployment target maps what it cannot run to 8.
+        observer: how activation ranges are chosen; ``auto`` measures several on calibration samples.
+        percentile: percent of values kept by the percentile observer.
+        include, exclude: node selectors; with ``include`` only matching nodes are quantized.
+        rules: per-tensor exceptions; the last match wins.
+        equalize, correct_bias: parts of ``auto`` that can be turned off.
+        samples: at most this many calibration samples, spread evenly over the data.
+        holdout: share of the samples kept out of calibration for the quality numbers, where no evaluation
+            data is given.
+        opset: raise the model to this opset.
+        simplify: whether onnxsim cleans the model first.
+        provider: execution provider for calibration and checks.
+        max_memory: budget in MiB for activations held at once.
+        preprocess: how pictures become inputs (the fields of ImagePreprocess); what is absent is guessed.
+        min_sqnr, min_agreement: quality gates on held-out samples (dB; share of equal top-1).
+        seed: for random calibration data, where that was asked for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: Target = "ort-cpu"
+    method: Method = "auto"
+    weight_bits: int = Field(default=8, ge=2, le=8)
+    activation_bits: int = Field(default=8, ge=2, le=8)
+    observer: ObserverChoice = "auto"
+    percentile: float = Field(default=99.999, gt=50.0, le=100.0)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rules: tuple[TensorRule, ...] = ()
+    equalize: bool = True
+    correct_bias: bool = True
+    samples: int = Field(default=256, ge=1)
+    holdout: float = Field(default=0.2, ge=0.0, lt=1.0)
+    opset: int | None = Field(default=None, ge=13, le=26)
+    simplify: bool = True
+    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    max_memory: int | None = Field(default=None, ge=1)
+    preprocess: dict[str, Any] = Field(default_factory=dict)
+    min_sqnr: float | None = None
+    min_agreement: float | None = Field(default=None, ge=0.0, le=1.0)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _baseline_is_plain(self) -> Self:
+        if self.method == "rtn" and self.observer == "auto":
+            object.__setattr__(self, "observer", "mse")
+        return self
+
+    @classmethod
+    def create(cls, values: dict[str, Any], where: str = "recipe") -> Recipe:
+        """A recipe from plain values.
+
+        Raises:
+            RecipeError: unknown keys (with the nearest known ones) or illegal values.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(_explain(error, where), "See: onnxptq quantize --help") from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a recipe.
+
+        Raises:
+            RecipeError: unreadable file, invalid YAML, unknown keys or illegal values.
+        """
+        return cls.create(read_yaml_mapping(Path(path)), where=str(path))
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, without the fields that are unset."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        return yaml.safe_dump(values, sort_keys=False)
+
+    def updated(self, **changes: Any) -> Recipe:
+        """A validated copy with ``changes`` applied."""
+        return Recipe.create({**self.model_dump(exclude_unset=True), **changes})
+
+
+def read_yaml_mapping(path: Path) -> dict[str, Any]:
+    """The top-level mapping of a YAML file.
+
+    Raises:
+        RecipeError: the file cannot be read, is not YAML, or holds something else.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"Cannot read '{path}': {error.strerror}.", "Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise RecipeError(f"'{path}' is not valid YAML: {detail}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise RecipeError(f"'{path}' must hold a mapping, not a {type(values).__name__}.")
+    return {str(key): value for key, value in values.items()}
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"]) or "(whole)"
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(item["loc"][-1]), Recipe.model_fields, n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            lines.append(f"unknown key '{name}'{hint}")
+        else:
+            lines.append(f"'{name}': {item['msg']} (got {item['input']!r})")
+    return f"Invalid {where}: " + "; ".join(lines)

@@ -1,0 +1,1 @@
+"""From a plan to its solution: ranges of weights, corrected biases, learnt roundings."""

@@ -1,0 +1,79 @@
+"""The starting solution: weight grids from the weights alone, activation grids as given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxptq.quantizers.affine import SMALLEST_SCALE, search_weight_qparams, symmetric_qparams
+from onnxptq.types import Array, PerAxis, PerGroup, QParams, Quantizer, QuantPlan, Solution
+
+_BIAS_LIMIT = 2.0**30
+"""Integers of a bias stay within half of int32, so that the accumulator it joins cannot overflow."""
+
+
+def initial_solution(
+    graph: gs.Graph, plan: QuantPlan, activations: Mapping[str, QParams], *, search: bool = True
+) -> Solution:
+    """Round-to-nearest parameters of every quantizer.
+
+    Args:
+        activations: parameters of the activation quantizers, by id.
+        search: minimise the 2.4-norm of the weight error over shrunken ranges, instead of covering the
+            largest weight.
+    """
+    constants = {name: t.values for name, t in graph.tensors().items() if isinstance(t, gs.Constant)}
+    qparams: dict[str, QParams] = dict(activations)
+    by_id = {q.quantizer_id: q for q in plan.quantizers}
+    biases = [q for q in plan.quantizers if q.role == "bias"]
+    for quantizer in plan.quantizers:
+        if quantizer.role == "weight":
+            qparams[quantizer.quantizer_id] = _weight_qparams(constants[quantizer.tensor], quantizer, search)
+    for quantizer in biases:
+        assert quantizer.derived_from is not None
+        activation, weight = quantizer.derived_from
+        qparams[weight] = _widened(qparams[weight], qparams[activation], constants[quantizer.tensor])
+    for quantizer in biases:
+        qparams[quantizer.quantizer_id] = bias_qparams(quantizer, qparams)
+    assert set(qparams) == set(by_id)
+    return Solution(qparams=qparams)
+
+
+def bias_qparams(quantizer: Quantizer, qparams: Mapping[str, QParams]) -> QParams:
+    """The parameters that a bias inherits: scale(activation) * scale(weight), zero point 0."""
+    assert quantizer.derived_from is not None
+    activation, weight = (qparams[i] for i in quantizer.derived_from)
+    scale = (activation.scale * weight.scale).astype(np.float32)
+    return QParams(
+        scale=scale,
+        zero_point=np.zeros(scale.shape, np.int32),
+        qtype=quantizer.qtype,
+        granularity=quantizer.granularity,
+    )
+
+
+def _weight_qparams(weight: Array, quantizer: Quantizer, search: bool) -> QParams:
+    granularity = quantizer.granularity
+    assert not isinstance(granularity, PerGroup)
+    weight = np.asarray(weight, np.float32)
+    if search:
+        return search_weight_qparams(weight, quantizer.qtype, granularity)
+    axes = tuple(
+        i for i in range(weight.ndim) if not (isinstance(granularity, PerAxis) and i == granularity.axis % weight.ndim)
+    )
+    return symmetric_qparams(np.abs(weight).max(axis=axes, initial=0.0), quantizer.qtype, granularity)
+
+
+def _widened(weight: QParams, activation: QParams, bias: Array) -> QParams:
+    """``weight`` with scales raised where the bias would not fit its integers.
+
+    A channel whose weights are tiny against its bias gets a coarser weight scale; its weights then contribute
+    next to nothing to its output either way.
+    """
+    needed = np.abs(bias).astype(np.float64) / _BIAS_LIMIT / np.maximum(activation.scale, SMALLEST_SCALE)
+    scale = np.maximum(weight.scale, needed.astype(np.float32)).astype(np.float32)
+    return QParams(
+        scale=scale, zero_point=weight.zero_point, qtype=weight.qtype, granularity=weight.granularity
+    )

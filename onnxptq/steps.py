@@ -1,0 +1,382 @@
+"""The steps of a run, one function each, as :mod:`onnxptq.pipeline` calls them.
+
+A step joins stages that do not know each other and keeps time, notes and caches; it decides nothing that a
+stage could decide.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy.typing as npt
+
+from onnxptq.calibrate import cache
+from onnxptq.calibrate.feeds import ImagePreprocess, open_feeds, read_labels, split_holdout
+from onnxptq.calibrate.observers import Observer
+from onnxptq.calibrate.products import choose_softmax_ranges
+from onnxptq.calibrate.ranges import choose_ranges
+from onnxptq.calibrate.run import DEFAULT_GROUP_BYTES, Calibration, calibrate
+from onnxptq.calibrate.select import label, select_observer
+from onnxptq.equalize import equalize
+from onnxptq.errors import FeedError, OutputPathError
+from onnxptq.graph.canonicalize import canonicalize
+from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.save import save_graph
+from onnxptq.placing import observer_overrides, placement_request
+from onnxptq.qdq import insert_quantizers
+from onnxptq.recipe import Recipe
+from onnxptq.reconstruct.bias import correct_biases
+from onnxptq.reconstruct.initial import initial_solution
+from onnxptq.runtime import Session, runtime_version
+from onnxptq.samples import ListFeeds, pick_samples
+from onnxptq.targets import TARGETS, candidate_tensors
+from onnxptq.trial import Trial
+from onnxptq.types import CanonicalModel, Feeds, InputSpec, Progress, QParams, QuantPlan, Solution
+from onnxptq.version import __version__
+
+TRIAL_SAMPLES = 16
+"""Calibration samples on which alternatives are compared."""
+
+CORRECTION_SAMPLES = 32
+"""Calibration samples that equalize channels and correct biases."""
+
+
+FOCUS_SAMPLES = 2
+"""Calibration samples whose attention matrices choose the ranges of softmax outputs."""
+
+
+@dataclass(slots=True)
+class Run:
+    """The settings of one run and what it has noted so far."""
+
+    recipe: Recipe
+    work_dir: Path
+    scratch: Path
+    progress: Progress | None
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of activations held at once."""
+        return DEFAULT_GROUP_BYTES if self.recipe.max_memory is None else self.recipe.max_memory << 20
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time of a block to ``seconds[name]``."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def note(self, text: str) -> None:
+        """Keep a remark for the report and say it."""
+        if text not in self.notes:
+            self.notes.append(text)
+            if self.progress:
+                self.progress.message(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """Calibration samples, held-out samples (None where there are none), and labels of the latter."""
+
+    calibration: Feeds
+    heldout: Feeds | None
+    labels: npt.NDArray[Any] | None
+    preprocess: ImagePreprocess | None
+
+
+@contextmanager
+def start(recipe: Recipe, work_dir: str | Path | None, progress: Progress | None) -> Iterator[Run]:
+    """A run with a work folder for caches and a scratch folder that is removed at the end.
+
+    Raises:
+        OutputPathError: the work folder cannot be made.
+    """
+    folder = Path(work_dir) if work_dir is not None else cache.default_work_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix="run-", dir=folder)
+    except OSError as error:
+        raise OutputPathError(
+            f"The work folder '{folder}' cannot be written: {error.strerror or error}.",
+            "Choose another with --work-dir.",
+        ) from error
+    with scratch as name:
+        yield Run(recipe=recipe, work_dir=folder, scratch=Path(name), progress=progress)
+
+
+def canonical_model(run: Run, source: Path) -> CanonicalModel:
+    """The user's model in canonical form."""
+    with run.timed("canonicalize"):
+        model = canonicalize(
+            source, run.scratch, opset=run.recipe.opset, simplify=run.recipe.simplify, progress=run.progress
+        )
+    for note in model.notes:
+        run.note(note)
+    return model
+
+
+def open_data(
+    run: Run, model: CanonicalModel, calibration: object, evaluation: object | None, labels: object | None
+) -> Data:
+    """Calibration and held-out samples. Without evaluation data a part of the calibration data is held out."""
+    recipe = run.recipe
+    with run.timed("open data"):
+        preprocess = picture_preprocess(run, model.inputs, (calibration, evaluation))
+        feeds: Feeds = open_feeds(
+            calibration,
+            model.inputs,
+            preprocess=preprocess,
+            spool_dir=run.scratch,
+            limit=recipe.samples,
+            seed=recipe.seed,
+        )
+        heldout: Feeds | None
+        if evaluation is not None:
+            heldout = open_feeds(evaluation, model.inputs, preprocess=preprocess, spool_dir=run.scratch)
+        elif recipe.holdout > 0:
+            feeds, heldout = split_holdout(feeds, recipe.holdout)
+        else:
+            heldout = None
+        if heldout is None:
+            run.note("No sample was held out, so no quality is reported; give --eval or more samples.")
+            if labels is not None:
+                raise FeedError("Labels were given, but there are no held-out samples.", "Give --eval.")
+        return Data(
+            calibration=feeds,
+            heldout=heldout,
+            labels=None if labels is None or heldout is None else read_labels(labels, heldout),  # type: ignore[arg-type]
+            preprocess=preprocess,
+        )
+
+
+def picture_preprocess(run: Run, inputs: tuple[InputSpec, ...], sources: tuple[object, ...]) -> ImagePreprocess | None:
+    """The recipe's picture options over a guess from the input's shape; None where no picture can be meant.
+
+    A guess is said, because it is only a guess.
+
+    Raises:
+        FeedError: an illegal option.
+    """
+    options = run.recipe.preprocess
+    guess = None
+    if len(inputs) == 1:
+        with suppress(FeedError):
+            guess = ImagePreprocess.guess(inputs[0])
+    if options:
+        return ImagePreprocess.from_options(options, base=guess)
+    if guess is not None and any(isinstance(source, str | Path) and Path(source).is_dir() for source in sources):
+        run.note(f"Pictures: {guess.describe(is_guessed=True)}")
+    return guess
+
+
+def equalized_model(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
+    """The model with its channels rescaled, exactly, so that one scale per tensor loses less."""
+    if run.recipe.method == "rtn" or not run.recipe.equalize:
+        return model
+    with run.timed("equalize"):
+        feeds = ListFeeds(pick_samples(data.calibration, CORRECTION_SAMPLES))
+        tensors = candidate_tensors(GraphIndex(model.graph))
+        equalized, summary = equalize(
+            model,
+            feeds,
+            work_dir=run.scratch,
+            tensors=tensors,
+            samples=CORRECTION_SAMPLES,
+            provider=run.recipe.provider,
+            group_bytes=run.group_bytes,
+            progress=run.progress,
+        )
+    run.note(summary.describe())
+    return equalized
+
+
+def calibration(run: Run, model: CanonicalModel, data: Data) -> Calibration:
+    """Statistics of every tensor that some target may quantize, from the cache where they are known."""
+    recipe = run.recipe
+    histogram = recipe.observer != "minmax" or any(rule.observer not in (None, "minmax") for rule in recipe.rules)
+    with run.timed("calibrate"):
+        tensors = candidate_tensors(GraphIndex(model.graph))
+        key = cache.cache_key(
+            __version__,
+            runtime_version(),
+            recipe.provider,
+            model.fingerprint,
+            data.calibration.fingerprint,
+            histogram,
+            tensors,
+        )
+        known = cache.load_calibration(run.work_dir, key)
+        if known is not None:
+            run.note(f"Calibration is reused from '{run.work_dir}' (same model, data and settings).")
+            return known
+        result = calibrate(
+            model,
+            data.calibration,
+            tensors,
+            work_dir=run.scratch,
+            histogram=histogram,
+            provider=recipe.provider,
+            group_bytes=run.group_bytes,
+            progress=run.progress,
+        )
+        cache.save_calibration(run.work_dir, key, result)
+    return result
+
+
+def plan(run: Run, model: CanonicalModel, statistics: Calibration) -> QuantPlan:
+    """Where quantizers go for the recipe's target."""
+    with run.timed("place"):
+        index = GraphIndex(model.graph)
+        request = placement_request(model, index, run.recipe, statistics.uncalibrated)
+        return TARGETS[run.recipe.target](index, request)
+
+
+def solution(
+    run: Run, model: CanonicalModel, plan: QuantPlan, statistics: Calibration, data: Data
+) -> Solution:
+    """The parameters of every quantizer: the best of the observers asked for, biases corrected where it helps."""
+    recipe = run.recipe
+    index = GraphIndex(model.graph)
+    tensors = frozenset(q.tensor for q in plan.quantizers if q.role == "activation")
+    overrides = observer_overrides(model, index, recipe, tensors)
+
+    focused: dict[str, QParams] = {}
+
+    def solved(observer: Observer) -> Solution:
+        ranges = choose_ranges(plan, statistics, observer, overrides)
+        return initial_solution(model.graph, plan, {**ranges, **focused})
+
+    if recipe.method == "rtn" or not plan.quantizers:
+        with run.timed("choose ranges"):
+            return solved(_named(recipe))
+    trial = Trial(model, plan, pick_samples(data.calibration, TRIAL_SAMPLES), run.scratch, recipe.provider)
+    with run.timed("choose ranges"):
+        if recipe.observer == "auto":
+            focused.update(
+                choose_softmax_ranges(
+                    model,
+                    plan,
+                    choose_ranges(plan, statistics, Observer(name="minmax"), overrides),
+                    pick_samples(data.calibration, FOCUS_SAMPLES),
+                    work_dir=run.scratch,
+                    provider=recipe.provider,
+                    progress=run.progress,
+                )
+            )
+        if recipe.observer == "auto":
+            observer, scores = select_observer(lambda o: trial.score(solved(o)), progress=run.progress)
+            listed = ", ".join(f"{name} {score:.2f} dB" for name, score in scores.items())
+            run.note(f"Ranges by {label(observer)}; on calibration samples: {listed}.")
+        else:
+            observer = _named(recipe)
+        found = solved(observer)
+    if recipe.correct_bias:
+        with run.timed("correct biases"):
+            found = _bias_corrected(run, model, plan, found, data, trial)
+    return found
+
+
+def _named(recipe: Recipe) -> Observer:
+    assert recipe.observer != "auto"
+    return Observer(name=recipe.observer, percentile=recipe.percentile)
+
+
+def _bias_corrected(
+    run: Run, model: CanonicalModel, plan: QuantPlan, found: Solution, data: Data, trial: Trial
+) -> Solution:
+    corrected = correct_biases(
+        model,
+        plan,
+        found,
+        pick_samples(data.calibration, CORRECTION_SAMPLES),
+        insert=insert_quantizers,
+        work_dir=run.scratch,
+        provider=run.recipe.provider,
+        progress=run.progress,
+    )
+    before, after = trial.score(found), trial.score(corrected)
+    if after <= before:
+        run.note(f"Bias correction was tried and dropped: {before:.2f} dB without, {after:.2f} dB with it.")
+        return found
+    run.note(f"Bias correction: {before:.2f} -> {after:.2f} dB on calibration samples.")
+    return corrected
+
+
+def write(run: Run, model: CanonicalModel, plan: QuantPlan, solution: Solution, path: Path) -> None:
+    """Write the QDQ file with its provenance."""
+    with run.timed("write"):
+        save_graph(
+            insert_quantizers(model.graph, plan, solution),
+            path,
+            model_metadata={
+                **model.model_metadata,
+                "onnxptq.version": __version__,
+                "onnxptq.target": plan.target,
+                "onnxptq.method": run.recipe.method,
+                "onnxptq.source_sha256": model.fingerprint,
+                "onnxptq.recipe": run.recipe.to_yaml(),
+            },
+            node_metadata=model.node_metadata,
+        )
+
+
+def check(
+    run: Run,
+    source: CanonicalModel,
+    model: CanonicalModel,
+    plan: QuantPlan,
+    solution: Solution,
+    path: Path,
+    data: Data,
+) -> Checks:
+    """Prove the written file and measure it.
+
+    Raises:
+        OutputCheckError: the file is not what was planned, or does not compute what was simulated.
+    """
+    provider = run.recipe.provider
+    with run.timed("check"):
+        check_structure(path, model, plan, solution)
+        proof = pick_samples(data.heldout or data.calibration, PARITY_SAMPLES)
+        parity = check_parity(
+            path,
+            model,
+            plan,
+            solution,
+            proof,
+            work_dir=run.scratch,
+            provider=provider,
+            group_bytes=run.group_bytes,
+        )
+    quality = layers = None
+    if data.heldout is not None:
+        with run.timed("measure quality"):
+            quality = compare(
+                source.source,
+                path,
+                data.heldout,
+                labels=data.labels,
+                provider=provider,
+                work_dir=run.scratch,
+                progress=run.progress,
+            )
+            layers = compare(
+                model.path,
+                path,
+                ListFeeds(pick_samples(data.heldout, LAYER_SAMPLES)),
+                layers=True,
+                provider=provider,
+                work_dir=run.scratch,
+                progress=run.progress,
+            )
+    with run.timed("measure latency"):
+        latency = measure_latency(source.source, path, proof[0], provider=provider)
+        kernels = count_kernels(path, run.scratch) if provider == "cpu" else None
+    return Checks(parity=parity, quality=quality, layers=layers, latency=latency, kernels=kernels)

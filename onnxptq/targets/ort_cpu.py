@@ -1,0 +1,88 @@
+"""onnxruntime's CPU provider: unsigned asymmetric activations, signed per-channel weights.
+
+| operator | activations | weight | bias | output | integer kernel |
+|---|---|---|---|---|---|
+| Conv | input 0, uint8 | int8 per output channel | int32 | quantized, behind a fused Relu/Clip | QLinearConv |
+| Gemm | input 0, uint8 | int8 per output channel | int32 | float | QGemm |
+| MatMul with a constant | the other input, uint8 | int8 per output channel | float | float | MatMulIntegerToFloat |
+| everything else | float | | | | |
+
+Between two activations a MatMul is faster in float (quantized attention MatMuls run at 0.5-0.8 of the
+speed), and LayerNormalization, Gelu and ReduceMean have no integer kernel. Residual sums stay in float:
+the sum reads the convolution's dequantized output, and a skip connection that is not quantized for a
+kernel anyway is not quantized for the sum, which keeps rounding noise from piling up along the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_graphsurgeon as gs
+
+from onnxptq.graph.index import GraphIndex, is_constant
+from onnxptq.targets.placement import (
+    PlacementRequest,
+    Placer,
+    Row,
+    channel_axis_of_gemm,
+    channel_axis_of_matmul,
+    tie_movements,
+)
+from onnxptq.types import QType, QuantPlan
+
+NAME = "ort-cpu"
+
+
+def _needs_constant_weight(node: gs.Node, index: GraphIndex) -> str | None:
+    if not is_constant(node.inputs[1]):
+        return "no operand is constant; between two activations the float kernel is faster on the CPU"
+    if len(node.inputs[1].shape) != 2:
+        return "its constant operand is not a matrix; onnxruntime has no fast integer kernel for it"
+    return None
+
+
+def _gemm_needs_plain_product(node: gs.Node, index: GraphIndex) -> str | None:
+    if not is_constant(node.inputs[1]):
+        return "its second operand is not constant"
+    if node.attrs.get("transA", 0):
+        return "its first operand is transposed (transA)"
+    if node.attrs.get("alpha", 1.0) != 1.0 or node.attrs.get("beta", 1.0) != 1.0:
+        return "alpha or beta is not 1, which QGemm does not take"
+    return None
+
+
+def _conv_needs_constant_weight(node: gs.Node, index: GraphIndex) -> str | None:
+    if not is_constant(node.inputs[1]):
+        return "its weight is not constant"
+    if len(node.inputs) > 2 and not is_constant(node.inputs[2]):
+        return "its bias is not constant"
+    return None
+
+
+TABLE: Mapping[str, Row] = {
+    "Conv": Row(
+        activations=(0,),
+        weight=1,
+        weight_axis=lambda node: 0,
+        bias=2,
+        bias_storage="int32",
+        quantize_output=True,
+        decline=_conv_needs_constant_weight,
+    ),
+    "Gemm": Row(
+        activations=(0,),
+        weight=1,
+        weight_axis=channel_axis_of_gemm,
+        bias=2,
+        bias_storage="int32",
+        decline=_gemm_needs_plain_product,
+    ),
+    "MatMul": Row(activations=(0,), weight=1, weight_axis=channel_axis_of_matmul, decline=_needs_constant_weight),
+}
+
+
+def place(index: GraphIndex, request: PlacementRequest) -> QuantPlan:
+    """Quantizers for onnxruntime's CPU kernels. Grids are 8 bits; ``weight_bits`` below 8 narrows the weights."""
+    placer = Placer(index, request, activation=lambda bits: QType.unsigned(8), symmetric=False)
+    placer.apply(TABLE)
+    return placer.finish(NAME, tie_movements(placer))

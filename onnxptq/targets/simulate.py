@@ -1,0 +1,42 @@
+"""Simulation of any bit width with standard operators: for research and for choosing, not for speed.
+
+| operator | activations | weight | bias | output |
+|---|---|---|---|---|
+| Conv, ConvTranspose, Gemm | input 0 | per output channel | float | float |
+| MatMul | both inputs, or the one that is not constant | per output channel | float | float |
+
+Activation grids are unsigned and asymmetric, stored in uint8 behind a Clip where they are narrower than
+8 bits; weight grids are signed and symmetric. This is the placement of the quantization literature: the
+inputs of every product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from onnxptq.graph.index import GraphIndex
+from onnxptq.targets.placement import (
+    PlacementRequest,
+    Placer,
+    Row,
+    channel_axis_of_gemm,
+    channel_axis_of_matmul,
+    tie_movements,
+)
+from onnxptq.types import QType, QuantPlan
+
+NAME = "simulate"
+
+TABLE: Mapping[str, Row] = {
+    "Conv": Row(activations=(0,), weight=1, weight_axis=lambda node: 0),
+    "ConvTranspose": Row(activations=(0,), weight=1, weight_axis=lambda node: 1),
+    "Gemm": Row(activations=(0,), weight=1, weight_axis=channel_axis_of_gemm),
+    "MatMul": Row(activations=(0,), weight=1, weight_axis=channel_axis_of_matmul),
+}
+
+
+def place(index: GraphIndex, request: PlacementRequest) -> QuantPlan:
+    """Quantizers on the inputs of every product, at the requested bits."""
+    placer = Placer(index, request, activation=QType.unsigned, symmetric=False)
+    placer.apply(TABLE)
+    return placer.finish(NAME, tie_movements(placer))
