@@ -6,15 +6,19 @@ stage could decide.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy.typing as npt
 
+from onnxptq import reporting
 from onnxptq.calibrate import cache
 from onnxptq.calibrate.feeds import ImagePreprocess, open_feeds, read_labels, split_holdout
 from onnxptq.calibrate.observers import Observer
@@ -22,29 +26,46 @@ from onnxptq.calibrate.products import choose_softmax_ranges
 from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import DEFAULT_GROUP_BYTES, Calibration, calibrate
 from onnxptq.calibrate.select import label, select_observer
-from onnxptq.equalize import equalize
+from onnxptq.comparison import require_gates, resolve_preprocess
+from onnxptq.equalize.run import equalize
 from onnxptq.errors import FeedError, OutputPathError
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import save_graph
 from onnxptq.placing import observer_overrides, placement_request
+from onnxptq.publish import write_text
 from onnxptq.qdq import insert_quantizers
 from onnxptq.recipe import Recipe
 from onnxptq.reconstruct.bias import correct_biases
 from onnxptq.reconstruct.initial import initial_solution
-from onnxptq.runtime import Session, runtime_version
+from onnxptq.runtime import count_kernels, runtime_version
 from onnxptq.samples import ListFeeds, pick_samples
 from onnxptq.targets import TARGETS, candidate_tensors
 from onnxptq.trial import Trial
-from onnxptq.types import CanonicalModel, Feeds, InputSpec, Progress, QParams, QuantPlan, Solution
+from onnxptq.types import CanonicalModel, Feeds, InputSpec, Progress, QParams, QuantPlan, Sample, Solution
+from onnxptq.validate.compare import Comparison, compare
+from onnxptq.validate.html import render_html
+from onnxptq.validate.latency import Latency, measure_latency
+from onnxptq.validate.parity import Parity, check_parity
+from onnxptq.validate.report import DataFacts, ModelFacts, OutputFacts, Report, StageTime
+from onnxptq.validate.structure import check_structure
 from onnxptq.version import __version__
 
-TRIAL_SAMPLES = 16
-"""Calibration samples on which alternatives are compared."""
+TRIAL_ELEMENTS = 2_500_000
+"""Input elements on which alternatives are compared: 16 colour pictures of 224 x 224, or many small samples."""
+
+TRIAL_SAMPLES = (8, 128)
+"""Fewest and most calibration samples of a comparison, whatever their size."""
 
 CORRECTION_SAMPLES = 32
 """Calibration samples that equalize channels and correct biases."""
 
+
+PARITY_SAMPLES = 2
+"""Held-out samples on which every quantized edge is compared with its simulation."""
+
+LAYER_SAMPLES = 8
+"""Held-out samples on which every inner tensor is compared with the float network."""
 
 FOCUS_SAMPLES = 2
 """Calibration samples whose attention matrices choose the ranges of softmax outputs."""
@@ -89,6 +110,17 @@ class Data:
     heldout: Feeds | None
     labels: npt.NDArray[Any] | None
     preprocess: ImagePreprocess | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checks:
+    """What was proven and measured of a written file; quality is None where nothing was held out."""
+
+    parity: Parity
+    quality: Comparison | None
+    layers: Comparison | None
+    latency: Latency
+    kernels: Mapping[str, int] | None
 
 
 @contextmanager
@@ -157,23 +189,12 @@ def open_data(
 
 
 def picture_preprocess(run: Run, inputs: tuple[InputSpec, ...], sources: tuple[object, ...]) -> ImagePreprocess | None:
-    """The recipe's picture options over a guess from the input's shape; None where no picture can be meant.
-
-    A guess is said, because it is only a guess.
-
-    Raises:
-        FeedError: an illegal option.
-    """
-    options = run.recipe.preprocess
-    guess = None
-    if len(inputs) == 1:
-        with suppress(FeedError):
-            guess = ImagePreprocess.guess(inputs[0])
-    if options:
-        return ImagePreprocess.from_options(options, base=guess)
-    if guess is not None and any(isinstance(source, str | Path) and Path(source).is_dir() for source in sources):
-        run.note(f"Pictures: {guess.describe(is_guessed=True)}")
-    return guess
+    """The recipe's picture options over a guess from the input's shape; a guess that may be used is said."""
+    found = resolve_preprocess(inputs, run.recipe.preprocess)
+    are_folders = any(isinstance(source, str | Path) and Path(source).is_dir() for source in sources)
+    if found is not None and not run.recipe.preprocess and are_folders:
+        run.note(f"Pictures: {found.describe(is_guessed=True)}")
+    return found
 
 
 def equalized_model(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
@@ -193,7 +214,7 @@ def equalized_model(run: Run, model: CanonicalModel, data: Data) -> CanonicalMod
             group_bytes=run.group_bytes,
             progress=run.progress,
         )
-    run.note(summary.describe())
+    run.note(summary.summary)
     return equalized
 
 
@@ -256,7 +277,7 @@ def solution(
     if recipe.method == "rtn" or not plan.quantizers:
         with run.timed("choose ranges"):
             return solved(_named(recipe))
-    trial = Trial(model, plan, pick_samples(data.calibration, TRIAL_SAMPLES), run.scratch, recipe.provider)
+    trial = Trial(model, plan, trial_samples(data.calibration), run.scratch, recipe.provider)
     with run.timed("choose ranges"):
         if recipe.observer == "auto":
             focused.update(
@@ -281,6 +302,13 @@ def solution(
         with run.timed("correct biases"):
             found = _bias_corrected(run, model, plan, found, data, trial)
     return found
+
+
+def trial_samples(feeds: Feeds) -> Sequence[Sample]:
+    """As many calibration samples as make a comparison of alternatives both telling and cheap."""
+    elements = sum(value.size for value in next(iter(feeds)).values())
+    low, high = TRIAL_SAMPLES
+    return pick_samples(feeds, min(high, max(low, TRIAL_ELEMENTS // max(1, elements))))
 
 
 def _named(recipe: Recipe) -> Observer:
@@ -380,3 +408,79 @@ def check(
         latency = measure_latency(source.source, path, proof[0], provider=provider)
         kernels = count_kernels(path, run.scratch) if provider == "cpu" else None
     return Checks(parity=parity, quality=quality, layers=layers, latency=latency, kernels=kernels)
+
+
+def report(
+    run: Run,
+    model: CanonicalModel,
+    plan: QuantPlan,
+    solution: Solution,
+    statistics: Calibration,
+    written: Path,
+    target: Path,
+    data: Data,
+    checks: Checks,
+) -> Report:
+    """Everything that was done, declined and measured."""
+    size = sum(part.stat().st_size for part in written.parent.iterdir())
+    sizes = reporting.size_rows(model, plan, model.source_bytes, size)
+    note = reporting.larger_note(model.source_bytes, size, sizes)
+    if note:
+        run.note(note)
+    recipe = run.recipe.model_dump(mode="json", exclude_none=True)
+    if data.preprocess is not None:
+        recipe["preprocess"] = data.preprocess.model_dump(mode="json", exclude_none=True)
+    return Report(
+        model=ModelFacts(
+            path=str(model.source),
+            fingerprint=model.fingerprint,
+            opset=model.opset,
+            parameters=reporting.parameters(model),
+            bytes=model.source_bytes,
+        ),
+        output=OutputFacts(path=str(target), bytes=size, sha256=reporting.file_sha256(written), note=note),
+        target=plan.target,
+        method=run.recipe.method,
+        recipe=recipe,
+        calibration=DataFacts(description=data.calibration.description, count=len(data.calibration)),
+        heldout=None
+        if data.heldout is None
+        else DataFacts(description=data.heldout.description, count=len(data.heldout)),
+        quantized=reporting.quantized_rows(model, plan, solution),
+        skips=reporting.user_skips(model, plan, statistics),
+        tensors=()
+        if checks.layers is None
+        else reporting.tensor_rows(model, plan, solution, statistics, checks.layers.layers),
+        outputs=() if checks.quality is None else checks.quality.outputs,
+        parity=checks.parity,
+        latency=checks.latency,
+        kernels=checks.kernels,
+        sizes=sizes,
+        stages=tuple(StageTime(name=name, seconds=seconds) for name, seconds in run.seconds.items()),
+        peak_memory_bytes=reporting.peak_memory_bytes(),
+        versions=reporting.versions(hashlib.sha256(run.recipe.to_yaml().encode()).hexdigest()),
+        notes=tuple(run.notes),
+    )
+
+
+def write_report(report: Report, folder: str | Path | None) -> Path | None:
+    """``report.json`` and ``report.html`` in ``folder``, if one is given.
+
+    Raises:
+        OutputPathError: the folder cannot be written.
+    """
+    if folder is None:
+        return None
+    place = Path(folder)
+    write_text(place / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
+    write_text(place / "report.html", render_html(report))
+    return place
+
+
+def require_quality(run: Run, report: Report) -> None:
+    """Hold the outputs against the recipe's gates.
+
+    Raises:
+        QualityGateError: a gate is missed, or cannot be judged because nothing was held out.
+    """
+    require_gates(report.outputs, min_sqnr=run.recipe.min_sqnr, min_agreement=run.recipe.min_agreement)

@@ -1,0 +1,115 @@
+"""Comparing two models on data, and holding the result against bounds."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from onnxptq.calibrate.feeds import ImagePreprocess, open_feeds, read_labels
+from onnxptq.errors import FeedError, QualityGateError
+from onnxptq.graph.specs import input_specs
+from onnxptq.runtime import Provider, require_runtime
+from onnxptq.types import InputSpec, Progress
+from onnxptq.validate.compare import Comparison, compare
+from onnxptq.validate.metrics import OutputMetrics
+
+
+def validate(
+    reference: str | Path,
+    quantized: str | Path,
+    *,
+    data: object,
+    labels: object | None = None,
+    preprocess: Mapping[str, Any] | None = None,
+    layers: bool = False,
+    exact: bool = False,
+    limit: int | None = None,
+    provider: Provider = "cpu",
+    min_sqnr: float | None = None,
+    min_agreement: float | None = None,
+    min_accuracy: float | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare ``quantized`` with ``reference`` on ``data``.
+
+    Args:
+        data, labels, preprocess: as in :func:`onnxptq.quantize`.
+        layers: also compare every tensor that both files name.
+        exact: run the quantized file with exact QDQ arithmetic instead of integer kernels.
+        min_sqnr: in dB, for every float output. min_agreement, min_accuracy: shares in [0, 1].
+
+    Raises:
+        QualityGateError: a bound is missed.
+        OnnxPtqError: the models or the data cannot be used.
+    """
+    require_runtime()
+    specs = input_specs(Path(reference))
+    with tempfile.TemporaryDirectory(prefix="onnxptq-") as scratch:
+        feeds = open_feeds(
+            data,
+            specs,
+            preprocess=resolve_preprocess(specs, preprocess or {}),
+            spool_dir=Path(scratch),
+            limit=limit,
+        )
+        found = compare(
+            Path(reference),
+            Path(quantized),
+            feeds,
+            labels=None if labels is None else read_labels(labels, feeds),  # type: ignore[arg-type]
+            layers=layers,
+            exact=exact,
+            provider=provider,
+            work_dir=Path(scratch),
+            progress=progress,
+        )
+    require_gates(
+        found.outputs, min_sqnr=min_sqnr, min_agreement=min_agreement, min_accuracy=min_accuracy
+    )
+    return found
+
+
+def resolve_preprocess(specs: Sequence[InputSpec], options: Mapping[str, Any]) -> ImagePreprocess | None:
+    """``options`` over a guess from the one input's shape; None where nothing is known of pictures.
+
+    Raises:
+        FeedError: an illegal option.
+    """
+    guess = None
+    if len(specs) == 1:
+        with suppress(FeedError):
+            guess = ImagePreprocess.guess(specs[0])
+    return ImagePreprocess.from_options(options, base=guess) if options else guess
+
+
+def require_gates(
+    outputs: Sequence[OutputMetrics],
+    *,
+    min_sqnr: float | None = None,
+    min_agreement: float | None = None,
+    min_accuracy: float | None = None,
+) -> None:
+    """Raise QualityGateError for the first bound that is missed or cannot be judged."""
+    gates = (
+        ("--min-sqnr", min_sqnr, "sqnr_db", "SQNR in dB"),
+        ("--min-agreement", min_agreement, "top1_agreement", "top-1 agreement"),
+        ("--min-accuracy", min_accuracy, "quantized_accuracy", "top-1 accuracy"),
+    )
+    for option, bound, field, meaning in gates:
+        if bound is None:
+            continue
+        values = {o.name: getattr(o, field) for o in outputs if getattr(o, field) is not None}
+        if not values:
+            raise QualityGateError(
+                f"{option} cannot be judged: no output has a {meaning}.",
+                "Give held-out data with --eval (and --labels for accuracy).",
+            )
+        for name, value in values.items():
+            if not value >= bound:
+                raise QualityGateError(
+                    f"Output '{name}': {meaning} is {value:.4g}, {option} asks for {bound:g}.",
+                    "See the report for the worst tensors; --exclude them, or use more calibration data.",
+                )

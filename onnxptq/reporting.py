@@ -1,0 +1,183 @@
+"""Gathers what a run knows into its :class:`~onnxptq.validate.report.Report`, in the user's own names."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import math
+import platform
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxptq.calibrate.run import Calibration
+from onnxptq.calibrate.statistics import TensorStatistics
+from onnxptq.quantizers.affine import range_of
+from onnxptq.runtime import runtime_version
+from onnxptq.types import CanonicalModel, PerAxis, PerTensor, QParams, Quantizer, QuantPlan, Skip, Solution
+from onnxptq.validate.compare import LayerQuality
+from onnxptq.validate.report import Histogram, QuantizedRow, SizeRow, TensorQuality
+from onnxptq.version import __version__
+
+_HISTOGRAM_BINS = 64
+
+
+def quantized_rows(model: CanonicalModel, plan: QuantPlan, solution: Solution) -> tuple[QuantizedRow, ...]:
+    """One row per quantizer."""
+    return tuple(_row(model, q, solution.qparams[q.quantizer_id]) for q in plan.quantizers)
+
+
+def _row(model: CanonicalModel, quantizer: Quantizer, qparams: QParams) -> QuantizedRow:
+    return QuantizedRow(
+        quantizer_id=quantizer.quantizer_id,
+        tensor=model.user_name(quantizer.tensor),
+        role=quantizer.role,
+        bits=quantizer.qtype.bits,
+        storage=quantizer.qtype.storage,
+        granularity=_granularity(quantizer),
+        symmetric=quantizer.symmetric,
+        scale=(float(qparams.scale.min()), float(qparams.scale.max())),
+        zero_point=(int(qparams.zero_point.min()), int(qparams.zero_point.max())),
+        readers=tuple(dict.fromkeys(site.consumer for site in quantizer.sites)),
+    )
+
+
+def _granularity(quantizer: Quantizer) -> str:
+    match quantizer.granularity:
+        case PerTensor():
+            return "per tensor"
+        case PerAxis(axis):
+            return f"per channel (axis {axis})"
+        case group:
+            return f"groups of {group.group_size} (axis {group.axis})"
+
+
+def tensor_rows(
+    model: CanonicalModel,
+    plan: QuantPlan,
+    solution: Solution,
+    statistics: Calibration,
+    layers: tuple[LayerQuality, ...],
+) -> tuple[TensorQuality, ...]:
+    """One row per tensor that both networks hold, in network order."""
+    quantizers = {q.tensor: q for q in plan.quantizers if q.role == "activation"}
+    return tuple(
+        _quality(model, layer, position, quantizers.get(layer.tensor), solution, statistics.statistics.get(layer.tensor))
+        for position, layer in enumerate(layers)
+    )
+
+
+def _quality(
+    model: CanonicalModel,
+    layer: LayerQuality,
+    position: int,
+    quantizer: Quantizer | None,
+    solution: Solution,
+    seen: TensorStatistics | None,
+) -> TensorQuality:
+    low = high = None
+    if quantizer is not None:
+        ends = range_of(solution.qparams[quantizer.quantizer_id])
+        low, high = float(ends[0].min()), float(ends[1].max())
+    return TensorQuality(
+        tensor=model.user_name(layer.tensor),
+        position=position,
+        sqnr_db=layer.sqnr_db,
+        minimum=seen.minimum if seen else None,
+        maximum=seen.maximum if seen else None,
+        low=low,
+        high=high,
+        histogram=_reduced(seen) if seen is not None and seen.counts is not None else None,
+    )
+
+
+def _reduced(seen: TensorStatistics) -> Histogram:
+    centres, counts = seen.bins()
+    low, high = seen.minimum, seen.maximum
+    if not low < high:
+        high = math.nextafter(low, math.inf)
+    reduced, _ = np.histogram(np.clip(centres, low, high), bins=_HISTOGRAM_BINS, range=(low, high), weights=counts)
+    return Histogram(low=low, high=high, counts=tuple(int(c) for c in reduced))
+
+
+def size_rows(model: CanonicalModel, plan: QuantPlan, source_bytes: int, output_bytes: int) -> tuple[SizeRow, ...]:
+    """Bytes of quantized weights, of other constants, and of the rest, before and after."""
+    tensors = model.graph.tensors()
+    constants = {name: _float_bytes(t) for name, t in tensors.items() if isinstance(t, gs.Constant)}
+    weights = [q for q in plan.quantizers if q.role != "activation"]
+    quantized = {q.tensor for q in weights}
+    before = sum(constants[name] for name in quantized)
+    after = sum(-(-constants[q.tensor] // 4 * _storage_bits(q) // 8) for q in weights)
+    other = sum(size for name, size in constants.items() if name not in quantized)
+    return (
+        SizeRow(component="quantized weights and biases", before=before, after=after),
+        SizeRow(component="other constants", before=other, after=other),
+        SizeRow(
+            component="graph, scales and names",
+            before=max(0, source_bytes - before - other),
+            after=max(0, output_bytes - after - other),
+        ),
+    )
+
+
+def _float_bytes(constant: gs.Constant) -> int:
+    return 4 * math.prod(int(d) for d in constant.shape)
+
+
+def _storage_bits(quantizer: Quantizer) -> int:
+    return int("".join(c for c in quantizer.qtype.storage if c.isdigit()))
+
+
+def parameters(model: CanonicalModel) -> int:
+    """Elements of all constants."""
+    return sum(_float_bytes(t) // 4 for t in model.graph.tensors().values() if isinstance(t, gs.Constant))
+
+
+def user_skips(model: CanonicalModel, plan: QuantPlan, statistics: Calibration) -> tuple[Skip, ...]:
+    """Everything that was declined, by anyone."""
+    return tuple(dict.fromkeys((*model.skips, *statistics.skips, *plan.skips)))
+
+
+def larger_note(source_bytes: int, output_bytes: int, rows: tuple[SizeRow, ...]) -> str:
+    """Why the output is not smaller than the input; empty where it is."""
+    if output_bytes < source_bytes:
+        return ""
+    share = rows[0].before / max(1, source_bytes)
+    return (
+        f"The output is not smaller: quantizable weights are {share:.0%} of the model, and scales, zero points "
+        "and Q/DQ nodes take more than they save."
+    )
+
+
+def versions(recipe_hash: str) -> Mapping[str, str]:
+    """Versions of everything that computed something."""
+    found = {"onnxptq": __version__, "python": platform.python_version(), "runtime": runtime_version()}
+    for name in ("onnx", "onnx-graphsurgeon", "onnxsim", "numpy", "pillow"):
+        found[name] = importlib.metadata.version(name)
+    return {**found, "platform": platform.platform(), "recipe_sha256": recipe_hash}
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file (of the model and of its external data, if there is any)."""
+    hasher = hashlib.sha256()
+    for part in (path, path.with_name(path.name + ".data")):
+        if part.exists():
+            for block in _blocks(part):
+                hasher.update(block)
+    return hasher.hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            yield block
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
