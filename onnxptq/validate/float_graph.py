@@ -176,7 +176,7 @@ class _Checker:
             canonical = tensors.get(name)
             if not isinstance(canonical, gs.Constant):
                 raise OutputCheckError(
-                    f"{self.written.path} holds initializer '{name}', which neither the model nor the plan has."
+                    f"{self.written.path} holds initializer '{name}', which neither model nor plan has."
                 )
             if not self._is_same(tensor, canonical, solution.weights.get(name)):
                 raise OutputCheckError(

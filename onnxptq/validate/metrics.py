@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from onnxptq.errors import OutputCheckError
+from onnxptq.errors import FeedError, OutputCheckError
 from onnxptq.types import Array
 
 _BLOCK = 1 << 20
@@ -84,6 +84,7 @@ class OutputMeter:
         """Add one sample's output of both models; ``labels`` holds one class per row.
 
         Raises:
+            FeedError: rows of class scores and ``labels`` differ in number.
             OutputCheckError: the two have different shapes.
         """
         if reference.shape != quantized.shape:
@@ -132,9 +133,19 @@ class OutputMeter:
         rank = ((quantized > score) | ((quantized == score) & earlier)).sum(axis=1)
         self._top5 += int((rank < _TOP).sum())
         if labels is not None:
+            if len(labels) != len(first):
+                raise FeedError(
+                    f"There are fewer labels than rows of class scores in output '{self.name}'.",
+                    "Give one label per sample.",
+                )
             self._labelled += len(labels)
             self._right_reference += int((first == labels).sum())
             self._right_quantized += int((other == labels).sum())
+
+    @property
+    def rows(self) -> int:
+        """Number of rows (entries of the first axis) added so far."""
+        return self._rows
 
     @property
     def sums(self) -> tuple[float, float]:
@@ -180,24 +191,35 @@ class QualityMeter:
     Args:
         outputs: (name in the reference, name in the quantized model) of each output.
         scores: names (in the reference) of outputs with class scores; None to decide by shape.
+        labels: one class per row of the outputs with class scores, over all samples in order.
     """
 
-    def __init__(self, outputs: Collection[tuple[str, str]], scores: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        outputs: Collection[tuple[str, str]],
+        scores: Collection[str] | None = None,
+        labels: npt.NDArray[np.int64] | None = None,
+    ) -> None:
         self._pairs = tuple(outputs)
+        self._labels = labels
         self.meters = {
             name: OutputMeter(name, is_scores=None if scores is None else name in scores)
             for name, _ in self._pairs
         }
 
-    def update(
-        self,
-        reference: Mapping[str, Array],
-        quantized: Mapping[str, Array],
-        labels: npt.NDArray[np.int64] | None = None,
-    ) -> None:
-        """Add one sample's outputs of both models; ``labels`` go to the outputs that hold class scores."""
+    def update(self, reference: Mapping[str, Array], quantized: Mapping[str, Array]) -> None:
+        """Add one sample's outputs of both models.
+
+        Raises:
+            FeedError: there are fewer labels than rows of class scores.
+            OutputCheckError: an output has different shapes in the two models.
+        """
         for name, other in self._pairs:
-            self.meters[name].update(reference[name], quantized[other], labels)
+            meter, value = self.meters[name], reference[name]
+            labels = None
+            if self._labels is not None and value.ndim:
+                labels = self._labels[meter.rows : meter.rows + value.shape[0]]
+            meter.update(value, quantized[other], labels)
 
     def results(self) -> tuple[OutputMetrics, ...]:
         """The metrics, in the order of the outputs."""

@@ -11,9 +11,9 @@ are, have its shapes, and their SQNR against the float model must not fall more 
 exact session's. Integer kernels round intermediate sums differently by one step, which is worth less than
 ``FAST_MARGIN_DB``; a saturating kernel or a wrong fusion is worth far more. The two rounding errors are
 different draws from one distribution, so over n output elements the two SQNR differ by chance as well: a
-sum of n squares has a relative deviation of sqrt(2/n), two of them 10 log10(e) sqrt(4/n) = 8.7/sqrt(n) dB, of which
-three are allowed on top. Above ``CEILING_DB`` differences do not count: the whole error is then below one
-step of an 8-bit output.
+sum of n squares has a relative deviation of sqrt(2/n), the ratio of two of them one of
+10 log10(e) sqrt(4/n) = 8.7/sqrt(n) dB, of which three are allowed on top. Above ``CEILING_DB`` differences
+do not count: the whole error is then below one step of an 8-bit output.
 """
 
 from __future__ import annotations

@@ -1,0 +1,121 @@
+"""How far a quantized model is from a float one, for any two ONNX files with the same inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxptq.errors import FeedError, UsageError
+from onnxptq.runtime import Provider, Session
+from onnxptq.types import Feeds, Progress, Sample
+from onnxptq.validate.exposure import DEFAULT_GROUP_BYTES, staged
+from onnxptq.validate.layers import LayerQuality, compare_layers
+from onnxptq.validate.metrics import OutputMetrics, QualityMeter
+
+__all__ = ["Comparison", "LayerQuality", "compare"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The distance of two models over ``samples`` feeds; ``layers`` over the first few of them."""
+
+    samples: int
+    outputs: tuple[OutputMetrics, ...]
+    layers: tuple[LayerQuality, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def compare(
+    reference: Path,
+    quantized: Path,
+    feeds: Feeds,
+    *,
+    labels: Sequence[int] | npt.NDArray[np.int64] | None = None,
+    layers: bool = False,
+    exact: bool = False,
+    provider: Provider = "cpu",
+    work_dir: Path,
+    layer_samples: int = 8,
+    scores: Collection[str] | None = None,
+    group_bytes: int = DEFAULT_GROUP_BYTES,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Run both models over ``feeds`` and measure the distance of their outputs.
+
+    Args:
+        feeds: samples keyed by the reference's input names.
+        labels: one class per row of class scores, for accuracy.
+        layers: also compare the inner tensors that both files have by name. These are run in the exact
+            session, since exposing a tensor to the default one would undo the fusions around it.
+        exact: run the quantized model with exact QDQ semantics instead of onnxruntime's defaults.
+        work_dir: an existing folder for temporary files.
+        layer_samples: how many samples, spread evenly over the feeds, the inner tensors are compared on.
+        scores: names of the outputs that hold class scores; None to decide by shape.
+        group_bytes: largest size of the inner tensors of one sample that are held at once.
+
+    Raises:
+        FeedError: no samples, or fewer labels than rows.
+        UsageError: the models differ in their number of inputs or outputs, or ``scores`` names no output.
+        OutputCheckError: an output has different shapes in the two models.
+        InvalidModelError, EnvironmentMismatchError, RunError: as ``runtime.Session``.
+    """
+    if len(feeds) == 0:
+        raise FeedError("There is no sample to compare the models on.", "Give data with at least one sample.")
+    first, second = Session(reference, provider=provider), Session(quantized, provider=provider, exact=exact)
+    notes: list[str] = []
+    inputs = _matched("input", first.input_names, second.input_names, notes)
+    outputs = _matched("output", first.output_names, second.output_names, notes)
+    _require_outputs(scores, first.output_names)
+    known = None if labels is None else np.asarray(labels, np.int64)
+    meter = QualityMeter(outputs, scores, known)
+    chosen = set(np.linspace(0, len(feeds) - 1, min(layer_samples, len(feeds))).astype(int).tolist())
+    kept: list[Sample] = []
+    tick = progress.start("Comparing the models", len(feeds)) if progress else None
+    for i, sample in enumerate(feeds):
+        meter.update(first.run(sample), second.run({b: sample[a] for a, b in inputs}))
+        if layers and i in chosen:
+            kept.append(sample)
+        if tick:
+            tick()
+    results = meter.results()
+    if known is not None and not any(result.labelled for result in results):
+        notes.append("The labels were not used: no output looks like class scores.")
+    del first, second
+    rows: tuple[LayerQuality, ...] = ()
+    if layers:
+        with ExitStack() as stack:
+            paths = [stack.enter_context(staged(path, work_dir)) for path in (reference, quantized)]
+            rows, remarks = compare_layers(paths[0], paths[1], inputs, kept, group_bytes, progress)
+            notes += remarks
+    return Comparison(samples=len(feeds), outputs=results, layers=rows, notes=tuple(notes))
+
+
+def _matched(
+    what: str, reference: Sequence[str], quantized: Sequence[str], notes: list[str]
+) -> list[tuple[str, str]]:
+    """Pairs of names, equal ones where possible, else by order."""
+    if set(reference) == set(quantized):
+        return [(name, name) for name in reference]
+    if len(reference) != len(quantized):
+        raise UsageError(
+            f"The reference has {len(reference)} {what}s ({', '.join(reference)}), "
+            f"the quantized model {len(quantized)} ({', '.join(quantized)}).",
+            f"Compare models with the same {what}s.",
+        )
+    pairs = list(zip(reference, quantized, strict=True))
+    listed = ", ".join(f"{a} = {b}" for a, b in pairs)
+    notes.append(f"The {what}s have different names and were matched by their order: {listed}.")
+    return pairs
+
+
+def _require_outputs(scores: Collection[str] | None, outputs: Sequence[str]) -> None:
+    for name in scores or ():
+        if name not in outputs:
+            raise UsageError(
+                f"'{name}' is no output of the reference model.", f"Its outputs: {', '.join(outputs)}."
+            )

@@ -1,0 +1,195 @@
+"""How far the inner tensors that two model files share by name are apart.
+
+A quantized file may hold a tensor T of the float model in three ways:
+
+::
+
+    producer -> T -> [Clip ->] QuantizeLinear -> DequantizeLinear -> D        before T, behind D
+    producer -> S -> [Clip ->] QuantizeLinear -> DequantizeLinear -> T        before S, behind T
+    producer -> T                                                             before T
+
+The second is how quantized graph outputs keep their name. The pattern is read from the graph; the suffixes
+that tools give to S and D play no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from onnxptq.types import Progress, Sample
+from onnxptq.validate.exposure import group, open_exposed, sizes_of
+from onnxptq.validate.metrics import OutputMeter
+from onnxptq.validate.reading import WrittenModel
+
+_FLOATS = (
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.DOUBLE,
+    onnx.TensorProto.BFLOAT16,
+)
+_LISTED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerQuality:
+    """One tensor that both files have, in topological order of the reference.
+
+    ``sqnr_db`` compares it as the quantized network computes it, errors of earlier layers included;
+    ``quantized_sqnr_db`` as its readers see it, behind its own quantizer (None where it has none).
+    """
+
+    tensor: str
+    position: int
+    elements: int
+    sqnr_db: float
+    quantized_sqnr_db: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """A tensor of the reference, and its names in the quantized file before and behind its quantizer.
+
+    A graph input is not fetched: its value before the quantizer is the feed.
+    """
+
+    tensor: str
+    before: str
+    behind: str | None
+    is_input: bool
+
+    @property
+    def units(self) -> list[tuple[int, str]]:
+        """What a run must return: (0 for the reference or 1 for the quantized model, tensor)."""
+        ends = [] if self.is_input else [(0, self.tensor), (1, self.before)]
+        return ends if self.behind is None else [*ends, (1, self.behind)]
+
+
+def compare_layers(
+    reference: Path,
+    quantized: Path,
+    inputs: Sequence[tuple[str, str]],
+    samples: Sequence[Sample],
+    group_bytes: int,
+    progress: Progress | None = None,
+) -> tuple[tuple[LayerQuality, ...], list[str]]:
+    """Compare the shared float tensors in exact sessions.
+
+    Args:
+        reference, quantized: staged models (see ``exposure.staged``).
+        inputs: (name in the reference, name in the quantized model) of each graph input.
+        samples: keyed by the reference's input names; at least one.
+        group_bytes: largest size of the tensors of one sample that are held at once.
+
+    Returns:
+        The layers, and remarks about tensors that share a name but not a shape.
+    """
+    fed = dict(inputs)
+    shared = shared_tensors(WrittenModel(reference), WrittenModel(quantized), fed)
+    feeds = [(dict(sample), {b: sample[a] for a, b in inputs}) for sample in samples]
+    sizes: dict[str, int] = {}
+    for side, path in enumerate((reference, quantized)):
+        names = [name for item in shared for where, name in item.units if where == side]
+        found = sizes_of(path, names, feeds[0][side], exact=True)
+        sizes |= {f"{side}{name}": size for name, size in found.items()}
+    units = [[f"{side}{name}" for side, name in item.units] for item in shared]
+    groups = group(units, sizes, group_bytes)
+    tick = progress.start("Comparing the layers", len(groups) * len(samples)) if progress else None
+    meters = [_LayerMeter(item) for item in shared]
+    for members in groups:
+        fetched = [
+            [name for i in members for where, name in shared[i].units if where == side] for side in (0, 1)
+        ]
+        first = open_exposed(reference, fetched[0], exact=True)
+        second = open_exposed(quantized, fetched[1], exact=True)
+        for ours, theirs in feeds:
+            a, b = {**ours, **first.run(ours, fetched[0])}, {**theirs, **second.run(theirs, fetched[1])}
+            for i in members:
+                meters[i].update(a, b)
+            if tick:
+                tick()
+    kept = [meter for meter in meters if not meter.is_mismatched]
+    return tuple(meter.result(i) for i, meter in enumerate(kept)), _remarks(meters)
+
+
+class _LayerMeter:
+    """Accumulates one tensor."""
+
+    def __init__(self, shared: _Shared) -> None:
+        self.shared = shared
+        self.is_mismatched = False
+        self._before = OutputMeter(shared.tensor, is_scores=False)
+        self._behind = OutputMeter(shared.tensor, is_scores=False)
+
+    def update(self, reference: Sample, quantized: Sample) -> None:
+        """Add one sample, unless the shapes show that the files only share a name."""
+        ours, before = reference[self.shared.tensor], quantized[self.shared.before]
+        behind = before if self.shared.behind is None else quantized[self.shared.behind]
+        self.is_mismatched |= not ours.shape == before.shape == behind.shape
+        if not self.is_mismatched:
+            self._before.update(ours, before)
+            self._behind.update(ours, behind)
+
+    def result(self, position: int) -> LayerQuality:
+        """The quality over all samples."""
+        before, behind = self._before.result(), self._behind.result()
+        assert before.sqnr_db is not None
+        return LayerQuality(
+            tensor=self.shared.tensor,
+            position=position,
+            elements=before.elements,
+            sqnr_db=before.sqnr_db,
+            quantized_sqnr_db=None if self.shared.behind is None else behind.sqnr_db,
+        )
+
+
+def _remarks(meters: Sequence[_LayerMeter]) -> list[str]:
+    names = [meter.shared.tensor for meter in meters if meter.is_mismatched]
+    if not names:
+        return []
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return [
+        f"Not compared, as their shape is another in the quantized file: {', '.join(names[:_LISTED])}{more}."
+    ]
+
+
+def shared_tensors(reference: WrittenModel, quantized: WrittenModel, inputs: dict[str, str]) -> list[_Shared]:
+    """Float tensors that both files have under one name, in the reference's order.
+
+    Args:
+        inputs: names of the graph inputs, in the reference and in the quantized model.
+    """
+    floats, present = _float_tensors(reference), _float_tensors(quantized)
+    pairs = quantized.pairs(frozenset(reference.nodes) | frozenset(reference.producers))
+    behind: dict[str, str] = {}
+    for pair in pairs.values():
+        if pair.source is not None:
+            behind.setdefault(pair.source, pair.output)
+    result = []
+    for tensor, name in inputs.items():
+        if tensor in floats and name in behind:
+            result.append(_Shared(tensor, name, behind[name], is_input=True))
+    for tensor in reference.producers:
+        if tensor not in floats or tensor not in present:
+            continue
+        if tensor not in pairs:
+            result.append(_Shared(tensor, tensor, behind.get(tensor), is_input=False))
+        elif (source := pairs[tensor].source) is not None and source not in inputs.values():
+            result.append(_Shared(tensor, source, tensor, is_input=False))
+    return result
+
+
+def _float_tensors(written: WrittenModel) -> Collection[str]:
+    """Names of the float tensors that nodes write or the caller feeds, as far as types can be inferred."""
+    types = _types(written.model)
+    if any(name not in types for name in written.producers):
+        types = _types(onnx.shape_inference.infer_shapes(written.model)) | types
+    return {name for name, kind in types.items() if kind in _FLOATS}
+
+
+def _types(model: onnx.ModelProto) -> dict[str, int]:
+    entries = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    return {entry.name: entry.type.tensor_type.elem_type for entry in entries}
