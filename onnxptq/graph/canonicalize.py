@@ -11,10 +11,11 @@ protobuf's limit go through the native steps without their weights, which are me
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from onnxptq.errors import InvalidModelError, UnsupportedModelError
+from onnxptq.errors import InvalidModelError, OutputPathError, UnsupportedModelError
 from onnxptq.graph import proto, weights
 from onnxptq.graph.half import raise_half, uses_half
 from onnxptq.graph.load import checker_error, model_bytes, read_model
@@ -121,13 +122,13 @@ def canonicalize(
     name_nodes(model.graph)
     reference = weights.structure_only(model)
     draft = _Draft(source=path, model=model)
-    with tempfile.TemporaryDirectory(dir=work_dir, prefix=".prepare-") as scratch:
-        graph = _prepare(draft, Path(scratch), opset, min_opset, simplify)
+    canonical = work_dir / "canonical.onnx"
+    model_metadata = proto.metadata(model.metadata_props)
+    with _scratch(work_dir) as scratch:
+        graph = _prepare(draft, scratch, opset, min_opset, simplify)
         tick()
         _run_passes(graph, draft)
-        canonical = work_dir / "canonical.onnx"
         node_metadata = _node_metadata(reference, graph)
-        model_metadata = proto.metadata(model.metadata_props)
         save_graph(graph, canonical, model_metadata=model_metadata, node_metadata=node_metadata)
     tick()
     # Read back, so that memory maps point at the canonical file and the graph is what later stages see.
@@ -148,6 +149,19 @@ def canonicalize(
         skips=_control_flow_skips(graph),
         notes=tuple(draft.notes),
     )
+
+
+@contextlib.contextmanager
+def _scratch(work_dir: Path) -> Iterator[Path]:
+    """A folder for intermediate files inside ``work_dir``, removed at the end whatever happens."""
+    try:
+        with tempfile.TemporaryDirectory(dir=work_dir, prefix=".prepare-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise OutputPathError(
+            f"{work_dir} cannot take the intermediate files: {error.strerror or error}.",
+            "Check that the folder exists, that it is writable, and that the disk has room.",
+        ) from error
 
 
 def _no_tick() -> None:

@@ -26,7 +26,9 @@ def input_specs(path: Path) -> tuple[InputSpec, ...]:
 
 def _spec(value: onnx.ValueInfoProto) -> InputSpec:
     if not value.type.HasField("tensor_type"):
-        raise UnsupportedModelError(f"Input '{value.name}' is not a tensor.", "Only tensor inputs are supported.")
+        raise UnsupportedModelError(
+            f"Input '{value.name}' is not a tensor.", "Only tensor inputs are supported."
+        )
     tensor = value.type.tensor_type
     shape = tuple(
         dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in tensor.shape.dim

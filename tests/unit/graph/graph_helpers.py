@@ -60,7 +60,9 @@ def feed_for(model: onnx.ModelProto, *, seed: int = 0, symbol: int = 3) -> dict[
     feed = {}
     for entry in model.graph.input:
         tensor = entry.type.tensor_type
-        shape = [dim.dim_value or symbol for dim in tensor.shape.dim]
+        # Different symbols get different sizes, so that swapped dimensions show.
+        symbols = {dim.dim_param: symbol + i for i, dim in enumerate(tensor.shape.dim) if dim.dim_param}
+        shape = [dim.dim_value or symbols[dim.dim_param] for dim in tensor.shape.dim]
         feed[entry.name] = rng.standard_normal(shape).astype(
             helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         )

@@ -65,6 +65,7 @@ def test_found(tmp_path: Path, case: str) -> None:
 MATMUL = node("MatMul", "x w", "m")
 NO_BIAS = {
     "not along the channels": ([MATMUL, node("Add", "m b", "y")], ["y"], (3, 1)),
+    "per position": ([MATMUL, node("Add", "m b", "y")], ["y"], (3, 5)),
     "scalar": ([MATMUL, node("Add", "m b", "y")], ["y"], ()),
     "rank grows": ([MATMUL, node("Add", "m b", "y")], ["y"], (1, 1, 1, 5)),
     "another reader": ([MATMUL, node("Add", "m b", "y"), node("Relu", "m", "z")], ["y", "z"], (5,)),

@@ -206,6 +206,7 @@ def test_a_shared_weight_is_copied(tmp_path: Path) -> None:
         attention([*separate(), *scaled("q", "mul")], outputs=("y", "q")),
         attention([*separate(), *scaled("q", "mul")], outputs=("y", "qp")),
         attention([*separate(), *scaled("q", "mul")], factor=random(D)),
+        attention([*separate(), *scaled("q", "mul")], factor=0.0),
         attention([*separate(), *scaled("product", "mul")], outputs=("y", "p")),
     ],
     ids=[
@@ -216,6 +217,7 @@ def test_a_shared_weight_is_copied(tmp_path: Path) -> None:
         "q is output",
         "projection is output",
         "vector scale",
+        "zero scale",
         "product is output",
     ],
 )

@@ -81,6 +81,18 @@ def test_kept(tmp_path: Path, nodes: list[object], outputs: list[str]) -> None:
     assert sum(ops.values()) == len(nodes)
 
 
+def test_swapped_symbolic_dimensions_are_no_idle_reshape(tmp_path: Path) -> None:
+    nodes = [
+        node("Shape", "x", "s"),
+        node("Gather", "s swap", "t"),
+        node("Reshape", "x t", "r"),
+        node("Neg", "r", "y"),
+    ]
+    model = build(nodes, {"x": ["n", "m"]}, ["y"], {"swap": np.array([1, 0])})
+    count, ops, _ = apply(model, remove_identity.run, tmp_path, tolerance=0)
+    assert (count, ops["Reshape"]) == (0, 1)
+
+
 def test_a_training_dropout_and_a_used_mask_stay(tmp_path: Path) -> None:
     graph_nodes = [node("Dropout", "x half no", "a m"), node("Where", "m a x", "y")]
     model = build(graph_nodes, {"x": [2, 3]}, ["y"], WEIGHTS)
