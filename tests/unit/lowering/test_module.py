@@ -216,6 +216,16 @@ def test_a_failing_node_is_named(module: LoweredModule) -> None:
     assert any("'fc1'" in note for note in caught.value.__notes__)
 
 
+def test_a_range_beside_an_unsupported_operator(graph: gs.Graph) -> None:
+    keep = variable("keep")
+    graph.nodes.append(gs.Node("NonMaxSuppression", "nms", {}, [graph.outputs[0], graph.outputs[1]], [keep]))
+    graph.outputs.append(keep)
+    assert lower(graph, inputs=["x"], outputs=["y"])({"x": torch.zeros(1, 4)})["y"].shape == (1, 4)
+    with pytest.raises(UnsupportedOperatorError, match=r"NonMaxSuppression version 11 \(node 'nms'\)"):
+        lower(graph, inputs=["x"], outputs=["y", "keep"])
+    assert lower(graph, inputs=["keep", "x"], outputs=["keep", "y"]).nodes == ("fc1", "relu", "fc2", "add")
+
+
 def test_unknown_operator_is_named_before_values_are_loaded() -> None:
     x, y = variable("x"), variable("y")
 
