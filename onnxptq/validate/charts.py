@@ -1,0 +1,119 @@
+"""Pictures of a report as inline SVG: the same bytes for the same report, in the colours of the page."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from onnxptq.validate.report import TensorQuality
+
+# Placeholders for the variables of the page's style sheet, so that pictures follow light and dark mode.
+_INK, _MUTED, _LINE, _ACCENT, _WARN = "#010203", "#020304", "#030405", "#040506", "#050607"
+_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _LINE: "--line", _ACCENT: "--accent", _WARN: "--warn"}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "onnxptq",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _MUTED,
+    "axes.linewidth": 0.8,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "path.simplify": False,
+}
+
+
+def network_chart(tensors: Sequence[TensorQuality], marked: Sequence[TensorQuality], title: str) -> str:
+    """SQNR of each tensor along the network; ``marked`` ones stand out. Empty if no SQNR is finite."""
+    finite = [t for t in tensors if math.isfinite(t.sqnr_db)]
+    if not finite:
+        return ""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.0, 3.0), layout="constrained")
+        axes = figure.add_subplot()
+        positions = [t.position for t in finite]
+        values = [t.sqnr_db for t in finite]
+        axes.plot(positions, values, color=_ACCENT, linewidth=1.0, alpha=0.6)
+        axes.plot(positions, values, "o", color=_ACCENT, markersize=3.5)
+        worst = [t for t in marked if math.isfinite(t.sqnr_db)]
+        axes.plot([t.position for t in worst], [t.sqnr_db for t in worst], "o", color=_WARN, markersize=5.5)
+        axes.set_xlabel("tensor, from input to output")
+        axes.set_ylabel("SQNR (dB)")
+        axes.grid(axis="y", color=_LINE, linewidth=0.6)
+        axes.set_xlim(-0.5, max(positions) + 0.5)
+        axes.set_ylim(min(0.0, *values), None)
+        return _svg(figure, "network", title)
+
+
+def range_chart(tensor: TensorQuality, key: str, title: str) -> str:
+    """The calibration histogram of a tensor, logarithmic, with the range that its quantizer represents."""
+    histogram = tensor.histogram
+    if histogram is None:
+        return ""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6, 1.9), layout="constrained")
+        axes = figure.add_subplot()
+        edges = np.linspace(histogram.low, histogram.high, len(histogram.counts) + 1)
+        counts = np.asarray(histogram.counts, np.float64)
+        axes.stairs(np.where(counts > 0, counts, np.nan), edges, fill=True, color=_ACCENT, baseline=0.5)
+        axes.set_yscale("log")
+        axes.set_ylim(0.5, 2 * max(1.0, float(counts.max(initial=1.0))))
+        low, high = histogram.low, histogram.high
+        if tensor.low is not None and tensor.high is not None:
+            low, high = min(low, tensor.low), max(high, tensor.high)
+            axes.axvspan(tensor.low, tensor.high, color=_WARN, alpha=0.10, linewidth=0)
+            for end in (tensor.low, tensor.high):
+                axes.axvline(end, color=_WARN, linewidth=1.5)
+        margin = 0.03 * (high - low)
+        axes.set_xlim(low - margin, high + margin)
+        _few_ticks(axes)
+        return _svg(figure, key, title)
+
+
+def _few_ticks(axes: Axes) -> None:
+    axes.locator_params(axis="x", nbins=6)
+    axes.minorticks_off()
+    top = axes.get_ylim()[1]
+    decades = range(math.ceil(math.log10(top)))
+    step = max(1, len(decades) // 3)
+    axes.set_yticks(
+        [10.0**k for k in decades[::step]], [f"1e{k}" if k > 1 else str(10**k) for k in decades[::step]]
+    )
+
+
+def _svg(figure: Figure, key: str, title: str) -> str:
+    """The figure as an <svg> element without namespaces, metadata, fixed size, or idle ids."""
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
+    # Several pictures share the page: an id is kept only if it is referred to, and made unique.
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    view = re.search(r'viewBox="([^"]*)"', text)
+    assert view is not None
+    label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    head = f'<svg viewBox="{view[1]}" role="img" aria-label="{label}">'
+    return head + text[text.index(">") + 1 :]

@@ -1,0 +1,71 @@
+"""The report as one self-contained page: no script, no font, no picture, no style from elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path, PurePath
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from onnxptq.validate import wording
+from onnxptq.validate.charts import network_chart, range_chart
+from onnxptq.validate.report import Report, TensorQuality, plain
+
+WORST = 10
+"""Number of tensors shown with their histograms."""
+
+_LONG_TABLE = 12
+"""Rows above which a table starts folded."""
+
+
+def render_html(report: Report) -> str:
+    """The page, as text. The same report gives the same bytes.
+
+    Every name and text of the report is escaped; only the pictures are inserted as markup.
+    """
+    worst = worst_tensors(report.tensors)
+    return _template().render(
+        r=report,
+        w=wording,
+        title=f"{PurePath(report.output.path).name}: quantization report",
+        verdict=wording.verdict(report),
+        # Safe: made by matplotlib from numbers, without any text of the report.
+        network=Markup(network_chart(report.tensors, worst, "SQNR of each tensor along the network")),
+        worst=[
+            (tensor, Markup(range_chart(tensor, f"range{i}", "histogram and chosen range")))
+            for i, tensor in enumerate(worst)
+        ],
+        skips=wording.skips_by_reason(report.skips),
+        grids=wording.count_by_grid(report),
+        kernels=sorted((report.kernels or {}).items(), key=lambda item: (-item[1], item[0])),
+        kernel_counts=wording.kernel_counts(report.kernels or {}),
+        recipe=yaml.safe_dump(plain(report.recipe), sort_keys=False, allow_unicode=True),
+        long=_LONG_TABLE,
+        total_seconds=sum(stage.seconds for stage in report.stages),
+    )
+
+
+def worst_tensors(tensors: Sequence[TensorQuality], count: int = WORST) -> list[TensorQuality]:
+    """The quantized tensors with the lowest finite SQNR, worst first; float ones where none is quantized."""
+    finite = [t for t in tensors if math.isfinite(t.sqnr_db) and t.histogram is not None]
+    quantized = [t for t in finite if t.low is not None]
+    return sorted(quantized or finite, key=lambda t: (t.sqnr_db, t.position))[:count]
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.tests["finite"] = _is_finite
+    source = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,189 @@
+"""How numbers and judgements of a report are put into words, the same on the terminal and in the page."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from onnxptq.types import Skip
+from onnxptq.validate.metrics import OutputMetrics
+from onnxptq.validate.report import Report
+
+Level = Literal["good", "fair", "poor", "unknown"]
+
+_GOOD = (0.99, 30.0)
+_FAIR = (0.97, 20.0)
+_CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_INTEGER_KERNELS = frozenset(
+    {
+        "ConvInteger",
+        "DynamicQuantizeLSTM",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "QAttention",
+        "QGemm",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One sentence about the quality, and how good it is."""
+
+    level: Level
+    text: str
+
+
+def verdict(report: Report) -> Verdict:
+    """The quality in one sentence, judged by the worst output.
+
+    Class scores are judged by top-1 agreement, other floats by SQNR, integers by the fraction that is equal.
+    Good is 99 % or 30 dB, fair 97 % or 20 dB: what 8-bit models of common networks reach with and without
+    care.
+    """
+    if not report.outputs:
+        return Verdict(level="unknown", text="The quality was not measured: no inputs were held out.")
+    levels = [_level(output) for output in report.outputs]
+    worst = min(range(len(levels)), key=lambda i: ("poor", "fair", "good").index(levels[i]))
+    level = levels[worst]
+    text = {
+        "good": "Very close to the float model",
+        "fair": "Close to the float model",
+        "poor": "Clearly different from the float model",
+    }[level]
+    where = f" (output {report.outputs[worst].name})" if len(report.outputs) > 1 else ""
+    return Verdict(level=level, text=f"{text}: {headline(report.outputs[worst])}{where}.")
+
+
+def _level(output: OutputMetrics) -> Literal["good", "fair", "poor"]:
+    if output.nonfinite:
+        return "poor"
+    fraction = output.top1_agreement if output.top1_agreement is not None else output.equal_fraction
+    value, bounds = (
+        (fraction, (_GOOD[0], _FAIR[0]))
+        if fraction is not None
+        else (
+            output.sqnr_db if output.sqnr_db is not None else math.nan,
+            (_GOOD[1], _FAIR[1]),
+        )
+    )
+    if value >= bounds[0]:
+        return "good"
+    return "fair" if value >= bounds[1] else "poor"
+
+
+def headline(output: OutputMetrics) -> str:
+    """The numbers of one output in a few words."""
+    if output.nonfinite:
+        return f"{output.nonfinite} values are NaN or Inf"
+    parts = []
+    if output.top1_agreement is not None:
+        parts.append(f"{percent(output.top1_agreement)} same top-1 class")
+    if output.quantized_accuracy is not None and output.reference_accuracy is not None:
+        parts.append(
+            f"accuracy {percent(output.quantized_accuracy)} (float {percent(output.reference_accuracy)})"
+        )
+    if output.sqnr_db is not None:
+        parts.append(f"SQNR {decibels(output.sqnr_db)}")
+    if output.equal_fraction is not None:
+        parts.append(f"{percent(output.equal_fraction)} equal")
+    return ", ".join(parts)
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage; rounded down to below 100 % unless it is exactly that."""
+    if value is None:
+        return "–"
+    shown = f"{100 * value:.2f}"
+    return "99.99 %" if shown == "100.00" and value < 1.0 else f"{shown} %"
+
+
+def decibels(value: float | None) -> str:
+    """An SQNR; infinite where the values are equal."""
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "equal" if value > 0 else "no signal"
+    return f"{value:.1f} dB"
+
+
+def size(value: float) -> str:
+    """Bytes with a decimal unit."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:.2f} {unit}"
+    return f"{value:.0f} bytes"
+
+
+def number(value: float | None) -> str:
+    """A float with four significant digits."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def span(ends: Sequence[float]) -> str:
+    """One number where both ends are equal, else both."""
+    low, high = ends
+    return number(low) if low == high else f"{number(low)} … {number(high)}"
+
+
+def seconds(value: float) -> str:
+    """A duration."""
+    if value >= 60:
+        return f"{int(value // 60)} min {value % 60:.0f} s"
+    return f"{value:.1f} s" if value >= 0.1 else f"{1e3 * value:.0f} ms"
+
+
+def speed(ratio: float) -> str:
+    """A latency ratio (quantized / float) in words."""
+    if 0.97 <= ratio <= 1.03:
+        return "as fast as the float model"
+    return f"{1 / ratio:.2f} x as fast" if ratio < 1 else f"{ratio:.2f} x as slow"
+
+
+def skips_by_reason(skips: Sequence[Skip]) -> list[tuple[str, list[str]]]:
+    """What was declined, most frequent reason first."""
+    found: dict[str, list[str]] = {}
+    for skip in skips:
+        found.setdefault(skip.reason, []).append(skip.site)
+    return sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+
+
+def count_by_grid(report: Report) -> list[tuple[str, int]]:
+    """Number of quantizers by role, bits and granularity, most frequent first."""
+    kinds = Counter(
+        f"{row.bits}-bit {_PLURAL.get(row.role, row.role)}, {row.granularity.split(' (')[0]}"
+        for row in report.quantized
+    )
+    return sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+
+
+_PLURAL = {"activation": "activations", "weight": "weights", "bias": "biases"}
+
+
+def kernel_kind(op: str) -> Literal["integer", "conversion", "float"]:
+    """What a kernel that onnxruntime executes computes in."""
+    if op in _CONVERSIONS:
+        return "conversion"
+    return "integer" if op.startswith("QLinear") or op in _INTEGER_KERNELS else "float"
+
+
+def kernel_counts(kernels: Mapping[str, int]) -> dict[str, int]:
+    """Executed nodes by kind."""
+    found = {"integer": 0, "float": 0, "conversion": 0}
+    for op, count in kernels.items():
+        found[kernel_kind(op)] += count
+    return found
+
+
+def parity_line(report: Report) -> str:
+    """What the parity check showed."""
+    parity = report.parity
+    if parity is None:
+        return "Not checked."
+    same = "all equal to the simulation" if parity.max_steps == 0 else f"within {parity.max_steps:.3g} steps"
+    return f"{parity.elements:,} values on {len(parity.edges)} quantized edges: {same}"
