@@ -65,7 +65,7 @@ def range_chart(tensor: TensorQuality, key: str, title: str) -> str:
     if histogram is None:
         return ""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.6, 1.9), layout="constrained")
+        figure = Figure(figsize=(3.6, 1.6), layout="constrained")
         axes = figure.add_subplot()
         edges = np.linspace(histogram.low, histogram.high, len(histogram.counts) + 1)
         counts = np.asarray(histogram.counts, np.float64)
@@ -85,7 +85,7 @@ def range_chart(tensor: TensorQuality, key: str, title: str) -> str:
 
 
 def _few_ticks(axes: Axes) -> None:
-    axes.locator_params(axis="x", nbins=6)
+    axes.locator_params(axis="x", nbins=5)
     axes.minorticks_off()
     top = axes.get_ylim()[1]
     decades = range(math.ceil(math.log10(top)))

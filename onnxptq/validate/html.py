@@ -19,6 +19,7 @@ from onnxptq.validate.report import Report, TensorQuality, plain
 WORST = 10
 """Number of tensors shown with their histograms."""
 
+_OPTIONAL = ("top1_agreement", "quantized_accuracy", "equal_fraction")
 _LONG_TABLE = 12
 """Rows above which a table starts folded."""
 
@@ -32,7 +33,8 @@ def render_html(report: Report) -> str:
     return _template().render(
         r=report,
         w=wording,
-        title=f"{PurePath(report.output.path).name}: quantization report",
+        output_name=PurePath(report.output.path).name,
+        has={name: any(getattr(o, name) is not None for o in report.outputs) for name in _OPTIONAL},
         verdict=wording.verdict(report),
         # Safe: made by matplotlib from numbers, without any text of the report.
         network=Markup(network_chart(report.tensors, worst, "SQNR of each tensor along the network")),
