@@ -149,10 +149,11 @@ def _slice(x: Tensor, starts: Ints, ends: Ints, axes: Ints, steps: Ints) -> Tens
     backwards: list[tuple[int, range]] = []
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         axis = axis + x.dim() if axis < 0 else axis
-        if step > 0:
-            index[axis] = slice(start, end, step)
-            continue
         size = x.shape[axis]
+        if step > 0:
+            # Torch warns about bounds near the limits of 64 bits, which exporters write for "to the end".
+            index[axis] = slice(max(start, -size), max(min(end, size), -size), min(step, max(size, 1)))
+            continue
         first = max(min(start + size if start < 0 else start, size - 1), -1)
         last = max(min(end + size if end < 0 else end, size - 1), -1)
         backwards.append((axis, range(first, last, step)))

@@ -65,16 +65,18 @@ def test_split() -> None:
     check_against_onnxruntime("Split", {"x": x}, opset=18, n_outputs=4, axis=0, num_outputs=4)
 
 
-BIG = 2**62
+BIG = 2**63 - 1
 SLICES: list[dict[str, list[int]]] = [
     {"starts": [1, 0], "ends": [3, BIG]},
     {"starts": [-2], "ends": [BIG], "axes": [1]},
     {"starts": [0], "ends": [-1], "axes": [-1]},
     {"starts": [0, 1], "ends": [5, 7], "axes": [2, 1], "steps": [2, 3]},
-    {"starts": [BIG], "ends": [-BIG], "axes": [2], "steps": [-1]},
+    {"starts": [BIG], "ends": [-BIG - 1], "axes": [2], "steps": [-1]},
     {"starts": [-1, 3], "ends": [0, -100], "axes": [2, 1], "steps": [-2, -1]},
     {"starts": [3], "ends": [1], "axes": [1]},
     {"starts": [10], "ends": [20], "axes": [0]},
+    {"starts": [-BIG - 1, 1], "ends": [BIG, BIG], "axes": [0, 2], "steps": [1, BIG]},
+    {"starts": [0], "ends": [-BIG - 1], "axes": [1]},
 ]
 
 
