@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.lowering.lowering_oracle import RNG, check_against_onnxruntime, named, normal
+from tests.unit.lowering.lowering_oracle import (
+    RNG,
+    check_against_onnxruntime,
+    named,
+    node_model,
+    normal,
+    run_lowered,
+)
 
 BROADCASTS = [((2, 3, 4), (2, 3, 4)), ((2, 3, 4), (4,)), ((3, 1), (2, 1, 4)), ((2, 3), ())]
 
@@ -203,6 +210,25 @@ def test_channel_normalizations(shape: tuple[int, ...]) -> None:
     check_against_onnxruntime("InstanceNormalization", feed, opset=7, rtol=1e-4, atol=1e-4)
     if shape[-1] > 1:
         check_against_onnxruntime("GroupNormalization", feed, opset=21, num_groups=2, rtol=1e-4, atol=1e-4)
+
+
+def test_group_normalization_with_a_scale_per_group() -> None:
+    feed = {"x": normal(2, 6, 3, 2), "scale": normal(2), "b": normal(2)}
+    got = run_lowered(node_model("GroupNormalization", feed, opset=18, num_groups=2, epsilon=1e-3), feed)[
+        "y0"
+    ]
+    parts = feed["x"].reshape(2, 2, 18).astype(np.float64)
+    want = (parts - parts.mean(-1, keepdims=True)) / np.sqrt(parts.var(-1, keepdims=True) + 1e-3)
+    want = want * feed["scale"].reshape(1, 2, 1) + feed["b"].reshape(1, 2, 1)
+    np.testing.assert_allclose(got, want.reshape(2, 6, 3, 2), rtol=1e-5, atol=1e-5)  # float32 rounding
+
+
+def test_lrn_of_even_size_looks_ahead() -> None:
+    x = normal(1, 5, 2)
+    got = run_lowered(node_model("LRN", {"x": x}, opset=13, size=4, alpha=0.4, beta=1.0, bias=2.0), {"x": x})
+    # ONNX: from c - floor(3 / 2) to c + ceil(3 / 2). onnxruntime accepts odd sizes only.
+    total = np.stack([(x[:, max(c - 1, 0) : c + 3] ** 2).sum(1) for c in range(5)], 1)
+    np.testing.assert_allclose(got["y0"], x / (2.0 + 0.1 * total), rtol=1e-5)  # float32 rounding
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])
