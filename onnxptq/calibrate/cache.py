@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from onnxptq.types import Skip
 _FORMAT = 1
 
 
-def cache_key(*parts: str | int | bool | None | Sequence[str]) -> str:
+def cache_key(*parts: str | int | bool | Sequence[str] | None) -> str:
     """A short hash of ``parts`` (model and data fingerprints, settings, versions)."""
     return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()[:24]
 
@@ -33,7 +34,16 @@ def load_calibration(folder: Path, key: str) -> Calibration | None:
         with np.load(path, allow_pickle=False) as archive:
             header = json.loads(bytes(archive["header"]))
             return _unpack(header, archive["counts"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ):
         return None
 
 
@@ -47,7 +57,9 @@ def save_calibration(folder: Path, key: str, calibration: Calibration) -> None:
     try:
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
             try:
-                np.savez_compressed(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), counts=counts)
+                np.savez_compressed(
+                    file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), counts=counts
+                )
                 file.close()
                 Path(file.name).replace(_path(folder, key))
             except BaseException:
@@ -55,7 +67,8 @@ def save_calibration(folder: Path, key: str, calibration: Calibration) -> None:
                 raise
     except OSError as error:
         raise OutputPathError(
-            f"The work folder '{folder}' cannot be written: {error.strerror}.", "Choose another with --work-dir."
+            f"The work folder '{folder}' cannot be written: {error.strerror}.",
+            "Choose another with --work-dir.",
         ) from error
 
 
@@ -79,7 +92,10 @@ def _pack(calibration: Calibration) -> tuple[dict[str, Any], np.ndarray[Any, Any
         "skips": [[s.site, s.reason] for s in calibration.skips],
         "uncalibrated": dict(calibration.uncalibrated),
         # hex keeps every bit of a float
-        "tensors": [[n, r.minimum.hex(), r.maximum.hex(), r.elements, r.exponent] for n, r in zip(names, rows, strict=True)],
+        "tensors": [
+            [n, r.minimum.hex(), r.maximum.hex(), r.elements, r.exponent]
+            for n, r in zip(names, rows, strict=True)
+        ],
     }
     empty = np.zeros(0, np.int64)
     counts = np.stack([r.counts if r.counts is not None else empty for r in rows]) if rows else empty

@@ -1,4 +1,4 @@
-"""The streaming calibration run: tensors are exposed in groups that fit the memory budget, one sample at a time.
+"""The streaming calibration run: one sample at a time, tensors exposed in groups that fit the memory budget.
 
 Every sample is run with the batch size that the model was given by the feeds (1 where the model allows it),
 so a statistic never depends on how a user batched the data.
@@ -7,20 +7,22 @@ so a statistic never depends on how a user batched the data.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
+from onnxptq.calibrate.exposing import measured_shapes, open_group
 from onnxptq.calibrate.statistics import StatisticsBuilder, TensorStatistics
 from onnxptq.errors import FeedError, MemoryBudgetError
-from onnxptq.graph.save import exposed_copy
-from onnxptq.runtime import Provider, Session
+from onnxptq.runtime import Provider
 from onnxptq.types import Array, CanonicalModel, Feeds, Progress, Skip
 
 DEFAULT_GROUP_BYTES = 1 << 30
 """Exposed activations of one sample held at once when the user states no budget."""
+
+_THREADS = max(1, min(4, os.cpu_count() or 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,37 +63,50 @@ def calibrate(
         MemoryBudgetError: one tensor alone is larger than ``group_bytes``.
     """
     if len(feeds) == 0:
-        raise FeedError("There is no calibration sample.", "Point --calib at a folder with at least one sample.")
+        raise FeedError(
+            "There is no calibration sample.", "Point --calib at a folder with at least one sample."
+        )
     inputs = {spec.name for spec in model.inputs}
     internal = [name for name in tensors if name not in inputs]
-    groups = _group(_measure(model, feeds, internal, work_dir, provider), group_bytes, model)
+    shapes = _shapes(model, feeds, internal, provider)
+    groups = _group({name: 4 * math.prod(shape) for name, shape in shapes.items()}, group_bytes, model)
+    anchored = [name for name, shape in shapes.items() if shape]
     builders = {name: StatisticsBuilder(histogram=histogram) for name in tensors}
     broken: dict[str, str] = {}
     step = progress.start("calibrate", len(feeds) * max(1, len(groups))) if progress else None
-    for number, group in enumerate(groups or [[]]):
-        session = _open(model, group, work_dir, provider) if group else None
-        for sample in feeds:
-            if number == 0:
-                _observe({k: v for k, v in sample.items() if k in builders}, builders, broken)
-            if session is not None:
-                _observe(session.run(sample, group), builders, broken)
-            if step:
-                step()
-        del session
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for number, group in enumerate(groups or [[]]):
+            session = open_group(model, group, anchored, provider) if group else None
+            for sample in feeds:
+                if number == 0:
+                    _observe({k: v for k, v in sample.items() if k in builders}, builders, broken, pool)
+                if session is not None:
+                    # Not bound to a name: it would keep one sample's tensors through the next run.
+                    _observe(session.run(sample, group), builders, broken, pool)
+                if step:
+                    step()
     return _finish(model, builders, broken, len(feeds))
 
 
 def _observe(
-    values: Mapping[str, Array], builders: Mapping[str, StatisticsBuilder], broken: dict[str, str]
+    values: Mapping[str, Array],
+    builders: Mapping[str, StatisticsBuilder],
+    broken: dict[str, str],
+    pool: ThreadPoolExecutor,
 ) -> None:
-    for name, value in values.items():
-        if name in broken or value.size == 0:
-            continue
-        # The sum is finite exactly when every element is, up to an overflow that the second look clears.
-        if not np.isfinite(value.sum(dtype=np.float64)) and not np.isfinite(value).all():
-            broken[name] = "NaN" if np.isnan(value).any() else "Inf"
-            continue
-        builders[name].update(value)
+    """Add one sample's values; every tensor has a builder of its own, so threads cannot meet."""
+
+    def update(name: str) -> tuple[str, str] | None:
+        try:
+            builders[name].update(values[name])
+        except ValueError as error:
+            return name, str(error)
+        return None
+
+    # numpy lets go of the interpreter lock while it reads an array.
+    for failed in pool.map(update, [name for name in values if name not in broken]):
+        if failed is not None:
+            broken[failed[0]] = failed[1]
 
 
 def _finish(
@@ -115,29 +130,29 @@ def _finish(
     )
 
 
-def _measure(
-    model: CanonicalModel, feeds: Feeds, names: Sequence[str], work_dir: Path, provider: Provider
-) -> dict[str, int]:
-    """Bytes of each tensor in the first sample: from static shapes where they are known, else by running it."""
+def _shapes(
+    model: CanonicalModel, feeds: Feeds, names: Sequence[str], provider: Provider
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in the first sample: from the graph where it is known, else by running it."""
     sample = next(iter(feeds))
     tensors = model.graph.tensors()
-    batch = next((v.shape[0] for v in sample.values() if v.ndim), 1)
-    sizes = {}
+    bound = {
+        dim: value.shape[i]
+        for spec in model.inputs
+        if (value := sample.get(spec.name)) is not None
+        for i, dim in enumerate(spec.shape)
+        if isinstance(dim, str) and i < value.ndim
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in names:
         shape = getattr(tensors.get(name), "shape", None)
-        dims = [_dimension(d, batch if i == 0 else None) for i, d in enumerate(shape or ())]
-        if shape is not None and all(d is not None for d in dims):
-            sizes[name] = 4 * math.prod(d for d in dims if d is not None)
-    unknown = [name for name in names if name not in sizes]
-    for start in range(0, len(unknown), 16):
-        chunk = unknown[start : start + 16]
-        for name, value in _open(model, chunk, work_dir, provider).run(sample, chunk).items():
-            sizes[name] = value.nbytes
-    return {name: sizes[name] for name in names}
-
-
-def _dimension(dim: int | str | None, batch: int | None) -> int | None:
-    return dim if isinstance(dim, int) else batch
+        if shape is None:
+            continue
+        dims = [bound.get(d, d) if isinstance(d, str) else d for d in shape]
+        if all(isinstance(d, int) and d >= 0 for d in dims):
+            shapes[name] = tuple(dims)
+    unknown = [name for name in names if name not in shapes]
+    return {**shapes, **measured_shapes(model, unknown, sample, provider)}
 
 
 def _group(sizes: Mapping[str, int], limit: int, model: CanonicalModel) -> list[list[str]]:
@@ -157,12 +172,3 @@ def _group(sizes: Mapping[str, int], limit: int, model: CanonicalModel) -> list[
         groups[-1].append(name)
         room -= size
     return groups
-
-
-def _open(model: CanonicalModel, names: Sequence[str], work_dir: Path, provider: Provider) -> Session:
-    exposed = model.path.with_name(f"exposed_{model.path.name}")
-    try:
-        exposed_copy(model.path, names, exposed)
-        return Session(exposed, provider=provider)
-    finally:
-        exposed.unlink(missing_ok=True)

@@ -5,13 +5,16 @@ at zero. When a larger value arrives the width doubles and neighbouring bins mer
 ``floor(floor(x / w) / 2) = floor(x / 2w)``, the result depends only on the set of values seen, not on
 when the width doubled. Counts are integers, so merging is associative.
 
-Large tensors contribute a strided subset of their elements to the histogram (never to the extremes). The
-stride is a prime that does not divide the last dimensions, so that no channel is favoured.
+An array larger than HISTOGRAM_ELEMENTS contributes a strided subset of its elements to the histogram (never
+to the extremes), chosen by position alone. The stride is a prime that divides none of its dimensions, so
+that no channel is favoured. Up to that size an array may be cut into pieces in any way without changing the
+result; beyond it the pieces are subsampled one by one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,8 +54,8 @@ class TensorStatistics:
         if self.counts is None:
             raise ValueError("this calibration holds no histograms")
         occupied = np.flatnonzero(self.counts)
-        width = math.ldexp(1.0, self.exponent)
-        return (occupied - HALF_BINS + 0.5) * width, self.counts[occupied]
+        centres: npt.NDArray[np.float64] = (occupied.astype(np.float64) - HALF_BINS + 0.5) * self.bin_width
+        return centres, self.counts[occupied]
 
     @property
     def bin_width(self) -> float:
@@ -71,10 +74,18 @@ class StatisticsBuilder:
         self._counts = np.zeros(2 * HALF_BINS, np.int64) if histogram else None
 
     def update(self, values: Array) -> None:
-        """Add all elements of ``values`` (any float shape, finite)."""
+        """Add all elements of ``values``, of any shape.
+
+        Raises:
+            ValueError: ``values`` holds NaN or Inf; nothing of it is added then.
+        """
         if values.size == 0:
             return
-        low, high = float(values.min()), float(values.max())
+        # Adding 0 turns -0 into +0: which of both zeros is the minimum would depend on the order.
+        low, high = float(values.min()) + 0.0, float(values.max()) + 0.0
+        # NaN survives min and max, so two passes over memory find everything that is not finite.
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("NaN" if math.isnan(low) or math.isnan(high) else "Inf")
         self._minimum = min(self._minimum, low)
         self._maximum = max(self._maximum, high)
         self._elements += values.size
@@ -87,15 +98,13 @@ class StatisticsBuilder:
             needed = needed_exponent(absmax)
             if self._exponent is None:
                 self._exponent = needed
-            while self._exponent < needed:
-                self._counts = _coarsen(self._counts)
-                self._exponent += 1
+            if self._exponent < needed:
+                self._counts = _coarsened(self._counts, needed - self._exponent)
+                self._exponent = needed
         if self._exponent is None:  # nothing but zeros so far
             self._counts[HALF_BINS] += values.size
             return
-        # A power of two scales exactly, except where it would leave the range of a float.
-        scaled = np.ldexp(values, -self._exponent) if self._exponent < -100 else values * _pow2(-self._exponent)
-        index = np.floor(scaled).astype(np.intp) + HALF_BINS
+        index = np.floor(_scaled(values, -self._exponent)).astype(np.intp) + HALF_BINS
         self._counts += np.bincount(index, minlength=2 * HALF_BINS)
 
     def merge(self, other: StatisticsBuilder) -> None:
@@ -108,10 +117,9 @@ class StatisticsBuilder:
         mine, theirs = self._counts, other._counts
         exponents = [e for e in (self._exponent, other._exponent) if e is not None]
         target = max(exponents, default=None)
-        for _ in range(0 if target is None or self._exponent is None else target - self._exponent):
-            mine = _coarsen(mine)
-        for _ in range(0 if target is None or other._exponent is None else target - other._exponent):
-            theirs = _coarsen(theirs)
+        if target is not None:
+            mine = _coarsened(mine, 0 if self._exponent is None else target - self._exponent)
+            theirs = _coarsened(theirs, 0 if other._exponent is None else target - other._exponent)
         self._counts, self._exponent = mine + theirs, target
 
     def result(self) -> TensorStatistics | None:
@@ -127,6 +135,22 @@ class StatisticsBuilder:
         )
 
 
+def combined(members: Sequence[TensorStatistics]) -> TensorStatistics:
+    """The statistics of all values of ``members`` together; without a histogram if one of them has none."""
+    exponent = max((m.exponent for m in members if m.absmax > 0.0), default=0)
+    # The zeros of a tensor that holds nothing else are in the same bin at every width.
+    histograms = [
+        _coarsened(m.counts, max(0, exponent - m.exponent)) for m in members if m.counts is not None
+    ]
+    return TensorStatistics(
+        minimum=min(m.minimum for m in members),
+        maximum=max(m.maximum for m in members),
+        elements=sum(m.elements for m in members),
+        exponent=exponent,
+        counts=np.sum(histograms, axis=0) if len(histograms) == len(members) else None,
+    )
+
+
 def needed_exponent(absmax: float) -> int:
     """The smallest exponent whose HALF_BINS bins hold +-``absmax``."""
     _, exponent = math.frexp(absmax)  # absmax = m 2^exponent with m in [0.5, 1)
@@ -134,7 +158,7 @@ def needed_exponent(absmax: float) -> int:
 
 
 def strided(values: Array) -> FloatArray:
-    """At most about HISTOGRAM_ELEMENTS elements of ``values``, as a flat float32 array, chosen by position alone."""
+    """At most HISTOGRAM_ELEMENTS elements of ``values``, flat and float32, chosen by position alone."""
     flat = values.reshape(-1)
     if flat.size > HISTOGRAM_ELEMENTS:
         flat = flat[:: _stride(flat.size, values.shape)]
@@ -152,13 +176,23 @@ def _is_prime(n: int) -> bool:
     return n > 1 and all(n % k for k in range(2, math.isqrt(n) + 1))
 
 
-def _pow2(exponent: int) -> np.float32:
-    return np.float32(math.ldexp(1.0, exponent))
+def _scaled(values: FloatArray, exponent: int) -> FloatArray:
+    """``values * 2^exponent``, exactly as far as ``floor`` can tell."""
+    if exponent > 100:  # the factor alone may leave the range of a float
+        return np.ldexp(values, exponent)
+    scaled: FloatArray = values * np.float32(math.ldexp(1.0, exponent))
+    if exponent < 0:
+        # A tiny negative value must stay below zero, or its bin would depend on the width it was counted at.
+        scaled = np.where((scaled == 0.0) & (values < 0.0), np.float32(-1.0), scaled)
+    return scaled
 
 
-def _coarsen(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Double the bin width: bin k of the result holds bins 2k and 2k + 1."""
-    result = np.zeros_like(counts)
+def _coarsened(counts: npt.NDArray[np.int64], doublings: int) -> npt.NDArray[np.int64]:
+    """Double the bin width ``doublings`` times: each time bin k takes what bins 2k and 2k + 1 held."""
     half = HALF_BINS // 2
-    result[HALF_BINS - half : HALF_BINS + half] = counts.reshape(-1, 2).sum(axis=1)
-    return result
+    # After 14 doublings everything is in the two bins beside zero, where it stays.
+    for _ in range(min(doublings, HALF_BINS.bit_length())):
+        merged = np.zeros_like(counts)
+        merged[HALF_BINS - half : HALF_BINS + half] = counts.reshape(-1, 2).sum(axis=1)
+        counts = merged
+    return counts
