@@ -100,19 +100,30 @@ def compare_layers(
     tick = progress.start("Comparing the layers", len(groups) * len(samples)) if progress else None
     meters = [_LayerMeter(item) for item in shared]
     for members in groups:
-        fetched = [
-            [name for i in members for where, name in shared[i].units if where == side] for side in (0, 1)
+        runs = [
+            _Run(path, [name for i in members for where, name in shared[i].units if where == side])
+            for side, path in enumerate((reference, quantized))
         ]
-        first = open_exposed(reference, fetched[0], exact=True)
-        second = open_exposed(quantized, fetched[1], exact=True)
         for ours, theirs in feeds:
-            a, b = {**ours, **first.run(ours, fetched[0])}, {**theirs, **second.run(theirs, fetched[1])}
+            a, b = runs[0](ours), runs[1](theirs)
             for i in members:
                 meters[i].update(a, b)
             if tick:
                 tick()
     kept = [meter for meter in meters if not meter.is_mismatched]
     return tuple(meter.result(i) for i, meter in enumerate(kept)), _remarks(meters)
+
+
+class _Run:
+    """Fetches tensors of one model; a feed's own values come along."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self._names = names
+        # onnxruntime takes an empty list of outputs for all of them.
+        self._session = open_exposed(path, names, exact=True) if names else None
+
+    def __call__(self, feed: Sample) -> Sample:
+        return feed if self._session is None else {**feed, **self._session.run(feed, self._names)}
 
 
 class _LayerMeter:
@@ -173,7 +184,7 @@ def shared_tensors(reference: WrittenModel, quantized: WrittenModel, inputs: dic
         if tensor in floats and name in behind:
             result.append(_Shared(tensor, name, behind[name], is_input=True))
     for tensor in reference.producers:
-        if tensor not in floats or tensor not in present:
+        if tensor not in floats or tensor not in present or tensor not in quantized.producers:
             continue
         if tensor not in pairs:
             result.append(_Shared(tensor, tensor, behind.get(tensor), is_input=False))

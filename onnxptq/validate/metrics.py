@@ -77,7 +77,7 @@ class OutputMeter:
         self._is_float: bool | None = None
         self._elements = self._rows = self._equal = self._nonfinite = 0
         self._signal = self._noise = self._energy = self._product = self._largest = 0.0
-        self._top1 = self._top5 = self._classes = 0
+        self._top1 = self._top5 = self._classes = self._ranked = 0
         self._labelled = self._right_reference = self._right_quantized = 0
 
     def update(self, reference: Array, quantized: Array, labels: npt.NDArray[np.int64] | None = None) -> None:
@@ -127,6 +127,7 @@ class OutputMeter:
         first, other = reference.argmax(axis=1), quantized.argmax(axis=1)
         rows = np.arange(len(first))
         self._classes = reference.shape[1]
+        self._ranked += len(first)
         self._top1 += int((first == other).sum())
         score = quantized[rows, first][:, None]
         earlier = np.arange(self._classes)[None, :] < first[:, None]
@@ -143,9 +144,9 @@ class OutputMeter:
             self._right_quantized += int((other == labels).sum())
 
     @property
-    def rows(self) -> int:
-        """Number of rows (entries of the first axis) added so far."""
-        return self._rows
+    def ranked(self) -> int:
+        """Number of rows of class scores added so far."""
+        return self._ranked
 
     @property
     def sums(self) -> tuple[float, float]:
@@ -160,8 +161,7 @@ class OutputMeter:
                 name=self.name, elements=self._elements, rows=self._rows, equal_fraction=fraction
             )
         norm = math.sqrt(self._signal) * math.sqrt(self._energy)
-        ranked = self._rows if self._is_scores and self._classes else 0
-        labelled = self._labelled
+        ranked, labelled = self._ranked, self._labelled
         return OutputMetrics(
             name=self.name,
             elements=self._elements,
@@ -217,8 +217,8 @@ class QualityMeter:
         for name, other in self._pairs:
             meter, value = self.meters[name], reference[name]
             labels = None
-            if self._labels is not None and value.ndim:
-                labels = self._labels[meter.rows : meter.rows + value.shape[0]]
+            if self._labels is not None and value.ndim and value.size:
+                labels = self._labels[meter.ranked : meter.ranked + value.size // value.shape[-1]]
             meter.update(value, quantized[other], labels)
 
     def results(self) -> tuple[OutputMetrics, ...]:

@@ -1,0 +1,63 @@
+"""The order of the runs and the arithmetic of the ratio, with a clock of our own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxptq.validate import latency
+from onnxptq.validate.latency import measure_latency
+
+FEED = {"x": np.zeros((4, 3), np.float32)}
+
+
+class _Clock:
+    """Time passes only while a session runs."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.runs: list[str] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    clock = _Clock()
+
+    class Fake:
+        def __init__(self, model: Path, **_: Any) -> None:
+            self.name = model.name
+
+        def run(self, _: Any) -> None:
+            clock.runs.append(self.name)
+            # The machine slows down steadily; "b" always takes half the time of "a" at that moment.
+            slow = 1 + 0.05 * len(clock.runs)
+            clock.now += slow * {"a": 0.010, "b": 0.005}[self.name]
+
+    monkeypatch.setattr(latency, "Session", Fake)
+    monkeypatch.setattr(latency.time, "perf_counter", clock.perf_counter)
+    return clock
+
+
+def test_pairs_alternate_after_a_warm_up(clock: _Clock) -> None:
+    measure_latency(Path("a"), Path("b"), FEED, pairs=4)
+    assert clock.runs == ["a"] * 3 + ["b"] * 3 + ["a", "b", "b", "a", "a", "b", "b", "a"]
+
+
+def test_the_ratio_survives_a_machine_that_slows_down(clock: _Clock) -> None:
+    result = measure_latency(Path("a"), Path("b"), FEED, pairs=20)
+    # Within a pair the machine slows by 5 % of the start at most, once in favour of each model.
+    assert result.ratio == pytest.approx(0.5, rel=0.02)
+    assert result.ratio_low <= result.ratio <= result.ratio_high
+    assert (result.pairs, result.batch, result.threads, result.provider) == (20, 4, 0, "cpu")
+    assert result.reference_ms > result.quantized_ms > 0
+
+
+def test_one_pair_has_no_quartiles(clock: _Clock) -> None:
+    with pytest.raises(ValueError, match="two pairs"):
+        measure_latency(Path("a"), Path("b"), FEED, pairs=1)

@@ -1,0 +1,340 @@
+"""The report as JSON, as a page and on the terminal, hostile names included."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from onnxptq.types import Skip
+from onnxptq.validate import wording
+from onnxptq.validate.html import render_html, worst_tensors
+from onnxptq.validate.latency import Latency
+from onnxptq.validate.metrics import OutputMetrics
+from onnxptq.validate.parity import EdgeParity, OutputParity, Parity
+from onnxptq.validate.report import (
+    SCHEMA_VERSION,
+    DataFacts,
+    Histogram,
+    ModelFacts,
+    OutputFacts,
+    QuantizedRow,
+    Report,
+    SizeRow,
+    StageTime,
+    TensorQuality,
+    plain,
+)
+from onnxptq.validate.summary import render_summary
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "]]></svg><iframe src='https://example.org'>",
+    "$\\frac{1}{0}$ {{ 7*7 }} {% if %}",
+    "[bold red]not markup[/bold red] [/]",
+    "名前/テンソル:0",
+)
+
+
+def _scores(**changes: Any) -> OutputMetrics:
+    values: dict[str, Any] = {
+        "name": "scores",
+        "elements": 70,
+        "rows": 10,
+        "sqnr_db": 31.5,
+        "cosine": 0.9996,
+        "max_abs_error": 0.25,
+        "top1_agreement": 0.99,
+        "top5_agreement": 1.0,
+    }
+    return OutputMetrics(**{**values, **changes})
+
+
+def _tensor(name: str, position: int, sqnr: float, **changes: Any) -> TensorQuality:
+    values: dict[str, Any] = {
+        "tensor": name,
+        "position": position,
+        "sqnr_db": sqnr,
+        "minimum": -1.0,
+        "maximum": 3.0,
+        "low": -0.9,
+        "high": 2.5,
+        "histogram": Histogram(low=-1.0, high=3.0, counts=(0, 3, 1000, 40, 0, 1)),
+    }
+    return TensorQuality(**{**values, **changes})
+
+
+def _report(names: tuple[str, ...] = ("conv/out", "relu", "fc"), **changes: Any) -> Report:
+    parity = Parity(
+        samples=2,
+        edges=(
+            EdgeParity(
+                quantizer_id="q", tensor=names[0], role="activation", elements=9, different=0, max_steps=0.0
+            ),
+        ),
+        outputs=(OutputParity(name=names[0], exact_sqnr_db=31.0, fast_sqnr_db=math.inf),),
+        provider="cpu",
+    )
+    latency = Latency(
+        reference_ms=8.0,
+        quantized_ms=4.0,
+        ratio=0.5,
+        ratio_low=0.45,
+        ratio_high=0.55,
+        pairs=20,
+        batch=1,
+        threads=0,
+        provider="cpu",
+    )
+    rows = tuple(
+        QuantizedRow(
+            quantizer_id=name,
+            tensor=name,
+            role=("activation", "weight", "bias")[i % 3],
+            bits=8,
+            storage="uint8",
+            granularity="per channel (axis 0)",
+            symmetric=True,
+            scale=(1e-3, 2e-3),
+            zero_point=(0, 0),
+            readers=(name, "graph output"),
+        )
+        for i, name in enumerate(names)
+    )
+    tensors = [_tensor(name, i, 40.0 - i) for i, name in enumerate(names)]
+    tensors.append(_tensor("equal", len(names), math.inf))
+    values: dict[str, Any] = {
+        "model": ModelFacts(
+            path=f"/models/{names[0]}", fingerprint="f" * 8, opset=17, parameters=10, bytes=100
+        ),
+        "output": OutputFacts(path="out.onnx", bytes=30, sha256="a" * 8),
+        "target": "ort-cpu",
+        "method": "calibrated",
+        "recipe": {"target": "ort-cpu", "exclude": list(names), "samples": np.int64(64), "gate": 0.5},
+        "calibration": DataFacts(description=f"pictures in {names[0]}", count=64),
+        "heldout": DataFacts(description="held out", count=10),
+        "quantized": rows,
+        "skips": tuple(Skip(site=name, reason=f"because of {names[0]}") for name in names),
+        "tensors": tuple(tensors),
+        "outputs": (_scores(name=names[0]),),
+        "parity": parity,
+        "latency": latency,
+        "kernels": {"QLinearConv": 3, "Relu": 1, "DequantizeLinear": 2, names[0]: 1},
+        "sizes": (SizeRow(component="quantized weights", before=80, after=20),),
+        "stages": (StageTime(name="calibrate", seconds=61.0), StageTime(name="check", seconds=0.01)),
+        "peak_memory_bytes": 1_500_000_000,
+        "versions": {"onnx": "1.2.3"},
+        "notes": names,
+    }
+    return Report(**{**values, **changes})
+
+
+class _Page(HTMLParser):
+    """Collects tags, attributes and text, and checks that the tags are balanced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in {"meta"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, tag
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def _parsed(html: str) -> _Page:
+    page = _Page()
+    page.feed(html)
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_json_is_plain_and_complete() -> None:
+    report = _report()
+    text = json.dumps(report.to_json(), allow_nan=False)
+    content = json.loads(text)
+    assert content["schema_version"] == SCHEMA_VERSION
+    assert list(content) == [
+        *("schema_version", "model", "output", "target", "method", "recipe", "calibration", "heldout"),
+        *("quantized", "skips", "tensors", "outputs", "parity", "latency", "kernels", "sizes", "stages"),
+        *("peak_memory_bytes", "versions", "notes"),
+    ]
+    assert content["tensors"][-1]["sqnr_db"] == "inf"
+    assert content["parity"]["outputs"][0]["fast_sqnr_db"] == "inf"
+    assert content["parity"]["max_steps"] == 0.0
+    assert content["parity"]["elements"] == 9
+    assert content["recipe"]["samples"] == 64
+    assert content["skips"][0] == {"site": "conv/out", "reason": "because of conv/out"}
+    assert text == json.dumps(_report().to_json(), allow_nan=False)
+
+
+def test_numbers_that_json_lacks() -> None:
+    assert plain([math.inf, -math.inf, math.nan, np.float32(0.5), np.int8(3), {1: (True, None)}]) == [
+        *("inf", "-inf", None, 0.5, 3),
+        {"1": [True, None]},
+    ]
+
+
+@pytest.mark.parametrize("names", [("conv/out", "relu", "fc"), HOSTILE], ids=["plain", "hostile"])
+def test_the_page_is_well_formed_and_self_contained(names: tuple[str, ...]) -> None:
+    html = render_html(_report(names))
+    page = _parsed(html)
+    assert page.tags.isdisjoint(
+        {"script", "link", "img", "iframe", "object", "embed", "base", "form", "image"}
+    )
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        assert name not in {"src", "srcset", "data", "action", "xmlns"}
+        if name.endswith("href"):
+            assert value.startswith("#")
+    assert "@import" not in html
+    assert all(target.startswith("#") for target in re.findall(r"url\(\s*[\"']?([^)\"']*)", html))
+    if names is not HOSTILE:
+        assert "http:" not in html
+        assert "https:" not in html
+        assert "//" not in html.replace("/models//", "")
+    shown = "".join(page.text)
+    for name in names:
+        assert name in shown
+
+
+def test_ids_are_unique_and_referred_to() -> None:
+    page = _parsed(render_html(_report()))
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = {value[1:] for name, value in page.attributes if name.endswith("href")}
+    used |= {m for _, value in page.attributes for m in re.findall(r"url\(#([^)]+)\)", value)}
+    assert used == set(ids)
+
+
+def test_the_page_is_reproducible() -> None:
+    html = render_html(_report())
+    assert html == render_html(_report())
+    assert not re.search(r"20\d\d-\d\d-\d\d", html)
+
+
+def test_the_page_shows_what_the_report_says() -> None:
+    report = _report(outputs=(_scores(reference_accuracy=0.75, quantized_accuracy=0.7321, labelled=10),))
+    text = "".join(_parsed(render_html(report)).text)
+    for expected in ("99.00 %", "31.5 dB", "73.21 %", "75.00 %", "2.00 ×", "30 % of", "1 min 1 s", "1.50 GB"):
+        assert expected in text, expected
+    assert "3 integer kernels" in text
+    assert text.count("because of conv/out") == 1  # grouped by reason
+
+
+def test_a_bare_report_renders() -> None:
+    bare = Report(
+        model=ModelFacts(path="m", fingerprint="", opset=17, parameters=0, bytes=0),
+        output=OutputFacts(path="o", bytes=0),
+        target="simulate",
+        method="rtn",
+        recipe={},
+        calibration=DataFacts(description="", count=1),
+    )
+    assert "not measured" in "".join(_parsed(render_html(bare)).text)
+    assert "not measured" in _terminal(bare)
+    json.dumps(bare.to_json(), allow_nan=False)
+
+
+def test_pictures_survive_extreme_values() -> None:
+    one = Histogram(low=0.5, high=0.5 + 1e-7, counts=(10,))
+    wide = Histogram(low=-1e30, high=1e30, counts=(1, 0, 10**12))
+    tensors = (
+        _tensor("one", 0, 3.0, histogram=one, low=0.0, high=1e9),
+        _tensor("wide", 1, -300.0, histogram=wide),
+        _tensor("none", 2, 5.0, histogram=None),
+        _tensor("nan", 3, math.nan),
+        _tensor("float", 4, 1.0, low=None, high=None),
+        _tensor("empty", 5, 2.0, histogram=Histogram(low=0.0, high=1.0, counts=(0, 0))),
+    )
+    _parsed(render_html(_report(tensors=tensors)))
+
+
+def test_the_worst_are_quantized_finite_and_in_order() -> None:
+    tensors = [_tensor(str(i), i, 30.0 - i) for i in range(20)]
+    tensors += [
+        _tensor("float", 20, 0.0, low=None),
+        _tensor("inf", 21, math.inf),
+        _tensor("nan", 22, math.nan),
+    ]
+    assert [t.position for t in worst_tensors(tensors)] == list(range(19, 9, -1))
+
+
+def _terminal(report: Report, width: int = 100) -> str:
+    console = Console(width=width, highlight=False, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(render_summary(report))
+    return capture.get()
+
+
+def test_the_summary_fits_one_screen() -> None:
+    many = tuple(Skip(site=f"node{i}", reason=f"reason {i}") for i in range(50))
+    outputs = tuple(_scores(name=f"out{i}") for i in range(30))
+    text = _terminal(_report(skips=many, outputs=outputs, notes=tuple("abcdefghijkl")), width=80)
+    assert len(text.splitlines()) <= 40
+    assert "46 more reasons" in text
+    assert "24 more outputs" in text
+
+
+def test_the_summary_does_not_read_names_as_markup() -> None:
+    text = " ".join(_terminal(_report(HOSTILE), width=300).split())
+    assert "[bold red]not markup[/bold red] [/]" in text
+    assert "<script>alert(1)</script>" in text
+
+
+@pytest.mark.parametrize(
+    ("outputs", "level"),
+    [
+        ((_scores(),), "good"),
+        ((_scores(top1_agreement=0.98),), "fair"),
+        ((_scores(top1_agreement=0.5),), "poor"),
+        ((_scores(top1_agreement=None, sqnr_db=30.0),), "good"),
+        ((_scores(top1_agreement=None, sqnr_db=29.9),), "fair"),
+        ((_scores(top1_agreement=None, sqnr_db=-math.inf),), "poor"),
+        ((_scores(top1_agreement=None, sqnr_db=math.nan),), "poor"),
+        ((_scores(nonfinite=1),), "poor"),
+        ((_scores(), _scores(top1_agreement=None, sqnr_db=5.0)), "poor"),
+        ((_scores(top1_agreement=None, sqnr_db=None, equal_fraction=1.0),), "good"),
+        ((), "unknown"),
+    ],
+)
+def test_verdicts(outputs: tuple[OutputMetrics, ...], level: str) -> None:
+    assert wording.verdict(_report(outputs=outputs)).level == level
+
+
+def test_almost_all_is_not_all() -> None:
+    assert wording.percent(1.0) == "100.00 %"
+    assert wording.percent(0.99999) == "99.99 %"
+    assert wording.percent(None) == "–"
+
+
+def test_reports_are_values() -> None:
+    report = _report()
+    assert replace(report, target="tensorrt").target == "tensorrt"
+    with pytest.raises(AttributeError):
+        report.target = "x"  # type: ignore[misc]
