@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from onnxptq.calibrate.observers import Observer, choose_qparams
 from onnxptq.calibrate.run import Calibration
+from onnxptq.calibrate.statistics import TensorStatistics, combined
 from onnxptq.types import QParams, Quantizer, QuantPlan
 
 
 def choose_ranges(
-    plan: QuantPlan, calibration: Calibration, observer: Observer, overrides: Mapping[str, Observer] | None = None
+    plan: QuantPlan,
+    calibration: Calibration,
+    observer: Observer,
+    overrides: Mapping[str, Observer] | None = None,
 ) -> dict[str, QParams]:
     """Parameters of every activation quantizer, by quantizer id.
 
-    Quantizers of one scale group share the parameters of the member with the widest range: the others hold
-    a subset of its values, or are joined to it.
+    Quantizers of one scale group share parameters: those of the member that holds all values of the others
+    (the tensor in front of data movement, or behind a Concat), or else of all members taken together.
 
     Args:
         overrides: observers of single tensors, by tensor name; a group follows its widest member.
@@ -27,12 +31,25 @@ def choose_ranges(
             groups.setdefault(quantizer.scale_group, []).append(quantizer)
     result: dict[str, QParams] = {}
     for members in groups.values():
-        leader = max(members, key=lambda q: (calibration.statistics[q.tensor].absmax, q.quantizer_id))
+        statistics = {q.tensor: calibration.statistics[q.tensor] for q in members}
+        widest = max(statistics, key=lambda name: (*_extent(statistics[name]), name))
+        leader = next(q for q in members if q.tensor == widest)
         qparams = choose_qparams(
-            calibration.statistics[leader.tensor],
+            _covering(statistics[widest], list(statistics.values())),
             leader.qtype,
             symmetric=leader.symmetric,
-            observer=overrides.get(leader.tensor, observer),
+            observer=overrides.get(widest, observer),
         )
         result.update({q.quantizer_id: qparams for q in members})
     return result
+
+
+def _extent(s: TensorStatistics) -> tuple[float, int]:
+    """Width of the range with 0 in it, then the number of values behind it."""
+    return max(s.maximum, 0.0) - min(s.minimum, 0.0), s.elements
+
+
+def _covering(widest: TensorStatistics, members: Sequence[TensorStatistics]) -> TensorStatistics:
+    if all(widest.minimum <= m.minimum and m.maximum <= widest.maximum for m in members):
+        return widest
+    return combined(members)

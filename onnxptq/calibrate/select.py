@@ -1,8 +1,8 @@
 """Choosing an observer by what the network's output says.
 
 No observer wins everywhere: on convolutional networks the mean squared error of a tensor predicts the
-damage well, on transformers with a few massive activations clipping them is ruinous although it hardly shows in
-that error. So the candidates are tried on the whole network.
+damage well, on transformers with a few massive activations clipping them is ruinous although it hardly
+shows in that error. So the candidates are tried on the whole network.
 """
 
 from __future__ import annotations

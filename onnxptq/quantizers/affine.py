@@ -34,22 +34,27 @@ def expand(values: Array, granularity: Granularity, shape: tuple[int, ...]) -> A
 
 
 def quantize(x: FloatArray, qparams: QParams) -> npt.NDArray[np.int32]:
-    """Integers on the grid of ``qparams.qtype``, of the shape of ``x``."""
+    """Integers on the grid of ``qparams.qtype``, of the shape of ``x`` (finite; Inf saturates)."""
     scale = expand(qparams.scale, qparams.granularity, x.shape)
     zero_point = expand(qparams.zero_point, qparams.granularity, x.shape)
     qtype = qparams.qtype
+    # Single precision holds every limit up to 24 bits; the int32 of a bias needs more.
+    wide = np.float32 if qtype.bits <= 24 else np.float64
+    low, high = (qtype.qmin - zero_point).astype(wide), (qtype.qmax - zero_point).astype(wide)
+    # A quotient beyond the floats is Inf, which clamps like any other large value.
+    with np.errstate(over="ignore"):
+        rounded = np.rint(np.divide(x, scale, dtype=np.float32))
     # Clamping before the cast: a float beyond int32 would wrap around.
-    rounded = np.rint(np.divide(x, scale, dtype=np.float32))
-    shifted = np.clip(rounded, (qtype.qmin - zero_point), (qtype.qmax - zero_point))
-    result: npt.NDArray[np.int32] = shifted.astype(np.int32) + zero_point
+    result: npt.NDArray[np.int32] = np.clip(rounded, low, high, dtype=wide).astype(np.int32) + zero_point
     return result
 
 
 def dequantize(q: npt.NDArray[np.integer], qparams: QParams) -> FloatArray:
-    """Floats of the integers ``q``."""
+    """Floats of the integers ``q``; Inf where they leave the range of a float."""
     scale = expand(qparams.scale, qparams.granularity, q.shape)
     zero_point = expand(qparams.zero_point, qparams.granularity, q.shape)
-    result: FloatArray = (q.astype(np.int32) - zero_point).astype(np.float32) * scale
+    with np.errstate(over="ignore"):
+        result: FloatArray = (q.astype(np.int32) - zero_point).astype(np.float32) * scale
     return result
 
 
@@ -58,14 +63,20 @@ def fake_quantize(x: FloatArray, qparams: QParams) -> FloatArray:
     return dequantize(quantize(x, qparams), qparams)
 
 
-def symmetric_qparams(absmax: Array, qtype: QType, granularity: Granularity) -> QParams:
-    """Zero point at the middle of the grid, scale so that +-``absmax`` (of the scale's shape) is covered.
+def symmetric_zero_point(qtype: QType) -> int:
+    """The zero point of a symmetric quantizer: 0 on a signed grid, the middle of an unsigned one."""
+    return 0 if qtype.is_signed else (qtype.qmin + qtype.qmax + 1) // 2
 
-    A signed grid [-n, n-1] covers the smaller side exactly: the most positive value rounds to n-1 without
-    clipping by more than half a step only if scale = absmax / (n - 1/2), and exactly with absmax / (n - 1),
-    which is what is used here.
+
+def symmetric_qparams(absmax: Array, qtype: QType, granularity: Granularity) -> QParams:
+    """Parameters that cover +-``absmax`` with the zero point of :func:`symmetric_zero_point`.
+
+        scale = absmax / (qmax - zero_point)
+
+    ``absmax`` has the scale's shape. On the grid [-n, n-1] the largest integer n-1 stands for +absmax; the
+    smallest, -n, lies one step beyond -absmax and is used only by ranges that were shrunk.
     """
-    middle = 0 if qtype.is_signed else (qtype.qmin + qtype.qmax + 1) // 2
+    middle = symmetric_zero_point(qtype)
     scale = np.maximum(np.asarray(absmax, np.float32) / np.float32(qtype.qmax - middle), SMALLEST_SCALE)
     return QParams(
         scale=scale.astype(np.float32),
@@ -79,11 +90,15 @@ def asymmetric_qparams(low: float, high: float, qtype: QType) -> QParams:
     """Per-tensor parameters that cover [low, high] and represent 0 exactly.
 
     The range is first widened to include 0. The zero point is rounded to an integer, so the ends of the
-    covered range move by at most half a step.
+    covered range move by at most half a step. Where one end is 0 the other is not exceeded, not even by
+    rounding of the scale: runtimes drop a Relu or Clip in front of a quantizer only if the quantizer
+    represents nothing outside its bounds.
     """
     low, high = min(low, 0.0), max(high, 0.0)
     scale = np.float32(max((high - low) / (qtype.qmax - qtype.qmin), SMALLEST_SCALE))
     zero_point = int(np.clip(np.rint(qtype.qmin - low / float(scale)), qtype.qmin, qtype.qmax))
+    if low == 0.0 or high == 0.0:
+        scale = _not_beyond(scale, qtype.qmax - qtype.qmin, np.float32(max(-low, high)))
     return QParams(
         scale=np.asarray(scale, np.float32),
         zero_point=np.asarray(zero_point, np.int32),
@@ -92,12 +107,21 @@ def asymmetric_qparams(low: float, high: float, qtype: QType) -> QParams:
     )
 
 
+def _not_beyond(scale: np.float32, steps: int, end: np.float32) -> np.float32:
+    """The largest float up to ``scale`` whose rounded product with ``steps`` does not exceed ``end``."""
+    while scale > SMALLEST_SCALE and np.float32(steps) * scale > end:
+        scale = np.nextafter(scale, np.float32(0.0))
+    return scale
+
+
 def range_of(qparams: QParams) -> tuple[FloatArray, FloatArray]:
-    """Smallest and largest representable float, of the shape of ``scale``."""
+    """Smallest and largest representable finite float, of the shape of ``scale``."""
     scale, zero_point, qtype = qparams.scale, qparams.zero_point, qparams.qtype
-    low = (qtype.qmin - zero_point).astype(np.float32) * scale
-    high = (qtype.qmax - zero_point).astype(np.float32) * scale
-    return low, high
+    limit = np.finfo(np.float32).max
+    with np.errstate(over="ignore"):
+        low = np.maximum((qtype.qmin - zero_point).astype(np.float32) * scale, -limit)
+        high = np.minimum((qtype.qmax - zero_point).astype(np.float32) * scale, limit)
+    return low.astype(np.float32), high.astype(np.float32)
 
 
 def search_weight_qparams(
@@ -106,8 +130,8 @@ def search_weight_qparams(
     """Symmetric parameters that minimise sum |w - w_hat|^norm per scale over shrunken ranges.
 
     The range +-absmax is multiplied by 1, 0.99, ... (``steps`` factors of 1 %), as in the code released
-    with BRECQ and QDrop. At 8 bits nothing much below 1 ever wins, so the search stops as soon as no scale
-    has improved for ten factors.
+    with BRECQ and QDrop. From 6 bits on nothing much below 1 wins, so there the search stops as soon as no
+    scale has improved for ten factors.
     """
     axis = granularity.axis % weight.ndim if isinstance(granularity, PerAxis) else None
     rows = (
@@ -130,7 +154,7 @@ def search_weight_qparams(
         best = np.where(better, loss, best)
         factor = np.where(better, trial, factor)
         stale = 0 if better.any() else stale + 1
-        if stale == 10:
+        if stale == 10 and qtype.bits >= 6:
             break
     scaled = absmax * factor
     return symmetric_qparams(scaled[0] if axis is None else scaled, qtype, granularity)
