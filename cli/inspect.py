@@ -40,17 +40,24 @@ def inspect(
     if quiet:
         return
     console = Console(highlight=False)
-    console.print(f"{escape(found.model)}: opset {found.opset}, {found.nodes} nodes, {found.parameters:,} parameters, "
-                  f"{found.weight_bytes / 1e6:.1f} MB of weights as float32", soft_wrap=True)
+    console.print(
+        f"{escape(found.model)}: opset {found.opset}, {found.nodes} nodes, {found.parameters:,} parameters, "
+        f"{found.weight_bytes / 1e6:.1f} MB of weights as float32",
+        soft_wrap=True,
+    )
     for name, shape in found.inputs.items():
         console.print(f"  input {escape(name)} {escape(str(list(shape)))}")
     console.print(f"  outputs {escape(', '.join(found.outputs))}")
-    table = Table("operator", "count", *found.targets, title="Quantized nodes per target", title_justify="left")
+    table = Table(
+        "operator", "count", *found.targets, title="Quantized nodes per target", title_justify="left"
+    )
     for op, count in found.operators.items():
         table.add_row(op, str(count), *(str(view.quantized.get(op, "")) for view in found.targets.values()))
     console.print(table)
     for name, view in found.targets.items():
-        console.print(f"{name}: {view.activations} activations, {view.weights} weights, {len(view.skips)} left in float")
+        console.print(
+            f"{name}: {view.activations} activations, {view.weights} weights, {len(view.skips)} left in float"
+        )
         for skip in view.skips if verbose else view.skips[:5]:
             console.print(f"  {escape(skip.site)}: {escape(skip.reason)}", soft_wrap=True)
         if len(view.skips) > 5 and not verbose:

@@ -32,7 +32,9 @@ Exit codes:
 """
 
 
-@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="onnxptq")
 def cli() -> None:
     """Quantize float ONNX models to QDQ files that are proven to compute what was simulated."""
@@ -77,7 +79,9 @@ def _run(arguments: list[str] | None, debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        _show(f"Internal error: {type(error).__name__}: {error}", "Rerun with --debug and report the traceback.")
+        _show(
+            f"Internal error: {type(error).__name__}: {error}", "Rerun with --debug and report the traceback."
+        )
         return 1
     return result if isinstance(result, int) else 0
 
@@ -87,7 +91,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _interrupted() -> int:
-    Console(stderr=True).print("Interrupted. No output was written; the same command continues from its caches.")
+    Console(stderr=True).print(
+        "Interrupted. No output was written; the same command continues from its caches."
+    )
     return EXIT_INTERRUPTED
 
 

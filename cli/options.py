@@ -20,10 +20,14 @@ def image_options(command: Command) -> Command:
     options = [
         click.option("--preprocess", type=MODEL, metavar="FILE", help="YAML with the picture options below."),
         click.option("--size", metavar="H[,W]", help="Input size in pixels."),
-        click.option("--resize", type=click.Choice(["short_side", "exact", "none"]), help="How pictures reach it."),
+        click.option(
+            "--resize", type=click.Choice(["short_side", "exact", "none"]), help="How pictures reach it."
+        ),
         click.option("--color", type=click.Choice(["RGB", "BGR", "GRAY"]), help="Channel order."),
         click.option("--layout", type=click.Choice(["NCHW", "NHWC", "auto"]), help="Axis order."),
-        click.option("--scale", type=float, help="Factor on the bytes; (v * scale - mean) / std. [default: 1/255]"),
+        click.option(
+            "--scale", type=float, help="Factor on the bytes; (v * scale - mean) / std. [default: 1/255]"
+        ),
         click.option("--mean", metavar="R,G,B", help="Mean per channel. [default: ImageNet]"),
         click.option("--std", metavar="R,G,B", help="Standard deviation per channel. [default: ImageNet]"),
     ]

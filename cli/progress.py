@@ -44,6 +44,6 @@ class TerminalProgress:
         return lambda: None
 
     def message(self, text: str) -> None:
-        """Say one line, unless quiet."""
-        if not self._quiet:
+        """Say one line where more than the summary is wanted."""
+        if self._verbose and not self._quiet:
             self._console.print(text, style="dim", markup=False)

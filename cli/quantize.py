@@ -19,36 +19,86 @@ _PICTURES = ("size", "resize", "color", "layout", "scale", "mean", "std")
 
 @click.command()
 @click.argument("model", type=MODEL)
-@click.option("--calib", required=True, metavar="DATA", help="Calibration inputs: a folder of pictures, .npy, .npz or "
-              "test_data_set_* samples, one .npz, or the word 'random'.")
-@click.option("--eval", "evaluation", metavar="DATA", help="Inputs for the quality numbers. [default: a fifth of --calib "
-              "is held out]")
-@click.option("--labels", metavar="FILE", help="Labels of the evaluation inputs (.json, .csv, .npy, .npz, or 'folders').")
+@click.option(
+    "--calib",
+    required=True,
+    metavar="DATA",
+    help="Calibration inputs: a folder of pictures, .npy, .npz or "
+    "test_data_set_* samples, one .npz, or the word 'random'.",
+)
+@click.option(
+    "--eval",
+    "evaluation",
+    metavar="DATA",
+    help="Inputs for the quality numbers. [default: a fifth of --calib is held out]",
+)
+@click.option(
+    "--labels",
+    metavar="FILE",
+    help="Labels of the evaluation inputs (.json, .csv, .npy, .npz, or 'folders').",
+)
 @click.option("-o", "--output", type=MODEL, help="Result. [default: MODEL.int8.onnx]")
-@click.option("--report", "report_dir", type=MODEL, help="Folder of report.html and report.json. [default: OUTPUT.report]")
+@click.option(
+    "--report",
+    "report_dir",
+    type=MODEL,
+    help="Folder of report.html and report.json. [default: OUTPUT.report]",
+)
 @click.option("--no-report", is_flag=True, help="Write no report.")
 @click.option("--recipe", "recipe_path", type=MODEL, help="YAML with any of the settings below; options win.")
-@click.option("-t", "--target", type=click.Choice(["ort-cpu", "tensorrt", "simulate"]), help="Where the file will run. "
-              "[default: ort-cpu]")
-@click.option("--method", type=click.Choice(["auto", "rtn"]), help="auto, or rtn: plain round-to-nearest. [default: auto]")
+@click.option(
+    "-t",
+    "--target",
+    type=click.Choice(["ort-cpu", "tensorrt", "simulate"]),
+    help="Where the file will run. [default: ort-cpu]",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "rtn"]),
+    help="auto, or rtn: plain round-to-nearest. [default: auto]",
+)
 @click.option("-w", "--weight-bits", type=int, help="2 to 8. [default: 8]")
 @click.option("-a", "--activation-bits", type=int, help="2 to 8. [default: 8]")
-@click.option("--observer", type=click.Choice(["auto", "mse", "minmax", "percentile", "entropy"]),
-              help="How activation ranges are chosen. [default: auto]")
+@click.option(
+    "--observer",
+    type=click.Choice(["auto", "mse", "minmax", "percentile", "entropy"]),
+    help="How activation ranges are chosen. [default: auto]",
+)
 @click.option("--percentile", type=float, help="For the percentile observer. [default: 99.999]")
-@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only these: an op type, a name pattern, or "
-              "re:REGEX. Repeatable.")
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Quantize only these: an op type, a name pattern, or re:REGEX. Repeatable.",
+)
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these in float. Repeatable.")
-@click.option("--equalize/--no-equalize", default=None, help="Rescale channels, exactly, beforehand. [default: yes]")
-@click.option("--correct-bias/--no-correct-bias", default=None, help="Correct biases where that helps. [default: yes]")
+@click.option(
+    "--equalize/--no-equalize", default=None, help="Rescale channels, exactly, beforehand. [default: yes]"
+)
+@click.option(
+    "--compensate/--no-compensate", default=None, help="Try error-compensated rounding. [default: yes]"
+)
+@click.option(
+    "--correct-bias/--no-correct-bias", default=None, help="Correct biases where that helps. [default: yes]"
+)
 @click.option("--samples", type=int, help="At most this many calibration samples. [default: 256]")
 @click.option("--holdout", type=float, help="Share held out where --eval is absent. [default: 0.2]")
 @click.option("--opset", type=int, help="Raise the model to this opset.")
-@click.option("--simplify/--no-simplify", default=None, help="Clean the model with onnxsim first. [default: yes]")
-@click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), help="Runs calibration and checks. [default: cpu]")
-@click.option("--max-memory", type=int, metavar="MIB", help="Budget for activations held at once. [default: 1024]")
+@click.option(
+    "--simplify/--no-simplify", default=None, help="Clean the model with onnxsim first. [default: yes]"
+)
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    help="Runs calibration and checks. [default: cpu]",
+)
+@click.option(
+    "--max-memory", type=int, metavar="MIB", help="Budget for activations held at once. [default: 1024]"
+)
 @click.option("--min-sqnr", type=float, metavar="DB", help="Gate: fail unless every output reaches this.")
-@click.option("--min-agreement", type=float, metavar="SHARE", help="Gate: fail unless top-1 agrees this often.")
+@click.option(
+    "--min-agreement", type=float, metavar="SHARE", help="Gate: fail unless top-1 agrees this often."
+)
 @click.option("--seed", type=int, help="For --calib random. [default: 0]")
 @click.option("--work-dir", type=MODEL, help="Caches. [default: $ONNXPTQ_CACHE or ~/.cache/onnxptq]")
 @image_options

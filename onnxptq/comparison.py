@@ -66,9 +66,7 @@ def validate(
             work_dir=Path(scratch),
             progress=progress,
         )
-    require_gates(
-        found.outputs, min_sqnr=min_sqnr, min_agreement=min_agreement, min_accuracy=min_accuracy
-    )
+    require_gates(found.outputs, min_sqnr=min_sqnr, min_agreement=min_agreement, min_accuracy=min_accuracy)
     return found
 
 

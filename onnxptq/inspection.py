@@ -15,8 +15,8 @@ import onnx_graphsurgeon as gs
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.index import GraphIndex
 from onnxptq.lowering import check_supported
-from onnxptq.recipe import Recipe
 from onnxptq.placing import placement_request
+from onnxptq.recipe import Recipe
 from onnxptq.targets import TARGETS
 from onnxptq.types import CanonicalModel, Progress, Skip
 
@@ -56,7 +56,9 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(model: str | Path, *, recipe: Recipe | None = None, progress: Progress | None = None) -> Inspection:
+def inspect(
+    model: str | Path, *, recipe: Recipe | None = None, progress: Progress | None = None
+) -> Inspection:
     """Read ``model`` and list its operators, its parameters, and what each target would quantize and why not.
 
     Raises:

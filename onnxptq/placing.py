@@ -29,7 +29,7 @@ def placement_request(
         declined = {name: "not chosen by --include" for name in names if name not in chosen}
     for pattern in recipe.exclude:
         matched = match_nodes(pattern, names, ops, option="--exclude")
-        declined.update({name: f"excluded by '{pattern}'" for name in matched})
+        declined.update(dict.fromkeys(matched, f"excluded by '{pattern}'"))
     bits: dict[str, tuple[int, int]] = {}
     for rule in recipe.rules:
         if rule.weight_bits is None and rule.activation_bits is None:

@@ -22,7 +22,9 @@ def require_writable(path: Path) -> None:
     """Raise OutputPathError unless a file could be created at ``path``; checked before any long work."""
     folder = path.parent
     if path.is_dir():
-        raise OutputPathError(f"The output '{path}' is a folder.", "Name a file, for example model.int8.onnx.")
+        raise OutputPathError(
+            f"The output '{path}' is a folder.", "Name a file, for example model.int8.onnx."
+        )
     if not folder.is_dir():
         raise OutputPathError(f"The folder '{folder}' does not exist.", "Create it or choose another output.")
     try:
@@ -53,7 +55,9 @@ def staging(path: Path) -> Iterator[Path]:
                 companion.replace(path.parent / companion.name)
         staged.replace(path)
     except OSError as error:
-        raise OutputPathError(f"Writing '{path}' failed: {error.strerror or error}.", "Free space and retry.") from error
+        raise OutputPathError(
+            f"Writing '{path}' failed: {error.strerror or error}.", "Free space and retry."
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -43,7 +43,7 @@ class Recipe(BaseModel):
         percentile: percent of values kept by the percentile observer.
         include, exclude: node selectors; with ``include`` only matching nodes are quantized.
         rules: per-tensor exceptions; the last match wins.
-        equalize, correct_bias: parts of ``auto`` that can be turned off.
+        equalize, compensate, correct_bias: parts of ``auto`` that can be turned off.
         samples: at most this many calibration samples, spread evenly over the data.
         holdout: share of the samples kept out of calibration for the quality numbers, where no evaluation
             data is given.
@@ -68,6 +68,7 @@ class Recipe(BaseModel):
     exclude: tuple[str, ...] = ()
     rules: tuple[TensorRule, ...] = ()
     equalize: bool = True
+    compensate: bool = True
     correct_bias: bool = True
     samples: int = Field(default=256, ge=1)
     holdout: float = Field(default=0.2, ge=0.0, lt=1.0)

@@ -66,7 +66,14 @@ def tensor_rows(
     """One row per tensor that both networks hold, in network order."""
     quantizers = {q.tensor: q for q in plan.quantizers if q.role == "activation"}
     return tuple(
-        _quality(model, layer, position, quantizers.get(layer.tensor), solution, statistics.statistics.get(layer.tensor))
+        _quality(
+            model,
+            layer,
+            position,
+            quantizers.get(layer.tensor),
+            solution,
+            statistics.statistics.get(layer.tensor),
+        )
         for position, layer in enumerate(layers)
     )
 
@@ -100,11 +107,15 @@ def _reduced(seen: TensorStatistics) -> Histogram:
     low, high = seen.minimum, seen.maximum
     if not low < high:
         high = math.nextafter(low, math.inf)
-    reduced, _ = np.histogram(np.clip(centres, low, high), bins=_HISTOGRAM_BINS, range=(low, high), weights=counts)
+    reduced, _ = np.histogram(
+        np.clip(centres, low, high), bins=_HISTOGRAM_BINS, range=(low, high), weights=counts
+    )
     return Histogram(low=low, high=high, counts=tuple(int(c) for c in reduced))
 
 
-def size_rows(model: CanonicalModel, plan: QuantPlan, source_bytes: int, output_bytes: int) -> tuple[SizeRow, ...]:
+def size_rows(
+    model: CanonicalModel, plan: QuantPlan, source_bytes: int, output_bytes: int
+) -> tuple[SizeRow, ...]:
     """Bytes of quantized weights, of other constants, and of the rest, before and after."""
     tensors = model.graph.tensors()
     constants = {name: _float_bytes(t) for name, t in tensors.items() if isinstance(t, gs.Constant)}

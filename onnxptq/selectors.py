@@ -70,6 +70,8 @@ def _no_match(pattern: str, candidates: Sequence[str], option: str) -> SelectorE
     core = pattern.removeprefix("re:").strip("*")
     lowered = {name.lower(): name for name in candidates}
     near = [lowered[n] for n in difflib.get_close_matches(core.lower(), list(lowered), n=4, cutoff=0.5)]
-    near += [name for name in candidates if core and core.lower() in name.lower() and name not in near][: 4 - len(near)]
+    near += [name for name in candidates if core and core.lower() in name.lower() and name not in near][
+        : 4 - len(near)
+    ]
     hint = f"Near matches: {', '.join(near)}." if near else "Run 'onnxptq inspect' to list the model's names."
     return SelectorError(f"{option} '{pattern}' matches no operator type and no name in the model.", hint)

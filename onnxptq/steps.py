@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +21,7 @@ import numpy.typing as npt
 from onnxptq import reporting
 from onnxptq.calibrate import cache
 from onnxptq.calibrate.feeds import ImagePreprocess, open_feeds, read_labels, split_holdout
-from onnxptq.calibrate.observers import Observer
-from onnxptq.calibrate.products import choose_softmax_ranges
-from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import DEFAULT_GROUP_BYTES, Calibration, calibrate
-from onnxptq.calibrate.select import label, select_observer
 from onnxptq.comparison import require_gates, resolve_preprocess
 from onnxptq.equalize.run import equalize
 from onnxptq.errors import FeedError, OutputPathError
@@ -36,13 +32,11 @@ from onnxptq.placing import observer_overrides, placement_request
 from onnxptq.publish import write_text
 from onnxptq.qdq import insert_quantizers
 from onnxptq.recipe import Recipe
-from onnxptq.reconstruct.bias import correct_biases
-from onnxptq.reconstruct.initial import initial_solution
 from onnxptq.runtime import count_kernels, runtime_version
 from onnxptq.samples import ListFeeds, pick_samples
+from onnxptq.solving import Solver
 from onnxptq.targets import TARGETS, candidate_tensors
-from onnxptq.trial import Trial
-from onnxptq.types import CanonicalModel, Feeds, InputSpec, Progress, QParams, QuantPlan, Sample, Solution
+from onnxptq.types import CanonicalModel, Feeds, InputSpec, Progress, QuantPlan, Solution
 from onnxptq.validate.compare import Comparison, compare
 from onnxptq.validate.html import render_html
 from onnxptq.validate.latency import Latency, measure_latency
@@ -51,24 +45,14 @@ from onnxptq.validate.report import DataFacts, ModelFacts, OutputFacts, Report, 
 from onnxptq.validate.structure import check_structure
 from onnxptq.version import __version__
 
-TRIAL_ELEMENTS = 2_500_000
-"""Input elements on which alternatives are compared: 16 colour pictures of 224 x 224, or many small samples."""
-
-TRIAL_SAMPLES = (8, 128)
-"""Fewest and most calibration samples of a comparison, whatever their size."""
-
-CORRECTION_SAMPLES = 32
-"""Calibration samples that equalize channels and correct biases."""
-
-
 PARITY_SAMPLES = 2
 """Held-out samples on which every quantized edge is compared with its simulation."""
 
 LAYER_SAMPLES = 8
 """Held-out samples on which every inner tensor is compared with the float network."""
 
-FOCUS_SAMPLES = 2
-"""Calibration samples whose attention matrices choose the ranges of softmax outputs."""
+EQUALIZE_SAMPLES = 32
+"""Calibration samples whose ranges per channel decide the equalization."""
 
 
 @dataclass(slots=True)
@@ -188,7 +172,9 @@ def open_data(
         )
 
 
-def picture_preprocess(run: Run, inputs: tuple[InputSpec, ...], sources: tuple[object, ...]) -> ImagePreprocess | None:
+def picture_preprocess(
+    run: Run, inputs: tuple[InputSpec, ...], sources: tuple[object, ...]
+) -> ImagePreprocess | None:
     """The recipe's picture options over a guess from the input's shape; a guess that may be used is said."""
     found = resolve_preprocess(inputs, run.recipe.preprocess)
     are_folders = any(isinstance(source, str | Path) and Path(source).is_dir() for source in sources)
@@ -202,14 +188,14 @@ def equalized_model(run: Run, model: CanonicalModel, data: Data) -> CanonicalMod
     if run.recipe.method == "rtn" or not run.recipe.equalize:
         return model
     with run.timed("equalize"):
-        feeds = ListFeeds(pick_samples(data.calibration, CORRECTION_SAMPLES))
+        feeds = ListFeeds(pick_samples(data.calibration, EQUALIZE_SAMPLES))
         tensors = candidate_tensors(GraphIndex(model.graph))
         equalized, summary = equalize(
             model,
             feeds,
             work_dir=run.scratch,
             tensors=tensors,
-            samples=CORRECTION_SAMPLES,
+            samples=EQUALIZE_SAMPLES,
             provider=run.recipe.provider,
             group_bytes=run.group_bytes,
             progress=run.progress,
@@ -221,7 +207,9 @@ def equalized_model(run: Run, model: CanonicalModel, data: Data) -> CanonicalMod
 def calibration(run: Run, model: CanonicalModel, data: Data) -> Calibration:
     """Statistics of every tensor that some target may quantize, from the cache where they are known."""
     recipe = run.recipe
-    histogram = recipe.observer != "minmax" or any(rule.observer not in (None, "minmax") for rule in recipe.rules)
+    histogram = recipe.observer != "minmax" or any(
+        rule.observer not in (None, "minmax") for rule in recipe.rules
+    )
     with run.timed("calibrate"):
         tensors = candidate_tensors(GraphIndex(model.graph))
         key = cache.cache_key(
@@ -262,79 +250,23 @@ def plan(run: Run, model: CanonicalModel, statistics: Calibration) -> QuantPlan:
 def solution(
     run: Run, model: CanonicalModel, plan: QuantPlan, statistics: Calibration, data: Data
 ) -> Solution:
-    """The parameters of every quantizer: the best of the observers asked for, biases corrected where it helps."""
-    recipe = run.recipe
+    """The parameters of every quantizer."""
     index = GraphIndex(model.graph)
     tensors = frozenset(q.tensor for q in plan.quantizers if q.role == "activation")
-    overrides = observer_overrides(model, index, recipe, tensors)
-
-    focused: dict[str, QParams] = {}
-
-    def solved(observer: Observer) -> Solution:
-        ranges = choose_ranges(plan, statistics, observer, overrides)
-        return initial_solution(model.graph, plan, {**ranges, **focused})
-
-    if recipe.method == "rtn" or not plan.quantizers:
-        with run.timed("choose ranges"):
-            return solved(_named(recipe))
-    trial = Trial(model, plan, trial_samples(data.calibration), run.scratch, recipe.provider)
-    with run.timed("choose ranges"):
-        if recipe.observer == "auto":
-            focused.update(
-                choose_softmax_ranges(
-                    model,
-                    plan,
-                    choose_ranges(plan, statistics, Observer(name="minmax"), overrides),
-                    pick_samples(data.calibration, FOCUS_SAMPLES),
-                    work_dir=run.scratch,
-                    provider=recipe.provider,
-                    progress=run.progress,
-                )
-            )
-        if recipe.observer == "auto":
-            observer, scores = select_observer(lambda o: trial.score(solved(o)), progress=run.progress)
-            listed = ", ".join(f"{name} {score:.2f} dB" for name, score in scores.items())
-            run.note(f"Ranges by {label(observer)}; on calibration samples: {listed}.")
-        else:
-            observer = _named(recipe)
-        found = solved(observer)
-    if recipe.correct_bias:
-        with run.timed("correct biases"):
-            found = _bias_corrected(run, model, plan, found, data, trial)
-    return found
-
-
-def trial_samples(feeds: Feeds) -> Sequence[Sample]:
-    """As many calibration samples as make a comparison of alternatives both telling and cheap."""
-    elements = sum(value.size for value in next(iter(feeds)).values())
-    low, high = TRIAL_SAMPLES
-    return pick_samples(feeds, min(high, max(low, TRIAL_ELEMENTS // max(1, elements))))
-
-
-def _named(recipe: Recipe) -> Observer:
-    assert recipe.observer != "auto"
-    return Observer(name=recipe.observer, percentile=recipe.percentile)
-
-
-def _bias_corrected(
-    run: Run, model: CanonicalModel, plan: QuantPlan, found: Solution, data: Data, trial: Trial
-) -> Solution:
-    corrected = correct_biases(
-        model,
-        plan,
-        found,
-        pick_samples(data.calibration, CORRECTION_SAMPLES),
-        insert=insert_quantizers,
-        work_dir=run.scratch,
-        provider=run.recipe.provider,
+    solver = Solver(
+        model=model,
+        plan=plan,
+        statistics=statistics,
+        recipe=run.recipe,
+        overrides=observer_overrides(model, index, run.recipe, tensors),
+        scratch=run.scratch,
         progress=run.progress,
     )
-    before, after = trial.score(found), trial.score(corrected)
-    if after <= before:
-        run.note(f"Bias correction was tried and dropped: {before:.2f} dB without, {after:.2f} dB with it.")
-        return found
-    run.note(f"Bias correction: {before:.2f} -> {after:.2f} dB on calibration samples.")
-    return corrected
+    with run.timed("solve"):
+        found = solver.solve(data.calibration)
+    for note in solver.notes:
+        run.note(note)
+    return found
 
 
 def write(run: Run, model: CanonicalModel, plan: QuantPlan, solution: Solution, path: Path) -> None:

@@ -101,7 +101,9 @@ Granularity = PerTensor | PerAxis | PerGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QParams:
-    """What turns floats into integers and back: x_hat = (clamp(round(x / scale) + zero_point) - zero_point) scale.
+    """What turns floats into integers and back.
+
+    x_hat = (clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) scale.
 
     ``scale`` is float32 and positive; ``zero_point`` is int32 and of the same shape: () per tensor,
     (n,) per axis, the tensor's shape with ``axis`` divided by ``group_size`` per group.
@@ -115,7 +117,7 @@ class QParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Site:
-    """An edge of the graph that may carry a quantizer: ``tensor`` as read by input ``input_index`` of ``consumer``.
+    """An edge that may carry a quantizer: ``tensor`` as read by input ``input_index`` of ``consumer``.
 
     ``consumer`` is a node name, or GRAPH_OUTPUT where the graph's caller reads the tensor.
     """
@@ -157,7 +159,7 @@ class QuantPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Solution:
-    """The parameters of every quantizer, by id, and the weights that replace the float ones, by tensor name."""
+    """The parameters of every quantizer, by id, and the weights that replace float ones, by tensor name."""
 
     qparams: Mapping[str, QParams]
     weights: Mapping[str, Array] = field(default_factory=dict)

@@ -21,7 +21,17 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnxptq.errors import UnsupportedModelError
 from onnxptq.qdq import names
 from onnxptq.quantizers.affine import quantize, range_of
-from onnxptq.types import GRAPH_OUTPUT, Array, PerAxis, PerGroup, PerTensor, QParams, Quantizer, QuantPlan, Solution
+from onnxptq.types import (
+    GRAPH_OUTPUT,
+    Array,
+    PerAxis,
+    PerGroup,
+    PerTensor,
+    QParams,
+    Quantizer,
+    QuantPlan,
+    Solution,
+)
 
 _NARROW = {"int4": onnx.TensorProto.INT4, "uint4": onnx.TensorProto.UINT4}
 

@@ -140,4 +140,3 @@ def _redirected(plan: QuantPlan, layers: Collection[str]) -> QuantPlan:
         if sites and quantizer.role != "bias":
             kept.append(replace(quantizer, sites=sites))
     return QuantPlan(target=plan.target, quantizers=tuple(kept))
-

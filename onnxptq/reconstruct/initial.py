@@ -61,7 +61,9 @@ def _weight_qparams(weight: Array, quantizer: Quantizer, search: bool) -> QParam
     if search:
         return search_weight_qparams(weight, quantizer.qtype, granularity)
     axes = tuple(
-        i for i in range(weight.ndim) if not (isinstance(granularity, PerAxis) and i == granularity.axis % weight.ndim)
+        i
+        for i in range(weight.ndim)
+        if not (isinstance(granularity, PerAxis) and i == granularity.axis % weight.ndim)
     )
     return symmetric_qparams(np.abs(weight).max(axis=axes, initial=0.0), quantizer.qtype, granularity)
 

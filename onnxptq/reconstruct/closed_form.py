@@ -1,0 +1,92 @@
+"""Error-compensated rounding in closed form: the best weights for what the layer really reads, then rounded
+one input at a time, each rounding error being spread over the inputs that are still free.
+
+For G = sum x' x'^T and C = sum x' x^T of one layer (x' = Q(x), see :mod:`onnxptq.reconstruct.gram`):
+
+    W* = W C^T (G + lam I)^-1          the ridge solution of min || W x - W* x' ||^2
+    for k in order of falling G_kk:
+        q_k  = Q(w_k)
+        e_k  = (w_k - q_k) / U_kk
+        w_j -= e_k U_kj   for j > k     U upper triangular, U^T U = (G + lam I)^-1
+
+(Frantar et al., "GPTQ", arXiv 2210.17323; the ridge start accounts for the error of the activations.)
+Scales are kept; the result lies exactly on their grid.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxptq.reconstruct.gram import Gram
+from onnxptq.types import FloatArray, QParams
+
+DAMPING = 0.01
+"""lam as a share of the mean diagonal of G: keeps directions that the samples do not show near the float weight."""
+
+_BLOCK = 64
+
+Matrix = npt.NDArray[np.float64]
+
+
+def round_weights(matrix: FloatArray, gram: Gram, qparams: QParams, *, ridge: bool = True) -> FloatArray:
+    """Weights on the grid of ``qparams`` for which the layer's output is closest to the float one.
+
+    Args:
+        matrix: (groups, channels, K) float weights.
+        qparams: one scale per output channel, in the order of groups and channels.
+        ridge: start from the ridge solution instead of the float weights.
+    """
+    groups, channels, width = matrix.shape
+    g, c = gram.quantized, gram.mixed
+    strength = np.trace(g, axis1=1, axis2=2) / width
+    # A group that saw nothing but zeros keeps the nearest grid points: its damped G is a multiple of the identity.
+    strength = np.where(strength > 0.0, strength, 1.0)
+    damping = DAMPING * strength[:, None, None] * np.eye(width)
+    damped = g + damping
+    weight = matrix.astype(np.float64)
+    if ridge:
+        # The damping pulls towards the float weight, not towards zero.
+        right = (c + damping) @ np.swapaxes(weight, 1, 2)
+        weight = np.swapaxes(np.linalg.solve(damped, right), 1, 2)
+    diagonal = np.einsum("gkk->gk", g)
+    order = np.argsort(-diagonal, axis=1, kind="stable")
+    permuted = np.take_along_axis(np.take_along_axis(damped, order[:, :, None], 1), order[:, None, :], 2)
+    factor = _inverse_factor(permuted)
+    work = np.ascontiguousarray(np.take_along_axis(weight, order[:, None, :], 2).transpose(2, 0, 1))
+    done = _compensated(work, factor, qparams, groups * channels)
+    result = np.empty(matrix.shape, np.float32)
+    np.put_along_axis(result, np.broadcast_to(order[:, None, :], matrix.shape), done.transpose(1, 2, 0), 2)
+    return result
+
+
+def _compensated(work: Matrix, factor: Matrix, qparams: QParams, channels: int) -> FloatArray:
+    """Round ``work`` (K, groups, channels) input by input; errors go to later inputs, a block at a time."""
+    scale = np.broadcast_to(qparams.scale.reshape(-1), (channels,)).reshape(work.shape[1:])
+    qtype = qparams.qtype
+    done = np.empty(work.shape, np.float32)
+    for start in range(0, work.shape[0], _BLOCK):
+        end = min(start + _BLOCK, work.shape[0])
+        errors = np.empty((end - start, *work.shape[1:]))
+        for k in range(start, end):
+            rounded = np.clip(np.rint(work[k].astype(np.float32) / scale), qtype.qmin, qtype.qmax)
+            done[k] = rounded.astype(np.float32) * scale
+            error = (work[k] - done[k]) / factor[:, k, k, None]
+            errors[k - start] = error
+            work[k + 1 : end] -= factor[:, k, k + 1 : end].T[:, :, None] * error
+        if end < work.shape[0]:
+            # Shapes: later x block times block x channels, per group.
+            spread = np.swapaxes(factor[:, start:end, end:], 1, 2) @ errors.transpose(1, 0, 2)
+            work[end:] -= spread.transpose(1, 0, 2)
+    return done
+
+
+def _inverse_factor(matrix: Matrix) -> Matrix:
+    """Upper triangular U with U^T U = matrix^-1, for a stack of matrices.
+
+    With the rows and columns reversed, matrix = L L^T gives U = reversed(L^-1).
+    """
+    lower = np.linalg.cholesky(matrix[:, ::-1, ::-1])
+    inverse = np.linalg.solve(lower, np.broadcast_to(np.eye(matrix.shape[1]), matrix.shape))
+    factor: Matrix = np.ascontiguousarray(inverse[:, ::-1, ::-1])
+    return factor

@@ -1,0 +1,110 @@
+"""Second moments of what a linear layer reads, as the closed-form rounding needs them.
+
+For a layer y = W x with rows x (patches, for a convolution) and their quantized versions x' = Q(x):
+
+    G = sum x' x'^T        C = sum x' x^T
+
+summed over samples and positions, per group. Sums run over a fixed selection of positions, in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxptq.graph.linear import Linear
+from onnxptq.quantizers.affine import fake_quantize
+from onnxptq.types import Array, FloatArray, QParams
+
+ROWS_PER_SAMPLE = 256
+"""Rows (patches, tokens) of one sample that enter the sums; evenly spread over the positions."""
+
+
+@dataclass(slots=True)
+class Gram:
+    """The sums of one layer: ``quantized`` is G and ``mixed`` is C, both (groups, K, K); ``rows`` counts rows."""
+
+    quantized: npt.NDArray[np.float64]
+    mixed: npt.NDArray[np.float64]
+    rows: int = 0
+
+    @staticmethod
+    def empty(groups: int, width: int) -> Gram:
+        """Zero sums."""
+        return Gram(np.zeros((groups, width, width)), np.zeros((groups, width, width)))
+
+    def add(self, rows: FloatArray, quantized: FloatArray) -> None:
+        """Add rows of shape (groups, n, K)."""
+        transposed = np.swapaxes(quantized, 1, 2)
+        self.quantized += transposed @ quantized
+        self.mixed += transposed @ rows
+        self.rows += rows.shape[1]
+
+
+def layer_rows(layer: Linear, value: Array, qparams: QParams | None) -> tuple[FloatArray, FloatArray] | None:
+    """Rows that the layer multiplies, float and quantized, each (groups, n, K); None where that is not supported.
+
+    ``value`` is the layer's input in the float network; ``qparams`` quantizes it (None: it stays float).
+    """
+    value = np.asarray(value, np.float32)
+    changed = value if qparams is None else fake_quantize(value, qparams)
+    if layer.node.op == "Conv":
+        rows = _patches(layer, value)
+        return None if rows is None else (rows, rows if qparams is None else _patches(layer, changed))  # type: ignore[return-value]
+    if layer.node.op in ("MatMul", "Gemm") and layer.weight_index == 1 and len(layer.weight.shape) == 2:
+        if layer.node.attrs.get("transA", 0):
+            return None
+        return _flat(value), _flat(changed)
+    return None
+
+
+def weight_matrix(layer: Linear, weight: Array) -> Array:
+    """The weight as (groups, channels per group, K), K in the order of ``layer_rows``."""
+    if layer.node.op == "Conv":
+        return weight.reshape(layer.group, weight.shape[0] // layer.group, -1)
+    moved = weight if layer.axis % 2 == 0 else weight.T
+    return moved[None]
+
+
+def weight_tensor(layer: Linear, matrix: Array) -> Array:
+    """The inverse of ``weight_matrix``."""
+    if layer.node.op == "Conv":
+        return matrix.reshape(layer.weight.shape)
+    return matrix[0] if layer.axis % 2 == 0 else np.ascontiguousarray(matrix[0].T)
+
+
+def _flat(value: FloatArray) -> FloatArray:
+    rows = value.reshape(-1, value.shape[-1])
+    step = max(1, -(-rows.shape[0] // ROWS_PER_SAMPLE))
+    return rows[::step][None]
+
+
+def _patches(layer: Linear, value: FloatArray) -> FloatArray | None:
+    """Patches of a convolution's input, (groups, n, channels per group * kernel)."""
+    attrs, spatial = layer.node.attrs, value.ndim - 2
+    kernel = list(layer.weight.shape[2:])
+    strides = list(attrs.get("strides", [1] * spatial))
+    dilations = list(attrs.get("dilations", [1] * spatial))
+    if attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return None
+    pads = list(attrs.get("pads", [0] * (2 * spatial)))
+    padded = np.pad(value, [(0, 0), (0, 0), *zip(pads[:spatial], pads[spatial:], strict=True)])
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + spatial)))
+    positions = tuple(slice(None, None, s) for s in strides)
+    taps = tuple(slice(None, None, d) for d in dilations)
+    windows = windows[(..., *positions, *taps)]
+    batch, channels = windows.shape[:2]
+    places = windows.shape[2 : 2 + spatial]
+    count = int(np.prod(places))
+    chosen = np.arange(0, count, max(1, -(-count * batch // ROWS_PER_SAMPLE)))
+    # Only the chosen positions are ever copied out of the overlapping view.
+    selection: tuple[Any, ...] = (slice(None), slice(None), *np.unravel_index(chosen, places))
+    picked = windows[selection]
+    moved = np.moveaxis(picked, 2, 1).reshape(
+        batch * len(chosen), layer.group, channels // layer.group, *kernel
+    )
+    return np.ascontiguousarray(np.moveaxis(moved, 1, 0).reshape(layer.group, batch * len(chosen), -1))

@@ -1,0 +1,95 @@
+"""The stage that rounds every quantized weight with error compensation, from one pass over the float network."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.linear import Linear, find_linears
+from onnxptq.graph.save import exposed_copy
+from onnxptq.reconstruct.closed_form import round_weights
+from onnxptq.reconstruct.gram import Gram, layer_rows, weight_matrix, weight_tensor
+from onnxptq.runtime import Provider, Session
+from onnxptq.types import CanonicalModel, Progress, QuantPlan, Sample, Solution
+
+
+def round_in_closed_form(
+    model: CanonicalModel,
+    plan: QuantPlan,
+    solution: Solution,
+    samples: Sequence[Sample],
+    *,
+    max_width: int = 2048,
+    provider: Provider = "cpu",
+    progress: Progress | None = None,
+) -> Solution:
+    """``solution`` with weights moved to the grid points that serve the layers' outputs best.
+
+    Layers whose weight is shared, of an unsupported form, or wider than ``max_width`` inputs keep the nearest
+    grid points.
+    """
+    index = GraphIndex(model.graph)
+    layers = _candidates(index, plan, max_width)
+    if not layers or not samples:
+        return solution
+    reads = {(s.consumer, s.input_index): q for q in plan.quantizers for s in q.sites}
+    exposed = sorted({layer.input.name for layer in layers} - index.input_names)
+    session = _exposed_session(model, exposed, provider)
+    grams: dict[str, Gram] = {}
+    declined: set[str] = set()
+    step = progress.start("round weights", len(samples) + len(layers)) if progress else None
+    for sample in samples:
+        values = {**sample, **session.run(sample, exposed)}
+        for layer in layers:
+            name = layer.node.name
+            quantizer = reads.get((name, 1 - layer.weight_index))
+            qparams = solution.qparams[quantizer.quantizer_id] if quantizer else None
+            rows = None if name in declined else layer_rows(layer, values[layer.input.name], qparams)
+            if rows is None:
+                declined.add(name)
+                continue
+            gram = grams.setdefault(name, Gram.empty(rows[0].shape[0], rows[0].shape[2]))
+            gram.add(*rows)
+        if step:
+            step()
+    weights = dict(solution.weights)
+    for layer in layers:
+        if layer.node.name not in declined:
+            quantizer = reads[layer.node.name, layer.weight_index]
+            value = np.asarray(weights.get(layer.weight.name, layer.weight.values), np.float32)
+            rounded = round_weights(
+                weight_matrix(layer, value), grams[layer.node.name], solution.qparams[quantizer.quantizer_id]
+            )
+            weights[layer.weight.name] = weight_tensor(layer, rounded)
+        if step:
+            step()
+    return Solution(qparams=solution.qparams, weights=weights)
+
+
+def _candidates(index: GraphIndex, plan: QuantPlan, max_width: int) -> list[Linear]:
+    quantized: Collection[str] = {q.tensor for q in plan.quantizers if q.role == "weight"}
+    return [
+        layer
+        for layer in find_linears(index)
+        if layer.weight.name in quantized
+        and len(index.uses(layer.weight.name)) == 1
+        and _width(layer) <= max_width
+    ]
+
+
+def _width(layer: Linear) -> int:
+    size = int(np.prod(layer.weight.shape))
+    channels = int(layer.weight.shape[layer.axis])
+    return size // max(1, channels)
+
+
+def _exposed_session(model: CanonicalModel, names: Sequence[str], provider: Provider) -> Session:
+    path: Path = model.path.with_name(f"rows_{model.path.name}")
+    try:
+        exposed_copy(model.path, names, path)
+        return Session(path, provider=provider)
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,137 @@
+"""From a plan and its statistics to a solution: alternatives are measured on the network, the best one is kept.
+
+Every decision is taken on calibration samples by the distance of the network's outputs from the float ones
+(:mod:`onnxptq.trial`), never on held-out data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from onnxptq.calibrate.observers import Observer
+from onnxptq.calibrate.products import choose_softmax_ranges
+from onnxptq.calibrate.ranges import choose_ranges
+from onnxptq.calibrate.run import Calibration
+from onnxptq.calibrate.select import label, select_observer
+from onnxptq.qdq import insert_quantizers
+from onnxptq.recipe import Recipe
+from onnxptq.reconstruct.bias import correct_biases
+from onnxptq.reconstruct.initial import initial_solution
+from onnxptq.reconstruct.rounding import round_in_closed_form
+from onnxptq.samples import pick_samples
+from onnxptq.trial import Trial
+from onnxptq.types import CanonicalModel, Feeds, Progress, QParams, QuantPlan, Sample, Solution
+
+TRIAL_ELEMENTS = 2_500_000
+"""Input elements on which alternatives are compared: 16 colour pictures of 224 x 224, or many small samples."""
+
+TRIAL_SAMPLES = (8, 128)
+"""Fewest and most calibration samples of a comparison, whatever their size."""
+
+CORRECTION_SAMPLES = 32
+"""Calibration samples that correct biases and compensate roundings."""
+
+FOCUS_SAMPLES = 2
+"""Calibration samples whose attention matrices choose the ranges of softmax outputs."""
+
+WIDTH_AT_8_BITS = 1280
+"""Widest layer whose 8-bit weights are rounded with compensation: wider ones cost minutes and gain little."""
+
+WIDTH_BELOW = 8192
+"""The same for narrower weights, where it decides between a working network and a broken one."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Solver:
+    """Finds the solution of one plan. ``notes`` collects what was measured and decided."""
+
+    model: CanonicalModel
+    plan: QuantPlan
+    statistics: Calibration
+    recipe: Recipe
+    overrides: Mapping[str, Observer]
+    scratch: Path
+    progress: Progress | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def solve(self, feeds: Feeds) -> Solution:
+        """The best solution that the recipe's method allows, learnt from ``feeds``."""
+        if self.recipe.method == "rtn" or not self.plan.quantizers:
+            return self._initial(_named(self.recipe), {})
+        trial = Trial(self.model, self.plan, trial_samples(feeds), self.scratch, self.recipe.provider)
+        observer, focused = self._ranges(trial, feeds)
+        start = self._initial(observer, focused)
+        return self._best(trial, self._alternatives(start, pick_samples(feeds, CORRECTION_SAMPLES)))
+
+    def _initial(self, observer: Observer, focused: Mapping[str, QParams]) -> Solution:
+        ranges = choose_ranges(self.plan, self.statistics, observer, self.overrides)
+        return initial_solution(self.model.graph, self.plan, {**ranges, **focused})
+
+    def _ranges(self, trial: Trial, feeds: Feeds) -> tuple[Observer, Mapping[str, QParams]]:
+        if self.recipe.observer != "auto":
+            return _named(self.recipe), {}
+        focused = choose_softmax_ranges(
+            self.model,
+            self.plan,
+            choose_ranges(self.plan, self.statistics, Observer(name="minmax"), self.overrides),
+            pick_samples(feeds, FOCUS_SAMPLES),
+            work_dir=self.scratch,
+            provider=self.recipe.provider,
+            progress=self.progress,
+        )
+        observer, scores = select_observer(
+            lambda candidate: trial.score(self._initial(candidate, focused)), progress=self.progress
+        )
+        listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
+        self.notes.append(f"Ranges by {label(observer)} (dB on calibration samples: {listed}).")
+        return observer, focused
+
+    def _alternatives(self, start: Solution, samples: Sequence[Sample]) -> dict[str, Solution]:
+        """Solutions worth trying, by name, the plain one first."""
+        found = {"nearest rounding": start}
+        if self.recipe.compensate:
+            found["compensated rounding"] = round_in_closed_form(
+                self.model,
+                self.plan,
+                start,
+                samples,
+                max_width=WIDTH_AT_8_BITS if self.recipe.weight_bits == 8 else WIDTH_BELOW,
+                provider=self.recipe.provider,
+                progress=self.progress,
+            )
+        if self.recipe.correct_bias:
+            for name, solution in tuple(found.items()):
+                found[f"{name} and corrected biases"] = correct_biases(
+                    self.model,
+                    self.plan,
+                    solution,
+                    samples,
+                    insert=insert_quantizers,
+                    work_dir=self.scratch,
+                    provider=self.recipe.provider,
+                    progress=self.progress,
+                )
+        return found
+
+    def _best(self, trial: Trial, alternatives: Mapping[str, Solution]) -> Solution:
+        if len(alternatives) == 1:
+            return next(iter(alternatives.values()))
+        scores = {name: trial.score(solution) for name, solution in alternatives.items()}
+        chosen = max(scores, key=lambda name: scores[name])
+        listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
+        self.notes.append(f"Weights by {chosen} (dB on calibration samples: {listed}).")
+        return alternatives[chosen]
+
+
+def trial_samples(feeds: Feeds) -> Sequence[Sample]:
+    """As many calibration samples as make a comparison of alternatives both telling and cheap."""
+    elements = sum(value.size for value in next(iter(feeds)).values())
+    low, high = TRIAL_SAMPLES
+    return pick_samples(feeds, min(high, max(low, TRIAL_ELEMENTS // max(1, elements))))
+
+
+def _named(recipe: Recipe) -> Observer:
+    assert recipe.observer != "auto"
+    return Observer(name=recipe.observer, percentile=recipe.percentile)
