@@ -121,7 +121,7 @@ def range_of(qparams: QParams) -> tuple[FloatArray, FloatArray]:
     with np.errstate(over="ignore"):
         low = np.maximum((qtype.qmin - zero_point).astype(np.float32) * scale, -limit)
         high = np.minimum((qtype.qmax - zero_point).astype(np.float32) * scale, limit)
-    return low.astype(np.float32), high.astype(np.float32)
+    return np.asarray(low, np.float32), np.asarray(high, np.float32)
 
 
 def search_weight_qparams(
@@ -134,13 +134,13 @@ def search_weight_qparams(
     scale has improved for ten factors.
     """
     axis = granularity.axis % weight.ndim if isinstance(granularity, PerAxis) else None
+    if weight.size == 0:
+        return symmetric_qparams(np.zeros(() if axis is None else weight.shape[axis]), qtype, granularity)
     rows = (
         weight.reshape(1, -1)
         if axis is None
         else np.ascontiguousarray(np.moveaxis(weight, axis, 0)).reshape(weight.shape[axis], -1)
     )
-    if rows.size == 0:
-        return symmetric_qparams(np.zeros(() if axis is None else rows.shape[0]), qtype, granularity)
     absmax = np.abs(rows).max(axis=1).astype(np.float64)
     best = np.full(rows.shape[0], np.inf)
     factor = np.ones(rows.shape[0])

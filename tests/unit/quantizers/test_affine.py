@@ -1,0 +1,68 @@
+"""Weight search and groups of the affine quantizer; its arithmetic is tested in tests/property."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxptq.quantizers.affine import (
+    expand,
+    fake_quantize,
+    search_weight_qparams,
+    symmetric_qparams,
+    symmetric_zero_point,
+)
+from onnxptq.types import PerAxis, PerGroup, PerTensor, QParams, QType
+
+
+@pytest.mark.parametrize(
+    ("qtype", "wanted"),
+    [(QType.signed(8), 0), (QType.signed(3), 0), (QType.unsigned(8), 128), (QType.unsigned(4), 8)],
+)
+def test_symmetric_zero_point(qtype: QType, wanted: int) -> None:
+    assert symmetric_zero_point(qtype) == wanted
+
+
+def test_groups_are_repeated_along_their_axis() -> None:
+    values = np.array([[1, 2], [3, 4], [5, 6]])
+    expanded = expand(values, PerGroup(1, 3), (3, 5))
+    np.testing.assert_array_equal(expanded[0], [1, 1, 1, 2, 2])
+    np.testing.assert_array_equal(expanded[:, 4], [2, 4, 6])
+
+
+def _loss(weight: np.ndarray, qparams: QParams, norm: float) -> np.ndarray:
+    error = np.abs(weight - fake_quantize(weight, qparams)).astype(np.float64) ** norm
+    return error.reshape(weight.shape[0], -1).sum(axis=1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weight_search_finds_the_best_of_its_factors(bits: int) -> None:
+    """Brute force over all 80 factors, channel by channel."""
+    weight = np.random.default_rng(bits).standard_t(4, (6, 5, 3)).astype(np.float32)
+    qtype = QType.signed(bits)
+    found = search_weight_qparams(weight, qtype, PerAxis(0), norm=2.4)
+    absmax = np.abs(weight).max(axis=(1, 2)).astype(np.float64)
+    every = [
+        _loss(weight, symmetric_qparams(absmax * (1 - 0.01 * k), qtype, PerAxis(0)), 2.4) for k in range(80)
+    ]
+    np.testing.assert_allclose(_loss(weight, found, 2.4), np.min(every, axis=0), rtol=0, atol=0)
+
+
+def test_weight_search_along_the_last_axis_equals_the_transposed_one() -> None:
+    weight = np.random.default_rng(0).standard_normal((4, 7)).astype(np.float32)
+    first = search_weight_qparams(weight, QType.signed(4), PerAxis(0))
+    last = search_weight_qparams(np.ascontiguousarray(weight.T), QType.signed(4), PerAxis(-1))
+    np.testing.assert_array_equal(first.scale, last.scale)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_empty_weights_have_scales(shape: tuple[int, int]) -> None:
+    found = search_weight_qparams(np.zeros(shape, np.float32), QType.signed(8), PerAxis(0))
+    assert found.scale.shape == (shape[0],)
+    assert (found.scale > 0).all()
+
+
+def test_a_channel_of_zeros_has_a_positive_scale() -> None:
+    found = search_weight_qparams(np.zeros((3, 2), np.float32), QType.signed(8), PerTensor())
+    assert found.scale > 0
+    assert found.scale.shape == ()
