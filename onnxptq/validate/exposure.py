@@ -24,7 +24,8 @@ from onnxptq.types import Sample
 DEFAULT_GROUP_BYTES = 1 << 28
 """Exposed tensors of one sample held at once when the user states no budget."""
 
-_MEASURED_AT_ONCE = 16
+_MEASURED_AT_FIRST = 16
+_MEASURED_BYTES = 1 << 28
 
 
 @contextlib.contextmanager
@@ -81,11 +82,15 @@ def sizes_of(path: Path, tensors: Sequence[str], sample: Sample, *, exact: bool)
             ]
             if all(d is not None for d in shape):
                 sizes[entry.name] = 4 * math.prod(d for d in shape if d is not None)
-    unknown = [name for name in tensors if name not in sizes]
-    for start in range(0, len(unknown), _MEASURED_AT_ONCE):
-        chunk = unknown[start : start + _MEASURED_AT_ONCE]
-        for name, value in open_exposed(path, chunk, exact=exact).run(sample, chunk).items():
-            sizes[name] = value.nbytes
+    unknown = [name for name in dict.fromkeys(tensors) if name not in sizes]
+    count = _MEASURED_AT_FIRST
+    while unknown:
+        chunk, unknown = unknown[:count], unknown[count:]
+        values = open_exposed(path, chunk, exact=exact).run(sample, chunk)
+        measured = {name: value.nbytes for name, value in values.items()}
+        sizes |= measured
+        # Every chunk costs a session; small tensors are measured many at once.
+        count = max(1, int(_MEASURED_BYTES * len(chunk) // max(1, sum(measured.values()))))
     return sizes
 
 

@@ -13,6 +13,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from onnxptq.errors import OutputCheckError
+from onnxptq.validate import structure
 from onnxptq.validate.parity import check_parity
 from onnxptq.validate.structure import check_structure
 from tests.unit.validate.written_model import Written
@@ -90,6 +91,14 @@ def reader_repointed_to_float(model: onnx.ModelProto) -> None:
 def float_reader_repointed_to_quantized(model: onnx.ModelProto) -> None:
     node = _node(model, "act")
     node.input[0] = _node(model, "conv1").input[0]
+
+
+def quantizer_source_repointed(model: onnx.ModelProto) -> None:
+    """The quantizer of 'act' reads what 'act' reads."""
+    _, quantize = _quantizer_of(model, "conv2", 0)
+    assert quantize is not None
+    assert quantize.input[0] == "act"
+    quantize.input[0] = "sum"
 
 
 def pair_removed(model: onnx.ModelProto) -> None:
@@ -227,6 +236,7 @@ INT8: tuple[tuple[Corrupt, str], ...] = (
     (axis_removed, "weight 'w1'.*the axis"),
     (reader_repointed_to_float, "activation 'r0'.*is absent on some or all"),
     (float_reader_repointed_to_quantized, "inputs of node 'act'"),
+    (quantizer_source_repointed, "quantizer of 'act' reads 'sum' instead"),
     (pair_removed, "activation 'flat'.*is absent"),
     (quantize_node_removed, "activation 'flat'.*is absent"),
     (extra_pair, "'ed' is not in the plan"),
@@ -311,6 +321,24 @@ def test_parity_catches_a_missing_clip(narrow: Written, tmp_path: Path) -> None:
     _compare(wide, narrow.path, tmp_path)
     with pytest.raises(OutputCheckError, match=r"activation 'act'.*computes other values"):
         _compare(wide, _corrupted(narrow, clip_removed, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("elements", [1, 7, 100])
+def test_large_weights_are_taken_in_blocks(
+    int8: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elements: int
+) -> None:
+    """Per-channel scales along axis 0 (convolutions) and axis 1 (the Gemm), cut at odd places."""
+
+    def last_integer_changed(model: onnx.ModelProto) -> None:
+        for name in ("w1_quantized", "w3_quantized"):
+            _set(model, name, lambda v: v - np.eye(1, v.size, v.size - 1).reshape(v.shape))
+
+    monkeypatch.setattr(structure, "_BLOCK_ELEMENTS", elements)
+    _check(int8, int8.path)
+    _compare(int8, int8.path, tmp_path)
+    for check in (lambda p: _check(int8, p), lambda p: _compare(int8, p, tmp_path)):
+        with pytest.raises(OutputCheckError, match="weight 'w1'"):
+            check(_corrupted(int8, last_integer_changed, tmp_path))
 
 
 def test_a_file_that_the_checker_refuses(int8: Written, tmp_path: Path) -> None:
