@@ -61,8 +61,9 @@ class Net:
             [numpy_helper.from_array(v, k) for k, v in self._weights.items()],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self._opset)], ir_version=10)
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         onnx.checker.check_model(model, full_check=True)
-        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+        return model
 
 
 def conv_relu_conv() -> onnx.ModelProto:
