@@ -55,6 +55,20 @@ def test_groups_and_order_change_no_bit(net: str, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_fusions_do_not_depend_on_the_group(tmp_path: Path) -> None:
+    """onnxruntime fuses a convolution with the sum behind it, which rounds differently, unless both are seen."""
+    net = Net()
+    x = net.op("Relu", "stem_relu", net.conv("stem", "x", (16, 3, 3, 3)))
+    for i in range(2):
+        y = net.op("Relu", f"relu{i}", net.conv(f"conv{i}", x, (16, 16, 3, 3)))
+        y = net.op("Add", f"sum{i}", net.conv(f"last{i}", y, (16, 16, 3, 3)), x)
+        x = net.op("Relu", f"out{i}", y)
+    model = canonical(net.proto({"x": [1, 3, 32, 32]}, [x]), tmp_path)
+    samples = random_samples(model, 2)
+    whole = _run(model, samples, tmp_path)
+    _assert_identical(whole, _run(model, samples, tmp_path, group_bytes=4 * 16 * 32 * 32))
+
+
 def test_statistics_are_those_of_the_float_graph(tmp_path: Path) -> None:
     """Against the reference implementation in the onnx package; 1e-5 is float rounding of its sums."""
     proto = NETS["residual_block"]()
