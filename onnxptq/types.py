@@ -174,6 +174,66 @@ class Skip:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A reconstruction unit: nodes that run alone from ``inputs`` and constants.
+
+    Attributes:
+        index: position among the blocks of the network, which run in this order.
+        kind: ``plain`` is a chain of layers; ``fork`` runs from one tensor over several paths to one tensor
+            (a residual unit, an attention or MLP half); ``region`` was cut where several tensors are
+            alive; ``joined`` is attention and MLP halves taken together.
+        nodes: names of its data nodes, in topological order. Nodes that compute with shapes and constants
+            alone belong to no block; every block that needs them computes them again.
+        inputs: tensors that it reads from other blocks or from the caller.
+        outputs: tensors that it writes for other blocks or for the caller.
+        shape_inputs: tensors of which only the shape is read, in other blocks or from the caller.
+        sites: every edge at which its nodes read data or weights, and the graph outputs that it writes.
+    """
+
+    index: int
+    kind: Literal["plain", "fork", "region", "joined"]
+    nodes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shape_inputs: tuple[str, ...]
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sensitivity:
+    """What quantizing one block alone does to the network's output.
+
+    Attributes:
+        block: index of the block.
+        loss: L, the mean change of the output (a divergence or a relative squared error).
+        squared_error: E||dz||^2 of the block's outputs, per element or per sample as asked for.
+        absolute_error: E|dz|, the mean over elements.
+        curvature: S = 2 L / E||dz||^2; infinite for a block whose output does not change.
+        omega: S E|dz|; 0 for a block whose output does not change.
+    """
+
+    block: int
+    loss: float
+    squared_error: float
+    absolute_error: float
+    curvature: float
+    omega: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pack:
+    """Consecutive blocks that are reconstructed together. Fields as those of :class:`Block`."""
+
+    index: int
+    blocks: tuple[Block, ...]
+    nodes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shape_inputs: tuple[str, ...]
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InputSpec:
     """One graph input: an unknown dimension is None, a symbolic one its name."""
 
