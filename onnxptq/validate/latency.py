@@ -45,7 +45,7 @@ def measure_latency(
     provider: Provider = "cpu",
     threads: int = 0,
 ) -> Latency:
-    """Time both models on ``sample`` in onnxruntime's default sessions.
+    """Time both models on ``sample``, with all optimizations; memory arena and spinning off as in ``Session``.
 
     Args:
         pairs: number of interleaved pairs, at least 2; each model runs once in each.
