@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str] | None, debug: bool) -> int:
     try:
-        result: Any = cli.main(args=arguments, standalone_mode=False)
+        result: Any = cli.main(args=arguments, prog_name="onnxptq", standalone_mode=False)
     except click.exceptions.Abort:
         return _interrupted()
     except click.exceptions.Exit as stop:
@@ -75,6 +76,8 @@ def _run(arguments: list[str] | None, debug: bool) -> int:
         _show("The machine ran out of memory.", "Lower --max-memory or --samples.")
         return MemoryBudgetError.exit_code
     except BrokenPipeError:
+        # The reader is gone; without this the interpreter complains again while it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if debug:
@@ -91,7 +94,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _interrupted() -> int:
-    Console(stderr=True).print(
+    Console(stderr=True, soft_wrap=True).print(
         "Interrupted. No output was written; the same command continues from its caches."
     )
     return EXIT_INTERRUPTED

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxptq.calibrate.feeds import ImagePreprocess, open_feeds, read_labels
-from onnxptq.errors import FeedError, QualityGateError
+from onnxptq.errors import FeedError, InvalidModelError, OutputCheckError, QualityGateError, UsageError
 from onnxptq.graph.specs import input_specs
 from onnxptq.runtime import Provider, require_runtime
 from onnxptq.types import InputSpec, Progress
@@ -47,6 +47,8 @@ def validate(
     """
     require_runtime()
     specs = input_specs(Path(reference))
+    if not Path(quantized).is_file():
+        raise InvalidModelError(f"{quantized} does not exist.", "Give the path of an .onnx file.")
     with tempfile.TemporaryDirectory(prefix="onnxptq-") as scratch:
         feeds = open_feeds(
             data,
@@ -55,17 +57,21 @@ def validate(
             spool_dir=Path(scratch),
             limit=limit,
         )
-        found = compare(
-            Path(reference),
-            Path(quantized),
-            feeds,
-            labels=None if labels is None else read_labels(labels, feeds),  # type: ignore[arg-type]
-            layers=layers,
-            exact=exact,
-            provider=provider,
-            work_dir=Path(scratch),
-            progress=progress,
-        )
+        try:
+            found = compare(
+                Path(reference),
+                Path(quantized),
+                feeds,
+                labels=None if labels is None else read_labels(labels, feeds),  # type: ignore[arg-type]
+                layers=layers,
+                exact=exact,
+                provider=provider,
+                work_dir=Path(scratch),
+                progress=progress,
+            )
+        except OutputCheckError as error:
+            # Nothing was written here, so nothing failed its own checks: the two files do not belong together.
+            raise UsageError(error.message, "Compare two files of the same network.") from error
     require_gates(found.outputs, min_sqnr=min_sqnr, min_agreement=min_agreement, min_accuracy=min_accuracy)
     return found
 
@@ -91,23 +97,36 @@ def require_gates(
     min_accuracy: float | None = None,
 ) -> None:
     """Raise QualityGateError for the first bound that is missed or cannot be judged."""
+    missed = missed_gate(outputs, min_sqnr=min_sqnr, min_agreement=min_agreement, min_accuracy=min_accuracy)
+    if missed is not None:
+        raise missed
+
+
+def missed_gate(
+    outputs: Sequence[OutputMetrics],
+    *,
+    min_sqnr: float | None = None,
+    min_agreement: float | None = None,
+    min_accuracy: float | None = None,
+) -> QualityGateError | None:
+    """The first bound that is missed or cannot be judged, if there is one. NaN meets no bound."""
     gates = (
-        ("--min-sqnr", min_sqnr, "sqnr_db", "SQNR in dB"),
-        ("--min-agreement", min_agreement, "top1_agreement", "top-1 agreement"),
-        ("--min-accuracy", min_accuracy, "quantized_accuracy", "top-1 accuracy"),
+        ("--min-sqnr", min_sqnr, "sqnr_db", "SQNR in dB", "held-out data with float outputs"),
+        ("--min-agreement", min_agreement, "top1_agreement", "top-1 agreement", "a model with class scores"),
+        ("--min-accuracy", min_accuracy, "quantized_accuracy", "top-1 accuracy", "class scores and --labels"),
     )
-    for option, bound, field, meaning in gates:
+    for option, bound, field, meaning, needed in gates:
         if bound is None:
             continue
         values = {o.name: getattr(o, field) for o in outputs if getattr(o, field) is not None}
         if not values:
-            raise QualityGateError(
-                f"{option} cannot be judged: no output has a {meaning}.",
-                "Give held-out data with --eval (and --labels for accuracy).",
+            return QualityGateError(
+                f"{option} cannot be judged: no output has a {meaning}.", f"It needs {needed}."
             )
         for name, value in values.items():
             if not value >= bound:
-                raise QualityGateError(
+                return QualityGateError(
                     f"Output '{name}': {meaning} is {value:.4g}, {option} asks for {bound:g}.",
-                    "See the report for the worst tensors; --exclude them, or use more calibration data.",
+                    "Exclude the tensors that suffer most, or calibrate on more data.",
                 )
+    return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxptq import steps
-from onnxptq.publish import require_distinct, require_writable, staging
+from onnxptq.publish import require_distinct, require_writable, require_writable_folder, staging
 from onnxptq.recipe import Recipe
 from onnxptq.runtime import require_runtime
 from onnxptq.types import Progress
@@ -55,6 +55,8 @@ def quantize(
     require_runtime()
     require_distinct(source, target)
     require_writable(target)
+    if report_dir is not None:
+        require_writable_folder(Path(report_dir))
     with steps.start(recipe or Recipe(), work_dir, progress) as run:
         float_model = steps.canonical_model(run, source)
         data = steps.open_data(run, float_model, calibration, evaluation, labels)
@@ -67,5 +69,5 @@ def quantize(
             checks = steps.check(run, float_model, prepared, plan, solution, staged, data)
             report = steps.report(run, prepared, plan, solution, statistics, staged, target, data, checks)
             folder = steps.write_report(report, report_dir)
-            steps.require_quality(run, report)
+            steps.require_quality(run, report, folder)
     return Result(output=target, report=report, report_dir=folder)

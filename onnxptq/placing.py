@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxptq.calibrate.observers import Observer
+from onnxptq.errors import SelectorError, TargetIllegalError, UnsupportedModelError
 from onnxptq.graph.index import GraphIndex
 from onnxptq.recipe import Recipe
 from onnxptq.selectors import compile_pattern, match_nodes, match_tensors
 from onnxptq.targets import PlacementRequest
-from onnxptq.types import CanonicalModel
+from onnxptq.types import CanonicalModel, QuantPlan
+
+_UNCHOSEN = ("not chosen by", "excluded by")
+_SHOWN = 3
 
 
 def placement_request(
@@ -44,6 +48,34 @@ def placement_request(
         bits_of=bits,
         declined=declined,
         uncalibrated=uncalibrated,
+    )
+
+
+def require_quantizers(plan: QuantPlan, model: CanonicalModel, recipe: Recipe) -> None:
+    """Refuse a plan that quantizes nothing: its file would be the input under another name.
+
+    Raises:
+        TargetIllegalError: ``--include`` chose only what the target does not quantize.
+        SelectorError: ``--exclude`` left nothing.
+        UnsupportedModelError: the model holds nothing that the target quantizes.
+    """
+    if plan.quantizers:
+        return
+    excluded = any(skip.reason.startswith("excluded by") for skip in plan.skips)
+    reasons = [f"{s.site}: {s.reason}" for s in plan.skips if not s.reason.startswith(_UNCHOSEN)]
+    why = f" ({'; '.join(reasons[:_SHOWN])})" if reasons else ""
+    if recipe.include:
+        raise TargetIllegalError(
+            f"{recipe.target} quantizes nothing that --include chooses{why}.",
+            f"'onnxptq inspect {model.source}' lists what it would quantize.",
+        )
+    if excluded and recipe.exclude:
+        raise SelectorError(
+            f"--exclude leaves nothing that {recipe.target} could quantize{why}.", "Exclude less."
+        )
+    raise UnsupportedModelError(
+        f"{model.source} holds nothing that {recipe.target} could quantize{why}.",
+        f"'onnxptq inspect {model.source}' lists its operators and what each target would quantize.",
     )
 
 

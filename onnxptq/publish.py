@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from onnxptq.errors import OutputPathError
+
+if sys.platform != "win32":
+    import fcntl
+
+_SETTLED_SECONDS = 5.0
+_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 
 def require_distinct(source: Path, output: Path) -> None:
@@ -27,13 +36,92 @@ def require_writable(path: Path) -> None:
         )
     if not folder.is_dir():
         raise OutputPathError(f"The folder '{folder}' does not exist.", "Create it or choose another output.")
+    _require_room(folder)
+
+
+def require_writable_folder(folder: Path) -> None:
+    """Raise OutputPathError unless files could be created in ``folder``, which need not exist yet."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise OutputPathError(f"'{place}' is a file, not a folder.", "Choose another folder.")
+    _require_room(place)
+
+
+def _require_room(folder: Path) -> None:
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OutputPathError(
-            f"The folder '{folder}' cannot be written: {error.strerror}.", "Choose another output."
+            f"The folder '{folder}' cannot be written: {error.strerror or error}.", "Choose another output."
         ) from error
+
+
+@contextmanager
+def claimed_folder(place: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in ``place``, removed at the end; so are those that killed runs left there.
+
+    A live run holds a lock on its folder, so a folder of this prefix without one is a leftover.
+
+    Raises:
+        OutputPathError: ``place`` cannot be written.
+    """
+    _remove_leftovers(place, prefix)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+        descriptor = _lock(folder)
+    except OSError as error:
+        raise OutputPathError(
+            f"The folder '{place}' cannot be written: {error.strerror or error}.",
+            "Choose another, or make it writable.",
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _remove_leftovers(place: Path, prefix: str) -> None:
+    if not place.is_dir():
+        return
+    for folder in place.iterdir():
+        if not folder.name.startswith(prefix) or folder.is_symlink() or not folder.is_dir():
+            continue
+        with suppress(OSError):
+            descriptor = _lock(folder)
+            if descriptor is None:  # without locks a leftover cannot be told from a live run's folder
+                continue
+            try:
+                # One that is being made has no lock yet.
+                if time.time() - folder.stat().st_mtime > _SETTLED_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock on ``folder`` until it is closed, None where there are no locks.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    if sys.platform == "win32":
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        # Some network file systems have no locks.
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 @contextmanager
@@ -42,24 +130,37 @@ def staging(path: Path) -> Iterator[Path]:
 
     Everything in the hidden folder (external data too) moves, the file itself last; on any failure it is
     removed and ``path`` is untouched.
+
+    Raises:
+        OutputPathError: the folder of ``path`` cannot be written.
     """
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise OutputPathError(f"The folder '{path.parent}' cannot be written: {error.strerror}.") from error
-    try:
+    with claimed_folder(path.parent, f".{path.name}.onnxptq-") as folder:
         staged = folder / path.name
         yield staged
-        for companion in sorted(folder.iterdir()):
-            if companion != staged:
-                companion.replace(path.parent / companion.name)
-        staged.replace(path)
+        try:
+            for companion in sorted(folder.iterdir()):
+                if companion != staged:
+                    companion.replace(path.parent / companion.name)
+            staged.replace(path)
+        except OSError as error:
+            raise OutputPathError(
+                f"'{path}' cannot be written: {error.strerror or error}.", "Choose another output."
+            ) from error
+
+
+@contextmanager
+def space_errors(work_dir: Path) -> Iterator[None]:
+    """Turn a full or read-only disk, wherever it is met, into an OutputPathError that names the file."""
+    try:
+        yield
     except OSError as error:
+        if error.errno not in _SPACE_ERRORS:
+            raise
+        where = error.filename or work_dir
         raise OutputPathError(
-            f"Writing '{path}' failed: {error.strerror or error}.", "Free space and retry."
+            f"'{where}' cannot be written: {error.strerror}.",
+            "Free space, or choose another --output, --report, --work-dir or TMPDIR.",
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,4 +181,7 @@ def write_text(path: Path, text: str) -> None:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise OutputPathError(f"'{path}' cannot be written: {error.strerror or error}.") from error
+        raise OutputPathError(
+            f"'{path}' cannot be written: {error.strerror or error}.",
+            "Choose another folder, or free space.",
+        ) from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,19 +21,19 @@ from onnxptq import reporting
 from onnxptq.calibrate import cache
 from onnxptq.calibrate.feeds import ImagePreprocess, open_feeds, read_labels, split_holdout
 from onnxptq.calibrate.run import DEFAULT_GROUP_BYTES, Calibration, calibrate
-from onnxptq.comparison import require_gates, resolve_preprocess
+from onnxptq.comparison import missed_gate, resolve_preprocess
 from onnxptq.equalize.run import equalize
-from onnxptq.errors import FeedError, OutputPathError
+from onnxptq.errors import FeedError, OutputPathError, QualityGateError
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import save_graph
-from onnxptq.placing import observer_overrides, placement_request
-from onnxptq.publish import write_text
+from onnxptq.placing import observer_overrides, placement_request, require_quantizers
+from onnxptq.publish import claimed_folder, space_errors, write_text
 from onnxptq.qdq import insert_quantizers
 from onnxptq.recipe import Recipe
 from onnxptq.runtime import count_kernels, runtime_version
 from onnxptq.samples import ListFeeds, pick_samples
-from onnxptq.solving import Solver
+from onnxptq.solving import Samples, Solver, draw_samples
 from onnxptq.targets import TARGETS, candidate_tensors
 from onnxptq.types import CanonicalModel, Feeds, InputSpec, Progress, QuantPlan, Solution
 from onnxptq.validate.compare import Comparison, compare
@@ -117,14 +116,13 @@ def start(recipe: Recipe, work_dir: str | Path | None, progress: Progress | None
     folder = Path(work_dir) if work_dir is not None else cache.default_work_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix="run-", dir=folder)
     except OSError as error:
         raise OutputPathError(
             f"The work folder '{folder}' cannot be written: {error.strerror or error}.",
             "Choose another with --work-dir.",
         ) from error
-    with scratch as name:
-        yield Run(recipe=recipe, work_dir=folder, scratch=Path(name), progress=progress)
+    with space_errors(folder), claimed_folder(folder, "onnxptq-run-") as scratch:
+        yield Run(recipe=recipe, work_dir=folder, scratch=scratch, progress=progress)
 
 
 def canonical_model(run: Run, source: Path) -> CanonicalModel:
@@ -240,11 +238,17 @@ def calibration(run: Run, model: CanonicalModel, data: Data) -> Calibration:
 
 
 def plan(run: Run, model: CanonicalModel, statistics: Calibration) -> QuantPlan:
-    """Where quantizers go for the recipe's target."""
+    """Where quantizers go for the recipe's target.
+
+    Raises:
+        SelectorError: a pattern matches nothing. Also see :func:`onnxptq.placing.require_quantizers`.
+    """
     with run.timed("place"):
         index = GraphIndex(model.graph)
         request = placement_request(model, index, run.recipe, statistics.uncalibrated)
-        return TARGETS[run.recipe.target](index, request)
+        placed = TARGETS[run.recipe.target](index, request)
+        require_quantizers(placed, model, run.recipe)
+        return placed
 
 
 def solution(
@@ -362,6 +366,10 @@ def report(
     recipe = run.recipe.model_dump(mode="json", exclude_none=True)
     if data.preprocess is not None:
         recipe["preprocess"] = data.preprocess.model_dump(mode="json", exclude_none=True)
+    outputs = () if checks.quality is None else checks.quality.outputs
+    missed = missed_gate(outputs, min_sqnr=run.recipe.min_sqnr, min_agreement=run.recipe.min_agreement)
+    if missed is not None:
+        run.note(f"The output was not kept: {missed.message}")
     return Report(
         model=ModelFacts(
             path=str(model.source),
@@ -383,7 +391,7 @@ def report(
         tensors=()
         if checks.layers is None
         else reporting.tensor_rows(model, plan, solution, statistics, checks.layers.layers),
-        outputs=() if checks.quality is None else checks.quality.outputs,
+        outputs=outputs,
         parity=checks.parity,
         latency=checks.latency,
         kernels=checks.kernels,
@@ -409,10 +417,13 @@ def write_report(report: Report, folder: str | Path | None) -> Path | None:
     return place
 
 
-def require_quality(run: Run, report: Report) -> None:
-    """Hold the outputs against the recipe's gates.
+def require_quality(run: Run, report: Report, folder: Path | None) -> None:
+    """Hold the outputs against the recipe's gates; ``folder`` is where the report was written.
 
     Raises:
         QualityGateError: a gate is missed, or cannot be judged because nothing was held out.
     """
-    require_gates(report.outputs, min_sqnr=run.recipe.min_sqnr, min_agreement=run.recipe.min_agreement)
+    missed = missed_gate(report.outputs, min_sqnr=run.recipe.min_sqnr, min_agreement=run.recipe.min_agreement)
+    if missed is not None:
+        seen = "" if folder is None else f" See '{folder / 'report.html'}'."
+        raise QualityGateError(missed.message, f"{missed.remedy}{seen}")
