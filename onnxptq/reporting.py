@@ -93,7 +93,7 @@ def _quality(
     return TensorQuality(
         tensor=model.user_name(layer.tensor),
         position=position,
-        sqnr_db=layer.sqnr_db,
+        sqnr_db=layer.sqnr_db if layer.quantized_sqnr_db is None else layer.quantized_sqnr_db,
         minimum=seen.minimum if seen else None,
         maximum=seen.maximum if seen else None,
         low=low,
@@ -105,8 +105,8 @@ def _quality(
 def _reduced(seen: TensorStatistics) -> Histogram:
     centres, counts = seen.bins()
     low, high = seen.minimum, seen.maximum
-    if not low < high:
-        high = math.nextafter(low, math.inf)
+    if not low < high:  # a constant tensor: one bar in the middle
+        low, high = low - 0.5, high + 0.5
     reduced, _ = np.histogram(
         np.clip(centres, low, high), bins=_HISTOGRAM_BINS, range=(low, high), weights=counts
     )

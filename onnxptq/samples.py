@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,9 +11,27 @@ from onnxptq.types import Feeds, Sample
 
 
 def pick_samples(feeds: Feeds, count: int) -> Sequence[Sample]:
-    """The ``count`` samples of smallest content hash, in the order of their hashes; all of them if fewer."""
-    keyed = ((_digest(sample), position, sample) for position, sample in enumerate(feeds))
-    return [sample for _, _, sample in heapq.nsmallest(count, keyed)]
+    """The first ``count`` samples of a :class:`Draw`; all of them if there are fewer."""
+    return Draw(feeds).take(0, count)
+
+
+class Draw:
+    """The samples of ``feeds`` in the order of their content hashes, as a shuffled deck.
+
+    ``order`` holds their positions in the feeds.
+    """
+
+    def __init__(self, feeds: Feeds) -> None:
+        self._feeds = feeds
+        keyed = sorted((_digest(sample), position) for position, sample in enumerate(feeds))
+        self.order: Sequence[int] = [position for _, position in keyed]
+
+    def take(self, start: int, count: int) -> Sequence[Sample]:
+        """``count`` samples from place ``start`` of the deck on; it begins anew where it ends."""
+        total = len(self.order)
+        wanted = [self.order[(start + i) % total] for i in range(min(count, total))]
+        kept = {position: sample for position, sample in enumerate(self._feeds) if position in set(wanted)}
+        return [kept[position] for position in wanted]
 
 
 def _digest(sample: Sample) -> bytes:

@@ -7,7 +7,7 @@ Every decision is taken on calibration samples by the distance of the network's 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from onnxptq.calibrate.observers import Observer
@@ -18,9 +18,9 @@ from onnxptq.calibrate.select import label, select_observer
 from onnxptq.qdq import insert_quantizers
 from onnxptq.recipe import Recipe
 from onnxptq.reconstruct.bias import correct_biases
-from onnxptq.reconstruct.initial import initial_solution
+from onnxptq.reconstruct.initial import initial_solution, weight_grids
 from onnxptq.reconstruct.rounding import round_in_closed_form
-from onnxptq.samples import pick_samples
+from onnxptq.samples import Draw
 from onnxptq.trial import Trial
 from onnxptq.types import CanonicalModel, Feeds, Progress, QParams, QuantPlan, Sample, Solution
 
@@ -43,6 +43,18 @@ WIDTH_BELOW = 8192
 """The same for narrower weights, where it decides between a working network and a broken one."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Calibration samples with a task: those that alternatives are compared on, and those that correct.
+
+    ``apart`` gives the positions of the former among all samples, where the two do not overlap.
+    """
+
+    trial: Sequence[Sample]
+    correction: Sequence[Sample]
+    apart: frozenset[int]
+
+
 @dataclass(slots=True, kw_only=True)
 class Solver:
     """Finds the solution of one plan. ``notes`` collects what was measured and decided."""
@@ -56,33 +68,44 @@ class Solver:
     progress: Progress | None = None
     notes: list[str] = field(default_factory=list)
 
-    def solve(self, feeds: Feeds) -> Solution:
-        """The best solution that the recipe's method allows, learnt from ``feeds``."""
+    def solve(self, samples: Samples) -> Solution:
+        """The best solution that the recipe's method allows."""
+        grids = weight_grids(self.model.graph, self.plan)
         if self.recipe.method == "rtn" or not self.plan.quantizers:
-            return self._initial(_named(self.recipe), {})
-        trial = Trial(self.model, self.plan, trial_samples(feeds), self.scratch, self.recipe.provider)
-        observer, focused = self._ranges(trial, feeds)
-        start = self._initial(observer, focused)
-        return self._best(trial, self._alternatives(start, pick_samples(feeds, CORRECTION_SAMPLES)))
+            return self._initial(self.statistics, _named(self.recipe), {}, grids)
+        trial = Trial(self.model, self.plan, samples.trial, self.scratch, self.recipe.provider)
+        observer, focused = self._ranges(trial, samples, grids)
+        start = self._initial(self.statistics, observer, focused, grids)
+        return self._best(trial, self._alternatives(start, samples.correction))
 
-    def _initial(self, observer: Observer, focused: Mapping[str, QParams]) -> Solution:
-        ranges = choose_ranges(self.plan, self.statistics, observer, self.overrides)
-        return initial_solution(self.model.graph, self.plan, {**ranges, **focused})
+    def _initial(
+        self,
+        statistics: Calibration,
+        observer: Observer,
+        focused: Mapping[str, QParams],
+        grids: Mapping[str, QParams],
+    ) -> Solution:
+        ranges = choose_ranges(self.plan, statistics, observer, self.overrides)
+        return initial_solution(self.model.graph, self.plan, {**ranges, **focused}, grids)
 
-    def _ranges(self, trial: Trial, feeds: Feeds) -> tuple[Observer, Mapping[str, QParams]]:
+    def _ranges(
+        self, trial: Trial, samples: Samples, grids: Mapping[str, QParams]
+    ) -> tuple[Observer, Mapping[str, QParams]]:
         if self.recipe.observer != "auto":
             return _named(self.recipe), {}
         focused = choose_softmax_ranges(
             self.model,
             self.plan,
             choose_ranges(self.plan, self.statistics, Observer(name="minmax"), self.overrides),
-            pick_samples(feeds, FOCUS_SAMPLES),
-            work_dir=self.scratch,
+            samples.correction[:FOCUS_SAMPLES],
             provider=self.recipe.provider,
             progress=self.progress,
         )
+        # Fitted without the trial samples, so that clipping what calibration has not seen shows.
+        fitting = replace(self.statistics, statistics=self.statistics.fitting)
         observer, scores = select_observer(
-            lambda candidate: trial.score(self._initial(candidate, focused)), progress=self.progress
+            lambda candidate: trial.score(self._initial(fitting, candidate, focused, grids)),
+            progress=self.progress,
         )
         listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
         self.notes.append(f"Ranges by {label(observer)} (dB on calibration samples: {listed}).")
@@ -125,11 +148,19 @@ class Solver:
         return alternatives[chosen]
 
 
-def trial_samples(feeds: Feeds) -> Sequence[Sample]:
-    """As many calibration samples as make a comparison of alternatives both telling and cheap."""
+def draw_samples(feeds: Feeds) -> Samples:
+    """Trial samples, as many as make a comparison both telling and cheap, and others that correct."""
+    draw = Draw(feeds)
     elements = sum(value.size for value in next(iter(feeds)).values())
     low, high = TRIAL_SAMPLES
-    return pick_samples(feeds, min(high, max(low, TRIAL_ELEMENTS // max(1, elements))))
+    count = min(high, max(low, TRIAL_ELEMENTS // max(1, elements)))
+    # A quarter of the data at most is set apart; with hardly any data, it serves both ends.
+    apart = min(count, len(feeds) // 4)
+    return Samples(
+        trial=draw.take(0, apart or count),
+        correction=draw.take(apart, CORRECTION_SAMPLES),
+        apart=frozenset(draw.order[:apart]),
+    )
 
 
 def _named(recipe: Recipe) -> Observer:

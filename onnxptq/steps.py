@@ -90,6 +90,7 @@ class Data:
     """Calibration samples, held-out samples (None where there are none), and labels of the latter."""
 
     calibration: Feeds
+    samples: Samples
     heldout: Feeds | None
     labels: npt.NDArray[Any] | None
     preprocess: ImagePreprocess | None
@@ -164,6 +165,7 @@ def open_data(
                 raise FeedError("Labels were given, but there are no held-out samples.", "Give --eval.")
         return Data(
             calibration=feeds,
+            samples=draw_samples(feeds),
             heldout=heldout,
             labels=None if labels is None or heldout is None else read_labels(labels, heldout),  # type: ignore[arg-type]
             preprocess=preprocess,
@@ -186,7 +188,7 @@ def equalized_model(run: Run, model: CanonicalModel, data: Data) -> CanonicalMod
     if run.recipe.method == "rtn" or not run.recipe.equalize:
         return model
     with run.timed("equalize"):
-        feeds = ListFeeds(pick_samples(data.calibration, EQUALIZE_SAMPLES))
+        feeds = ListFeeds(data.samples.correction[:EQUALIZE_SAMPLES])
         tensors = candidate_tensors(GraphIndex(model.graph))
         equalized, summary = equalize(
             model,
@@ -218,6 +220,7 @@ def calibration(run: Run, model: CanonicalModel, data: Data) -> Calibration:
             data.calibration.fingerprint,
             histogram,
             tensors,
+            *sorted(data.samples.apart),
         )
         known = cache.load_calibration(run.work_dir, key)
         if known is not None:
@@ -227,7 +230,7 @@ def calibration(run: Run, model: CanonicalModel, data: Data) -> Calibration:
             model,
             data.calibration,
             tensors,
-            work_dir=run.scratch,
+            apart=data.samples.apart,
             histogram=histogram,
             provider=recipe.provider,
             group_bytes=run.group_bytes,
@@ -267,7 +270,7 @@ def solution(
         progress=run.progress,
     )
     with run.timed("solve"):
-        found = solver.solve(data.calibration)
+        found = solver.solve(data.samples)
     for note in solver.notes:
         run.note(note)
     return found
@@ -363,13 +366,13 @@ def report(
     note = reporting.larger_note(model.source_bytes, size, sizes)
     if note:
         run.note(note)
-    recipe = run.recipe.model_dump(mode="json", exclude_none=True)
-    if data.preprocess is not None:
-        recipe["preprocess"] = data.preprocess.model_dump(mode="json", exclude_none=True)
     outputs = () if checks.quality is None else checks.quality.outputs
     missed = missed_gate(outputs, min_sqnr=run.recipe.min_sqnr, min_agreement=run.recipe.min_agreement)
     if missed is not None:
         run.note(f"The output was not kept: {missed.message}")
+    recipe = run.recipe.model_dump(mode="json", exclude_none=True)
+    if data.preprocess is not None:
+        recipe["preprocess"] = data.preprocess.model_dump(mode="json", exclude_none=True)
     return Report(
         model=ModelFacts(
             path=str(model.source),

@@ -133,6 +133,7 @@ class Quantizer:
     """What is decided for one Q/DQ pair: the tensor, its grid, and the edges that read the quantized values.
 
     ``quantizer_id`` is unique in a plan. Quantizers with one ``scale_group`` share scale and zero point.
+    ``bounds`` are limits that the tensor cannot leave, known from the operator that writes it.
     A bias (``role``) takes the scale ``scale(activation) * scale(weight)`` of the two quantizers named in
     ``derived_from``.
     """
@@ -146,6 +147,7 @@ class Quantizer:
     sites: tuple[Site, ...]
     scale_group: str
     derived_from: tuple[str, str] | None = None
+    bounds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,8 +182,8 @@ class Block:
     Attributes:
         index: position among the blocks of the network, which run in this order.
         kind: ``plain`` is a chain of layers; ``fork`` runs from one tensor over several paths to one tensor
-            (a residual unit, an attention or MLP half); ``region`` was cut where several tensors are
-            alive; ``joined`` is attention and MLP halves taken together.
+            (a residual unit, an attention or MLP half); ``region`` likewise from or to several tensors;
+            ``joined`` is attention and MLP halves taken together.
         nodes: names of its data nodes, in topological order. Nodes that compute with shapes and constants
             alone belong to no block; every block that needs them computes them again.
         inputs: tensors that it reads from other blocks or from the caller.

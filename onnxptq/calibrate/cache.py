@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from onnxptq.calibrate.statistics import TensorStatistics
 from onnxptq.errors import OutputPathError
 from onnxptq.types import Skip
 
-_FORMAT = 1
+_FORMAT = 2
 
 
-def cache_key(*parts: str | int | bool | Sequence[str] | None) -> str:
+def cache_key(*parts: Any) -> str:
     """A short hash of ``parts`` (model and data fingerprints, settings, versions)."""
     return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()[:24]
 
@@ -75,6 +74,7 @@ def _path(folder: Path, key: str) -> Path:
 def _pack(calibration: Calibration) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
     names = list(calibration.statistics)
     rows = [calibration.statistics[name] for name in names]
+    rows += [calibration.fitting.get(name, calibration.statistics[name]) for name in names]
     header = {
         "samples": calibration.samples,
         "skips": [[s.site, s.reason] for s in calibration.skips],
@@ -82,7 +82,7 @@ def _pack(calibration: Calibration) -> tuple[dict[str, Any], np.ndarray[Any, Any
         # hex keeps every bit of a float
         "tensors": [
             [n, r.minimum.hex(), r.maximum.hex(), r.elements, r.exponent]
-            for n, r in zip(names, rows, strict=True)
+            for n, r in zip(names * 2, rows, strict=True)
         ],
     }
     empty = np.zeros(0, np.int64)
@@ -91,18 +91,20 @@ def _pack(calibration: Calibration) -> tuple[dict[str, Any], np.ndarray[Any, Any
 
 
 def _unpack(header: dict[str, Any], counts: np.ndarray[Any, Any]) -> Calibration:
-    statistics = {
-        name: TensorStatistics(
+    rows = [
+        TensorStatistics(
             minimum=float.fromhex(low),
             maximum=float.fromhex(high),
             elements=int(elements),
             exponent=int(exponent),
             counts=counts[i] if counts.ndim == 2 and counts.shape[1] else None,
         )
-        for i, (name, low, high, elements, exponent) in enumerate(header["tensors"])
-    }
+        for i, (_, low, high, elements, exponent) in enumerate(header["tensors"])
+    ]
+    names = [entry[0] for entry in header["tensors"]][: len(rows) // 2]
     return Calibration(
-        statistics=statistics,
+        statistics=dict(zip(names, rows, strict=False)),
+        fitting=dict(zip(names, rows[len(names) :], strict=True)),
         samples=int(header["samples"]),
         skips=tuple(Skip(site=site, reason=reason) for site, reason in header["skips"]),
         uncalibrated=header["uncalibrated"],

@@ -47,21 +47,29 @@ _FINE = 0.005 * np.arange(-5, 6)
 class Observer:
     """A way to choose a range, with its parameters.
 
-    ``norm`` is the exponent of the ``mse`` search; ``percentile`` is in percent.
+    ``norm`` is the exponent of the ``mse`` search; ``percentile`` is in percent. ``margin`` widens the range
+    that was found, for values beyond those that calibration has seen.
     """
 
     name: ObserverName = "mse"
     percentile: float = 99.999
     norm: float = 2.0
+    margin: float = 1.0
 
 
 def choose_qparams(
-    statistics: TensorStatistics, qtype: QType, *, symmetric: bool, observer: Observer
+    statistics: TensorStatistics,
+    qtype: QType,
+    *,
+    symmetric: bool,
+    observer: Observer,
+    bounds: tuple[float, float] | None = None,
 ) -> QParams:
     """Per-tensor parameters for values distributed as ``statistics``.
 
     Args:
         symmetric: zero point at the middle of the grid (0 for signed types).
+        bounds: limits that the values cannot leave; a margin stops there.
 
     Raises:
         ValueError: the observer needs a histogram and the statistics hold none.
@@ -75,6 +83,9 @@ def choose_qparams(
             low, high = _entropy(statistics, qtype, symmetric)
         case "mse":
             low, high = _mse(statistics, qtype, symmetric, observer.norm)
+    low, high = low * observer.margin, high * observer.margin
+    if bounds is not None:
+        low, high = max(low, bounds[0]), min(high, bounds[1])
     if symmetric:
         return symmetric_qparams(np.asarray(max(-low, high, 0.0)), qtype, PerTensor())
     return asymmetric_qparams(low, high, qtype)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -37,7 +36,6 @@ def choose_softmax_ranges(
     ranges: Mapping[str, QParams],
     samples: Sequence[Sample],
     *,
-    work_dir: Path,
     provider: Provider = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, QParams]:

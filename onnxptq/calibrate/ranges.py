@@ -39,6 +39,7 @@ def choose_ranges(
             leader.qtype,
             symmetric=leader.symmetric,
             observer=overrides.get(widest, observer),
+            bounds=leader.bounds,
         )
         result.update({q.quantizer_id: qparams for q in members})
     return result

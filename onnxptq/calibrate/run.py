@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from onnxptq.calibrate.exposing import measured_shapes, open_group
 from onnxptq.calibrate.statistics import StatisticsBuilder, TensorStatistics
@@ -29,11 +28,14 @@ _THREADS = max(1, min(4, os.cpu_count() or 1))
 class Calibration:
     """Statistics of every calibrated tensor, by canonical tensor name.
 
-    ``uncalibrated`` gives the reason for every tensor that has none; ``skips`` says the same in user names.
+    ``fitting`` holds the statistics without the samples set apart, on which alternatives can be compared as
+    on unseen data; they are those of all samples where none were set apart. ``uncalibrated`` gives the
+    reason for every tensor that has none; ``skips`` says the same in user names.
     """
 
     statistics: Mapping[str, TensorStatistics]
     samples: int
+    fitting: Mapping[str, TensorStatistics] = field(default_factory=dict)
     skips: tuple[Skip, ...] = ()
     uncalibrated: Mapping[str, str] = field(default_factory=dict)
 
@@ -43,8 +45,8 @@ def calibrate(
     feeds: Feeds,
     tensors: Sequence[str],
     *,
-    work_dir: Path,
     histogram: bool = True,
+    apart: Collection[int] = (),
     provider: Provider = "cpu",
     group_bytes: int = DEFAULT_GROUP_BYTES,
     progress: Progress | None = None,
@@ -53,6 +55,7 @@ def calibrate(
 
     Args:
         histogram: False collects extremes only, which is all that min-max needs.
+        apart: positions of samples that do not enter ``fitting``.
         group_bytes: largest total size of the tensors exposed in one pass over the data, in bytes.
 
     Returns:
@@ -72,20 +75,25 @@ def calibrate(
     groups = _group({name: 4 * math.prod(shape) for name, shape in shapes.items()}, group_bytes, model)
     anchored = [name for name, shape in shapes.items() if shape]
     builders = {name: StatisticsBuilder(histogram=histogram) for name in tensors}
+    others = {name: StatisticsBuilder(histogram=histogram) for name in tensors}
     broken: dict[str, str] = {}
     step = progress.start("calibrate", len(feeds) * max(1, len(groups))) if progress else None
     with ThreadPoolExecutor(_THREADS) as pool:
         for number, group in enumerate(groups or [[]]):
             session = open_group(model, group, anchored, provider) if group else None
-            for sample in feeds:
+            for position, sample in enumerate(feeds):
+                into = others if position in apart else builders
                 if number == 0:
-                    _observe({k: v for k, v in sample.items() if k in builders}, builders, broken, pool)
+                    _observe({k: v for k, v in sample.items() if k in builders}, into, broken, pool)
                 if session is not None:
                     # Not bound to a name: it would keep one sample's tensors through the next run.
-                    _observe(session.run(sample, group), builders, broken, pool)
+                    _observe(session.run(sample, group), into, broken, pool)
                 if step:
                     step()
-    return _finish(model, builders, broken, len(feeds))
+    fitting = {name: found for name, builder in builders.items() if (found := builder.result()) is not None}
+    for name, builder in builders.items():
+        builder.merge(others[name])
+    return _finish(model, builders, fitting, broken, len(feeds))
 
 
 def _observe(
@@ -110,7 +118,11 @@ def _observe(
 
 
 def _finish(
-    model: CanonicalModel, builders: Mapping[str, StatisticsBuilder], broken: Mapping[str, str], samples: int
+    model: CanonicalModel,
+    builders: Mapping[str, StatisticsBuilder],
+    fitting: Mapping[str, TensorStatistics],
+    broken: Mapping[str, str],
+    samples: int,
 ) -> Calibration:
     statistics: dict[str, TensorStatistics] = {}
     missing: dict[str, str] = {}
@@ -125,6 +137,8 @@ def _finish(
     return Calibration(
         statistics=statistics,
         samples=samples,
+        # A tensor that only the samples set apart have shown is fitted on them.
+        fitting={name: fitting.get(name, found) for name, found in statistics.items()},
         skips=tuple(Skip(site=model.user_name(name), reason=reason) for name, reason in missing.items()),
         uncalibrated=missing,
     )

@@ -19,6 +19,7 @@ CANDIDATES: Sequence[Observer] = (
     Observer(name="mse", norm=4.0),
     Observer(name="mse", norm=6.0),
     Observer(name="minmax"),
+    Observer(name="minmax", margin=1.15),
 )
 
 
@@ -47,6 +48,9 @@ def select_observer(
 
 def label(observer: Observer) -> str:
     """``mse p=2.4`` and the like, for people."""
-    if observer.name == "mse":
-        return f"mse p={observer.norm:g}"
-    return f"percentile {observer.percentile:g}" if observer.name == "percentile" else observer.name
+    name: str = observer.name
+    if name == "mse":
+        name = f"mse p={observer.norm:g}"
+    elif name == "percentile":
+        name = f"percentile {observer.percentile:g}"
+    return name if observer.margin == 1.0 else f"{name} x {observer.margin:g}"

@@ -96,7 +96,8 @@ def _patches(layer: Linear, value: FloatArray) -> FloatArray | None:
     windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + spatial)))
     positions = tuple(slice(None, None, s) for s in strides)
     taps = tuple(slice(None, None, d) for d in dilations)
-    windows = windows[(..., *positions, *taps)]
+    strided: tuple[Any, ...] = (..., *positions, *taps)
+    windows = windows[strided]
     batch, channels = windows.shape[:2]
     places = windows.shape[2 : 2 + spatial]
     count = int(np.prod(places))

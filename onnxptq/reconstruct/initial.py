@@ -14,27 +14,44 @@ _BIAS_LIMIT = 2.0**30
 """Integers of a bias stay within half of int32, so that the accumulator it joins cannot overflow."""
 
 
+def weight_grids(graph: gs.Graph, plan: QuantPlan, *, search: bool = True) -> dict[str, QParams]:
+    """Parameters of every weight quantizer, by id; they depend on the weights alone.
+
+    Args:
+        search: minimise the 2.4-norm of the weight error over shrunken ranges, instead of covering the
+            largest weight.
+    """
+    tensors = graph.tensors()
+    return {
+        q.quantizer_id: _weight_qparams(tensors[q.tensor].values, q, search)
+        for q in plan.quantizers
+        if q.role == "weight"
+    }
+
+
 def initial_solution(
-    graph: gs.Graph, plan: QuantPlan, activations: Mapping[str, QParams], *, search: bool = True
+    graph: gs.Graph,
+    plan: QuantPlan,
+    activations: Mapping[str, QParams],
+    weights: Mapping[str, QParams] | None = None,
 ) -> Solution:
     """Round-to-nearest parameters of every quantizer.
 
     Args:
         activations: parameters of the activation quantizers, by id.
-        search: minimise the 2.4-norm of the weight error over shrunken ranges, instead of covering the
-            largest weight.
+        weights: those of the weight quantizers (see ``weight_grids``); computed here where they are not given.
     """
-    constants = {name: t.values for name, t in graph.tensors().items() if isinstance(t, gs.Constant)}
-    qparams: dict[str, QParams] = dict(activations)
+    constants = graph.tensors()
+    qparams: dict[str, QParams] = {
+        **activations,
+        **(weight_grids(graph, plan) if weights is None else weights),
+    }
     by_id = {q.quantizer_id: q for q in plan.quantizers}
     biases = [q for q in plan.quantizers if q.role == "bias"]
-    for quantizer in plan.quantizers:
-        if quantizer.role == "weight":
-            qparams[quantizer.quantizer_id] = _weight_qparams(constants[quantizer.tensor], quantizer, search)
     for quantizer in biases:
         assert quantizer.derived_from is not None
         activation, weight = quantizer.derived_from
-        qparams[weight] = _widened(qparams[weight], qparams[activation], constants[quantizer.tensor])
+        qparams[weight] = _widened(qparams[weight], qparams[activation], constants[quantizer.tensor].values)
     for quantizer in biases:
         qparams[quantizer.quantizer_id] = bias_qparams(quantizer, qparams)
     assert set(qparams) == set(by_id)

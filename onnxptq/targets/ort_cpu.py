@@ -77,7 +77,9 @@ TABLE: Mapping[str, Row] = {
         bias_storage="int32",
         decline=_gemm_needs_plain_product,
     ),
-    "MatMul": Row(activations=(0,), weight=1, weight_axis=channel_axis_of_matmul, decline=_needs_constant_weight),
+    "MatMul": Row(
+        activations=(0,), weight=1, weight_axis=channel_axis_of_matmul, decline=_needs_constant_weight
+    ),
 }
 
 

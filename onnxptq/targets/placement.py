@@ -8,13 +8,14 @@ works on a :class:`Placer`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import onnx_graphsurgeon as gs
 
-from onnxptq.graph.index import GraphIndex, is_constant, is_float32
+from onnxptq.graph.index import GraphIndex, constant_value, is_constant, is_float32
 from onnxptq.types import (
     GRAPH_OUTPUT,
     Granularity,
@@ -100,7 +101,14 @@ def channel_axis_of_matmul(node: gs.Node) -> int:
 class Placer:
     """Collects quantized edges and groups them into quantizers."""
 
-    def __init__(self, index: GraphIndex, request: PlacementRequest, *, activation: Callable[[int], QType], symmetric: bool) -> None:
+    def __init__(
+        self,
+        index: GraphIndex,
+        request: PlacementRequest,
+        *,
+        activation: Callable[[int], QType],
+        symmetric: bool,
+    ) -> None:
         self.index = index
         self.request = request
         self._activation = activation
@@ -235,7 +243,13 @@ class Placer:
     def finish(self, target: str, groups: Mapping[str, str] | None = None) -> QuantPlan:
         """The plan. ``groups`` maps a tensor to the scale group of its quantizer (default: its own name)."""
         groups = groups or {}
-        quantizers = [q for name, edges in self._edges.items() for q in _split_by_type(name, edges, groups.get(name, name))]
+        quantizers = [
+            quantizer
+            for name, edges in self._edges.items()
+            for quantizer in _split_by_type(
+                name, edges, groups.get(name, name), known_bounds(self.index.producer(name))
+            )
+        ]
         quantizers += list(self._quantizers.values())
         reads = {(s.consumer, s.input_index): q.quantizer_id for q in quantizers for s in q.sites}
         for node, i, owner in self._bias:
@@ -248,7 +262,9 @@ class Placer:
                     qtype=QType.signed(32, "int32"),
                     granularity=PerAxis(0),
                     symmetric=True,
-                    sites=(Site(tensor=node.inputs[i].name, consumer=node.name, input_index=i, is_weight=True),),
+                    sites=(
+                        Site(tensor=node.inputs[i].name, consumer=node.name, input_index=i, is_weight=True),
+                    ),
                     scale_group=bias_id,
                     derived_from=(reads[node.name, 0], reads[node.name, 1]),
                 )
@@ -260,8 +276,32 @@ class Placer:
         return QuantPlan(target=target, quantizers=tuple(quantizers), skips=(*self.skips, *mapped))
 
 
+_BOUNDED: Mapping[str, tuple[float, float]] = {
+    "Relu": (0.0, math.inf),
+    "Sigmoid": (0.0, 1.0),
+    "HardSigmoid": (0.0, 1.0),
+    "Softmax": (0.0, 1.0),
+    "Tanh": (-1.0, 1.0),
+}
+
+
+def known_bounds(node: gs.Node | None) -> tuple[float, float] | None:
+    """Limits that no output of ``node`` can leave, whatever its input."""
+    if node is None:
+        return None
+    if node.op == "Clip":
+        ends = [constant_value(t) for t in node.inputs[1:3] if t.name]
+        if len(ends) == 2 and all(end is not None and end.size == 1 for end in ends):
+            low, high = (float(end.reshape(())) for end in ends if end is not None)
+            return low, high
+    return _BOUNDED.get(node.op)
+
+
 def _split_by_type(
-    tensor: str, edges: Mapping[Site, tuple[QType, Granularity, bool]], group: str
+    tensor: str,
+    edges: Mapping[Site, tuple[QType, Granularity, bool]],
+    group: str,
+    bounds: tuple[float, float] | None,
 ) -> Iterable[Quantizer]:
     """One quantizer per distinct grid asked for on the edges of ``tensor``."""
     kinds = list(dict.fromkeys(edges.values()))
@@ -278,6 +318,7 @@ def _split_by_type(
             symmetric=symmetric,
             sites=tuple(sorted(site for site, k in edges.items() if k == kind)),
             scale_group=group if single else quantizer_id,
+            bounds=bounds,
         )
 
 

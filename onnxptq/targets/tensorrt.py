@@ -73,7 +73,11 @@ def place(index: GraphIndex, request: PlacementRequest) -> QuantPlan:
 def _place_residual_sums(placer: Placer) -> None:
     """Quantize the skip input of a sum, so that the product on the other input fuses the sum into its kernel."""
     for node in placer.index.nodes:
-        if node.op != "Add" or any(is_constant(t) for t in node.inputs) or node.name in placer.request.declined:
+        if (
+            node.op != "Add"
+            or any(is_constant(t) for t in node.inputs)
+            or node.name in placer.request.declined
+        ):
             continue
         products = [i for i in (0, 1) if _is_product_output(placer, node.inputs[i].name, node)]
         if not products:

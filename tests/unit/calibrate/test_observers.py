@@ -21,7 +21,7 @@ SHAPES = {
     "one_massive_value": np.append(RNG.standard_normal(20_000), 300.0),
     "negative": -np.abs(RNG.standard_normal(20_000)),
     "far_from_zero": RNG.standard_normal(20_000) + 40.0,
-    "tiny": RNG.standard_normal(20_000) * 1e-38,
+    "tiny": RNG.standard_normal(20_000) * 1e-14,
     "huge": RNG.standard_normal(20_000) * 5e37,
     "constant": np.full(100, 2.5),
 }

@@ -99,7 +99,7 @@ def test_overrides_name_tensors() -> None:
 
 
 def test_the_best_candidate_wins_and_the_first_of_equals() -> None:
-    scores = dict(zip(CANDIDATES, (1.0, 3.0, 3.0, 2.0, -5.0, 0.0), strict=True))
+    scores = dict(zip(CANDIDATES, (1.0, 3.0, 3.0, 2.0, -5.0, 0.0, 2.5), strict=True))
     best, listed = select_observer(scores.__getitem__)
     assert best is CANDIDATES[1]
     assert listed == {label(o): s for o, s in scores.items()}

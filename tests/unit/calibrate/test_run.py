@@ -27,7 +27,7 @@ def _run(
     model: CanonicalModel, samples: Sequence[Sample], folder: Path, *, group_bytes: int = 1 << 30
 ) -> Calibration:
     tensors = [spec.name for spec in model.inputs] + _inner(model)
-    return calibrate(model, ListFeeds(samples), tensors, work_dir=folder, group_bytes=group_bytes)
+    return calibrate(model, ListFeeds(samples), tensors, group_bytes=group_bytes)
 
 
 def _assert_identical(a: Calibration, b: Calibration) -> None:
@@ -140,7 +140,7 @@ def test_dynamic_shapes_scalars_and_empty_tensors(tmp_path: Path, group_bytes: i
     samples = [
         {"x": np.random.default_rng(i).standard_normal((i, 3 + i)).astype(np.float32)} for i in (2, 5, 9)
     ]
-    found = calibrate(model, ListFeeds(samples), tensors, work_dir=tmp_path, group_bytes=group_bytes)
+    found = calibrate(model, ListFeeds(samples), tensors, group_bytes=group_bytes)
     assert found.uncalibrated == {"empty": "it is empty in every calibration sample"}
     assert found.statistics["scalar"].elements == 3
     assert found.statistics["scalar"].maximum == found.statistics["relu"].maximum
@@ -159,7 +159,7 @@ def test_how_samples_are_batched_does_not_matter(tmp_path: Path) -> None:
     for size in (1, 4, 12):
         data = [{"x": values[i : i + size]} for i in range(0, 12, size)]
         feeds = open_feeds(data, model.inputs, preprocess=None, spool_dir=tmp_path)
-        results.append(calibrate(model, feeds, ["x", "conv", "relu"], work_dir=tmp_path))
+        results.append(calibrate(model, feeds, ["x", "conv", "relu"]))
     assert results[0].samples == 12
     _assert_identical(results[0], results[1])
     _assert_identical(results[0], results[2])
@@ -187,7 +187,7 @@ net = Net()
 x = net.op("Relu", "r1", net.conv("c1", "x", (16, 3, 3, 3)))
 x = net.op("Relu", "r2", net.conv("c2", x, (16, 16, 1, 1)))
 model = canonical(net.proto({"x": [1, 3, 96, 96]}, [net.op("GlobalAveragePool", "g", x)]), folder)
-found = calibrate(model, Drawn(count), ["x", "c1", "r1", "c2", "r2"], work_dir=folder, histogram=observer != "minmax")
+found = calibrate(model, Drawn(count), ["x", "c1", "r1", "c2", "r2"], histogram=observer != "minmax")
 for s in found.statistics.values():
     choose_qparams(s, QType.unsigned(8), symmetric=False, observer=Observer(name=observer))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

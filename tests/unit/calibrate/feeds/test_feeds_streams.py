@@ -19,7 +19,7 @@ from onnxptq.types import InputSpec
 
 torch = pytest.importorskip("torch")
 quantization = pytest.importorskip("onnxruntime.quantization")
-from torch.utils.data import DataLoader, Dataset, TensorDataset  # noqa: E402, TID251
+from torch.utils.data import DataLoader, Dataset, TensorDataset  # noqa: E402
 
 F32 = np.dtype(np.float32)
 X = InputSpec(name="x", dtype=F32, shape=("b", 3))
