@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from onnxptq.types import Array, FloatArray, Granularity, PerAxis, PerGroup, PerTensor, QParams, QType
 
-SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
-"""Scales never fall below the smallest normal float: denormals are flushed to zero by some runtimes."""
+SMALLEST_SCALE = 2.0**-56
+"""Scales never fall below 1.4e-17. Integer kernels multiply their sums by scale(x) scale(w) / scale(y): where that
+is a denormal, one dead channel makes a convolution three times slower, and some runtimes flush it to zero."""
 
 
 def expand(values: Array, granularity: Granularity, shape: tuple[int, ...]) -> Array:

@@ -62,6 +62,12 @@ def test_empty_weights_have_scales(shape: tuple[int, int]) -> None:
     assert (found.scale > 0).all()
 
 
+def test_products_of_the_smallest_scales_are_normal_floats() -> None:
+    """Two of them are multiplied and divided by an output scale of up to 1000: denormals are slow."""
+    smallest = symmetric_qparams(np.zeros(()), QType.signed(8), PerTensor()).scale
+    assert smallest * smallest / np.float32(1000.0) > np.finfo(np.float32).tiny
+
+
 def test_a_channel_of_zeros_has_a_positive_scale() -> None:
     found = search_weight_qparams(np.zeros((3, 2), np.float32), QType.signed(8), PerTensor())
     assert found.scale > 0
