@@ -1,0 +1,118 @@
+"""Choosing the factors: candidates of one parameter, then descent, and the best by the true noise.
+
+Candidates are s_c = r_c^alpha / w_c^(1 - alpha) with r the range of a channel over the quantized tensors and
+w the largest weight that reads it (alpha = 1 equalizes ranges, alpha = 0 weights; in between they are the
+migration strengths of SmoothQuant, arXiv 2211.10438, and 1/2 is the fixed point of cross-layer equalization,
+arXiv 1906.04721). s = 1 is always a candidate, so the predicted noise never grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize
+
+from onnxptq.equalize.noise import ActivationTerm, Floats, Term, WeightTerm, total_noise
+
+_ALPHAS = tuple(np.linspace(0.0, 1.0, 9))
+_SMOOTHNESS = (8, 32)
+_ITERATIONS = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Choice:
+    """Factors of one independent set of classes: ``x`` = ln s, and the noise before and after."""
+
+    x: Floats
+    before: float
+    after: float
+
+
+def choose(terms: Sequence[Term], size: int, *, limit: float, snap: bool) -> Choice:
+    """The best x of ``size`` variables with |x| <= ln(limit).
+
+    Args:
+        snap: only powers of two, which rescale floats without rounding.
+    """
+    bound = np.log(limit)
+    ranges, weights = _log_ranges(terms, size), _log_weights(terms, size)
+    alive = np.isfinite(ranges)
+    zero = np.zeros(size)
+    before, _ = total_noise(terms, zero)
+    if not alive.any():
+        return Choice(x=zero, before=before, after=before)
+    ranges = np.where(alive, ranges, 0.0)
+    weights = np.where(np.isfinite(weights), weights, 0.0)
+    candidates = [zero]
+    anchored = any(bool((term.index < 0).any()) for term in terms)
+    for alpha in _ALPHAS:
+        x = alpha * ranges - (1 - alpha) * weights
+        shifts = [float(x[alive].mean())] + ([float(ranges[alive].max())] if anchored else [])
+        candidates += [np.clip(np.where(alive, x - shift, 0.0), -bound, bound) for shift in shifts]
+    best = min(candidates, key=lambda x: total_noise(terms, x)[0])
+    found = [best]
+    x = best
+    for p in _SMOOTHNESS:
+        x = _descend(terms, x, alive, bound, p)
+        found.append(x)
+    if snap:
+        found = [
+            np.clip(np.rint(x / np.log(2)), -np.floor(bound / np.log(2)), np.floor(bound / np.log(2)))
+            * np.log(2)
+            for x in found
+        ]
+    found.append(zero)
+    best = min(found, key=lambda x: total_noise(terms, x)[0])
+    after, _ = total_noise(terms, best)
+    return Choice(x=best, before=before, after=after)
+
+
+def _descend(terms: Sequence[Term], start: Floats, alive: np.ndarray, bound: float, p: int) -> Floats:
+    scale, _ = total_noise(terms, start, p)
+    if scale <= 0:
+        return start
+
+    def objective(x: Floats) -> tuple[float, Floats]:
+        value, slope = total_noise(terms, x, p)
+        return float(np.log(value / scale)), np.where(alive, slope / value, 0.0)
+
+    result = optimize.minimize(
+        objective,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(-bound, bound)] * start.size,
+        options={"maxiter": _ITERATIONS},
+    )
+    found: Floats = result.x
+    return found
+
+
+def _log_ranges(terms: Sequence[Term], size: int) -> Floats:
+    """Mean over tensors of sign * ln(range / tensor's range); NaN for variables that are zero everywhere."""
+    sums, counts = np.zeros(size), np.zeros(size)
+    for term in terms:
+        if isinstance(term, ActivationTerm):
+            absmax = np.maximum(term.high, -term.low)
+            used = (term.index >= 0) & (absmax > 0)
+            if used.any():
+                logs = term.sign[used] * np.log(absmax[used] / absmax.max())
+                sums += np.bincount(term.index[used], weights=logs, minlength=size)
+                counts += np.bincount(term.index[used], minlength=size)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _log_weights(terms: Sequence[Term], size: int) -> Floats:
+    """Mean over weights of sign * ln of the largest weight reading a variable; NaN where there is none."""
+    sums, counts = np.zeros(size), np.zeros(size)
+    for term in terms:
+        if isinstance(term, WeightTerm):
+            peak = term.absmax.max(axis=0)
+            used = (term.index >= 0) & (peak > 0)
+            if used.any():
+                logs = term.sign[used] * np.log(peak[used] / peak.max())
+                sums += np.bincount(term.index[used], weights=logs, minlength=size)
+                counts += np.bincount(term.index[used], minlength=size)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)

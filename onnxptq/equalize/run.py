@@ -1,0 +1,329 @@
+"""The stage: trace, observe, choose, apply, check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from onnxptq.equalize.apply import TOLERANCE, apply_factors, difference
+from onnxptq.equalize.classes import variable_of
+from onnxptq.equalize.factors import Choice, choose
+from onnxptq.equalize.gains import channel_gains, tensors_behind
+from onnxptq.equalize.observe import Spread, concrete_shapes, drawn, group_count, observe
+from onnxptq.equalize.rules import RULES
+from onnxptq.equalize.terms import Component, Emphasis, build_terms, components
+from onnxptq.equalize.tracing import Shapes, Trace, Tracer
+from onnxptq.equalize.trial import Trial
+from onnxptq.errors import FeedError
+from onnxptq.graph.index import GraphIndex
+from onnxptq.runtime import Provider, Session
+from onnxptq.types import Array, CanonicalModel, Feeds, Progress, Sample, Skip
+
+FACTOR_LIMIT = 64.0
+"""Factors stay within 1/64 and 64."""
+
+EMPHASES = (
+    Emphasis(clipping=1.0, weights=4.0),
+    Emphasis(clipping=0.1, weights=1.0),
+    Emphasis(clipping=0.1, weights=4.0),
+    Emphasis(clipping=0.1, weights=16.0),
+)
+"""What is tried; the one that does best on unseen samples is taken, and the first where there are none."""
+
+_GROUP_BYTES = 1 << 30
+_UNSEEN = 4
+_FEWEST = 6
+
+Solved = Sequence[tuple[Component, Choice]]
+Outputs = Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RescaledTensor:
+    """One quantized tensor whose channels were rescaled. ``tensor`` is the user's name."""
+
+    tensor: str
+    channels: int
+    smallest: float
+    largest: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equalization:
+    """What :func:`equalize` did.
+
+    ``before_db`` and ``after_db`` are the signal-to-noise ratios of the outputs, on samples set apart, of an
+    imitation that rounds the rescalable activations and their weights to 8 bits; NaN where there were too
+    few samples to set any apart. ``difference`` is that of the float outputs, relative. ``skips`` names the
+    tensors that were left alone, and why.
+    """
+
+    tensors: tuple[RescaledTensor, ...] = ()
+    before_db: float = float("nan")
+    after_db: float = float("nan")
+    difference: float = 0.0
+    skips: tuple[Skip, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        if not self.tensors:
+            return f"No activation was rescaled per channel: {len(self.skips)} cannot be, the others gain nothing."
+        low = min(t.smallest for t in self.tensors)
+        high = max(t.largest for t in self.tensors)
+        tried = (
+            f" ({self.before_db:.1f} -> {self.after_db:.1f} dB in trial)"
+            if np.isfinite(self.after_db)
+            else ""
+        )
+        return (
+            f"{len(self.tensors)} activations rescaled per channel by {low:.3g} to {high:.3g}{tried}; "
+            f"{len(self.skips)} cannot be."
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Job:
+    """The request and what is read once for all of its parts."""
+
+    model: CanonicalModel
+    feeds: Feeds
+    index: GraphIndex
+    trace: Trace
+    shapes: Shapes
+    wanted: tuple[str, ...]
+    symmetric: bool
+    seen: tuple[int, ...]
+    unseen: tuple[int, ...]
+    path: Path
+    provider: Provider
+    group_bytes: int
+    limit: float
+    snap: bool
+
+    def free_variables(self, name: str) -> set[int]:
+        """Variables of a tensor's channels that are not pinned."""
+        classes = self.trace.classes
+        roots = np.unique(classes.roots(self.trace.labels[name])).tolist()
+        return {variable_of(root)[0] for root in roots if not classes.is_pinned(root)}
+
+
+def equalize(
+    model: CanonicalModel,
+    feeds: Feeds,
+    *,
+    work_dir: Path,
+    tensors: Collection[str] | None = None,
+    symmetric: bool = False,
+    samples: int = 16,
+    limit: float = FACTOR_LIMIT,
+    snap: bool = False,
+    provider: Provider = "cpu",
+    group_bytes: int = _GROUP_BYTES,
+    progress: Progress | None = None,
+) -> tuple[CanonicalModel, Equalization]:
+    """Rescale channels of activations so that quantizing them per tensor costs least; the function stays.
+
+    Args:
+        model: left as it is.
+        feeds: up to ``samples`` of them, evenly spread, are used; every fourth of those, at most four, only
+            judge the result.
+        work_dir: an existing folder for the new model.
+        tensors: the activations that will be quantized per tensor; None for every input of a product.
+        symmetric: whether their grids are symmetric about 0.
+        limit: factors stay within [1 / limit, limit].
+        snap: only powers of two, which change no rounding in the float model.
+        group_bytes: activations of one sample held at once, in bytes.
+
+    Returns:
+        The new model (the old one if nothing gained) and what was done.
+
+    Raises:
+        FeedError: there is no sample.
+        OutputPathError: ``work_dir`` cannot be written.
+    """
+    if len(feeds) == 0:
+        raise FeedError(
+            "There is no calibration sample.", "Point --calib at a folder with at least one sample."
+        )
+    sample = next(iter(feeds))
+    shapes, values = concrete_shapes(model, sample, provider)
+    index = GraphIndex(model.graph)
+    trace = Tracer(index, shapes, values).run(RULES)
+    if tensors is None:
+        tensors = [product.source for product in trace.products if product.rows is not None]
+    seen, unseen = _divide(len(feeds), samples)
+    job = _Job(
+        model=model,
+        feeds=feeds,
+        index=index,
+        trace=trace,
+        shapes=shapes,
+        wanted=tuple(name for name in dict.fromkeys(tensors) if name in trace.labels),
+        symmetric=symmetric,
+        seen=seen,
+        unseen=unseen,
+        path=work_dir / "equalized.onnx",
+        provider=provider,
+        group_bytes=group_bytes,
+        limit=limit,
+        snap=snap,
+    )
+    return _equalized(job, sample, progress)
+
+
+def _equalized(job: _Job, sample: Sample, progress: Progress | None) -> tuple[CanonicalModel, Equalization]:
+    skips = _pinned(job)
+    free = {variable for name in job.wanted for variable in job.free_variables(name)}
+    if not free:
+        return job.model, Equalization(skips=skips)
+    spreads = _observe(job, free, progress)
+    gains = channel_gains(job.index, job.trace, spreads, job.shapes)
+    parts = components(build_terms(job.trace, job.wanted, spreads, gains, symmetric=job.symmetric))
+    reference = Session(job.model.path, provider=job.provider).run(sample)
+    trial = _trial(job, spreads) if job.unseen else None
+    best: tuple[CanonicalModel, Solved] = (job.model, ())
+    before = after = trial.score(job.model, {}) if trial else float("nan")
+    for number, emphasis in enumerate(EMPHASES if trial else EMPHASES[:1]):
+        path = job.path.with_name(f"{job.path.stem}_{number}{job.path.suffix}")
+        candidate, solved, failed = _apply(job, _solve(job, parts, emphasis), sample, reference, path)
+        score = trial.score(candidate, _factors(solved)) if trial else after
+        skips += tuple(skip for skip in failed if skip not in skips)
+        if solved and (trial is None or score > after):
+            best, after = (candidate, solved), score
+        _remove(path)
+    solved = best[1]
+    if not solved:
+        return job.model, Equalization(skips=skips, before_db=before, after_db=before)
+    result = apply_factors(job.model, job.trace, _factors(solved), job.path)
+    return result, Equalization(
+        tensors=_rescaled(job, _factors(solved)),
+        before_db=before,
+        after_db=after,
+        difference=difference(reference, Session(result.path, provider=job.provider).run(sample)),
+        skips=skips,
+    )
+
+
+def _divide(total: int, samples: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Positions of the samples to observe and of those to judge by, both spread evenly."""
+    chosen = sorted(set(np.linspace(0, total - 1, min(samples, total)).round().astype(int).tolist()))
+    if len(chosen) < _FEWEST:
+        return tuple(chosen), ()
+    count = min(_UNSEEN, len(chosen) // 4)
+    apart = {chosen[(2 * i + 1) * len(chosen) // (2 * count)] for i in range(count)}
+    return tuple(i for i in chosen if i not in apart), tuple(sorted(apart))
+
+
+def _observe(job: _Job, free: set[int], progress: Progress | None) -> dict[str, Spread]:
+    names = [name for name in job.wanted if job.free_variables(name)]
+    sources = (product.source for product in job.trace.products if product.rows is not None)
+    names += [name for name in sources if free & job.free_variables(name)]
+    names += sorted(tensors_behind(job.index, job.trace))
+    labels = {name: job.trace.labels[name] for name in dict.fromkeys(names)}
+    count = group_count(labels, job.shapes, job.group_bytes) * len(job.seen)
+    tick = progress.start("equalize", count) if progress else lambda: None
+    return observe(
+        job.model,
+        job.feeds,
+        labels,
+        job.trace.classes,
+        sizes=job.shapes,
+        positions=job.seen,
+        provider=job.provider,
+        group_bytes=job.group_bytes,
+        tick=tick,
+    )
+
+
+def _trial(job: _Job, spreads: Mapping[str, Spread]) -> Trial:
+    samples = list(drawn(job.feeds, job.unseen))
+    session = Session(job.model.path, provider=job.provider)
+    return Trial(
+        trace=job.trace,
+        spreads={name: spreads[name] for name in job.wanted if name in spreads and job.free_variables(name)},
+        symmetric=job.symmetric,
+        samples=samples,
+        references=[session.run(sample) for sample in samples],
+        provider=job.provider,
+    )
+
+
+def _solve(job: _Job, parts: Sequence[Component], emphasis: Emphasis) -> Solved:
+    chosen = [
+        (part, choose(part.weighed(emphasis), len(part.variables), limit=job.limit, snap=job.snap))
+        for part in parts
+    ]
+    return [(part, choice) for part, choice in chosen if choice.after < choice.before]
+
+
+def _pinned(job: _Job) -> tuple[Skip, ...]:
+    skips = []
+    for name in job.wanted:
+        if not job.free_variables(name):
+            root = int(job.trace.classes.roots(job.trace.labels[name]).reshape(-1)[0])
+            reason = f"not rescaled: {job.trace.classes.reason(root)}"
+            skips.append(Skip(site=job.model.user_name(name), reason=reason))
+    return tuple(skips)
+
+
+def _factors(solved: Solved) -> dict[int, float]:
+    return {
+        v: float(x) for part, choice in solved for v, x in zip(part.variables, choice.x, strict=True) if x
+    }
+
+
+def _apply(
+    job: _Job, solved: Solved, sample: Sample, reference: Outputs, path: Path
+) -> tuple[CanonicalModel, Solved, tuple[Skip, ...]]:
+    """Apply what keeps the outputs; where they change, halves are searched for the sets that are to blame."""
+
+    def applied(part: Solved) -> CanonicalModel | None:
+        result = apply_factors(job.model, job.trace, _factors(part), path)
+        gap = difference(reference, Session(result.path, provider=job.provider).run(sample))
+        return result if gap <= TOLERANCE else None
+
+    whole = applied(solved) if solved else job.model
+    if whole is not None:
+        return whole, solved, ()
+    kept, skips = _sound(solved, lambda part: applied(part) is not None, job.model)
+    rest = applied(kept) if kept else None
+    return (job.model, (), skips) if rest is None else (rest, kept, skips)
+
+
+def _sound(
+    solved: Solved, holds: Callable[[Solved], bool], model: CanonicalModel
+) -> tuple[Solved, tuple[Skip, ...]]:
+    if holds(solved):
+        return solved, ()
+    if len(solved) == 1:
+        name = solved[0][0].terms[0].name
+        return [], (Skip(site=model.user_name(name), reason="not rescaled: the float outputs would change"),)
+    middle = len(solved) // 2
+    halves = [_sound(half, holds, model) for half in (solved[:middle], solved[middle:])]
+    return [*halves[0][0], *halves[1][0]], halves[0][1] + halves[1][1]
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.with_name(path.name + ".data").unlink(missing_ok=True)
+
+
+def _rescaled(job: _Job, factors: Mapping[int, float]) -> tuple[RescaledTensor, ...]:
+    found = []
+    for name in job.wanted:
+        labels = job.trace.labels[name]
+        values = job.trace.classes.factors(labels, factors)
+        if (values != 1.0).any():
+            found.append(
+                RescaledTensor(
+                    tensor=job.model.user_name(name),
+                    channels=labels.size,
+                    smallest=float(values.min()),
+                    largest=float(values.max()),
+                )
+            )
+    return tuple(found)

@@ -1,0 +1,107 @@
+"""Whether factors help: the outputs of a quantized imitation on samples that the factors have not seen.
+
+The imitation rounds every rescalable activation to 8 bits over its observed range and every weight that
+reads one to 8 bits per output channel. It needs no plan and no target, and stands for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxptq.equalize.observe import Spread
+from onnxptq.equalize.tracing import Trace
+from onnxptq.graph.save import save_graph
+from onnxptq.graph.surgeon import new_constant, unique_tensor_name
+from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, symmetric_qparams
+from onnxptq.runtime import Provider, Session
+from onnxptq.types import Array, CanonicalModel, PerAxis, PerTensor, QParams, QType, Sample
+
+_CEILING_DB = 100.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trial:
+    """Scores rescaled models.
+
+    Attributes:
+        spreads: ranges of the activations to round, in the units of the model before rescaling.
+        samples: unseen inputs; ``references`` are the float outputs for them.
+    """
+
+    trace: Trace
+    spreads: Mapping[str, Spread]
+    symmetric: bool
+    samples: Sequence[Sample]
+    references: Sequence[Mapping[str, Array]]
+    provider: Provider
+
+    def score(self, model: CanonicalModel, factors: Mapping[int, float]) -> float:
+        """Signal-to-noise ratio in dB, averaged over the float outputs, of ``model`` rescaled by ``factors``."""
+        path = model.path.with_name(f"trial_{model.path.name}")
+        try:
+            save_graph(self._imitation(model, factors), path)
+            session = Session(path, provider=self.provider)
+        finally:
+            path.unlink(missing_ok=True)
+            path.with_name(path.name + ".data").unlink(missing_ok=True)
+        signal: dict[str, list[float]] = {}
+        noise: dict[str, list[float]] = {}
+        for sample, reference in zip(self.samples, self.references, strict=True):
+            for name, value in session.run(sample).items():
+                expected = reference[name].astype(np.float64)
+                if np.issubdtype(value.dtype, np.floating) and expected.shape == value.shape:
+                    signal.setdefault(name, []).append(float(np.square(expected).sum()))
+                    noise.setdefault(name, []).append(float(np.square(expected - value).sum()))
+        scores = [_decibel(math.fsum(signal[name]), math.fsum(noise[name])) for name in signal]
+        return math.fsum(scores) / len(scores) if scores else 0.0
+
+    def _imitation(self, model: CanonicalModel, factors: Mapping[int, float]) -> gs.Graph:
+        graph = model.graph.copy()
+        tensors = graph.tensors()
+        for name, spread in self.spreads.items():
+            _round(graph, tensors[name], self._qparams(spread, factors))
+        nodes = {node.name: node for node in graph.nodes}
+        for product in self.trace.products:
+            if product.rows is not None and product.source in self.spreads:
+                node = nodes[product.node.name]
+                old = node.inputs[product.index]
+                node.inputs[product.index] = new_constant(graph, old.name, _rounded(old.values, product.rows))
+        return graph.toposort()
+
+    def _qparams(self, spread: Spread, factors: Mapping[int, float]) -> QParams:
+        scale = self.trace.classes.factors(spread.roots, factors)
+        low, high = float((spread.low / scale).min()), float((spread.high / scale).max())
+        if self.symmetric:
+            return symmetric_qparams(np.asarray(max(-low, high, 0.0)), QType.signed(8), PerTensor())
+        return asymmetric_qparams(low, high, QType.unsigned(8))
+
+
+def _round(graph: gs.Graph, tensor: gs.Tensor, qparams: QParams) -> None:
+    """Let every node that reads ``tensor`` read it rounded."""
+    readers = [(node, i) for node in tensor.outputs for i, t in enumerate(node.inputs) if t is tensor]
+    scale = new_constant(graph, f"{tensor.name}/trial scale", qparams.scale)
+    zero = new_constant(graph, f"{tensor.name}/trial zero", qparams.zero_point.astype(qparams.qtype.storage))
+    integers, result = (
+        gs.Variable(unique_tensor_name(graph, f"{tensor.name}/trial {kind}"), dtype=dtype)
+        for kind, dtype in (("integers", np.dtype(qparams.qtype.storage)), ("rounded", np.float32))
+    )
+    for op, source, target in (("QuantizeLinear", tensor, integers), ("DequantizeLinear", integers, result)):
+        graph.nodes.append(gs.Node(op, target.name, inputs=[source, scale, zero], outputs=[target]))
+    for node, i in readers:
+        node.inputs[i] = result
+
+
+def _rounded(weight: Array, axis: int) -> Array:
+    peaks = np.abs(weight).max(axis=tuple(a for a in range(weight.ndim) if a != axis % weight.ndim))
+    return fake_quantize(weight, symmetric_qparams(peaks, QType.signed(8), PerAxis(axis)))
+
+
+def _decibel(signal: float, noise: float) -> float:
+    if signal <= 0 or noise <= 0 or not math.isfinite(noise):
+        return _CEILING_DB if noise == 0 else -_CEILING_DB
+    return min(_CEILING_DB, 10 * math.log10(signal / noise))
