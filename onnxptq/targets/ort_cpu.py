@@ -34,6 +34,8 @@ NAME = "ort-cpu"
 
 
 def _needs_constant_weight(node: gs.Node, index: GraphIndex) -> str | None:
+    if is_constant(node.inputs[0]):
+        return "its constant operand is the left one; onnxruntime has no fast integer kernel for it"
     if not is_constant(node.inputs[1]):
         return "no operand is constant; between two activations the float kernel is faster on the CPU"
     if len(node.inputs[1].shape) != 2:

@@ -37,6 +37,9 @@ MOVEMENT_OPS = frozenset(
         "Unsqueeze",
         "Identity",
         "MaxPool",
+        "GlobalMaxPool",
+        "ReduceMax",
+        "ReduceMin",
         "Slice",
         "Gather",
         "Split",
@@ -114,7 +117,8 @@ class Placer:
         self._activation = activation
         self._symmetric = symmetric
         self._edges: dict[str, dict[Site, tuple[QType, Granularity, bool]]] = {}
-        self._bias: list[tuple[gs.Node, int, str]] = []
+        self._bias: list[tuple[gs.Node, int]] = []
+        self._weight_of: dict[tuple[str, int], str] = {}
         self._quantizers: dict[str, Quantizer] = {}
         self._weight_ids: dict[tuple[str, int], str] = {}
         self._mapped: dict[str, int] = {}
@@ -147,9 +151,17 @@ class Placer:
         if row.bias_storage == "int32" and row.bias is not None and len(node.inputs) > row.bias:
             bias = node.inputs[row.bias]
             if is_constant(bias) and row.weight is not None and is_constant(node.inputs[row.weight]):
-                self._bias.append((node, row.bias, node.name))
+                self._add_bias(node, row.bias, row.weight)
         if row.quantize_output:
             self.quantize_tensor(self.behind_activation(node))
+
+    def _add_bias(self, node: gs.Node, i: int, weight: int) -> None:
+        # A Gemm may add a matrix or a scalar: only one value per channel has the scale of its channel.
+        quantizer = self._quantizers[self._weight_of[node.name, weight]]
+        if isinstance(quantizer.granularity, PerAxis):
+            channels = node.inputs[weight].shape[quantizer.granularity.axis]
+            if list(node.inputs[i].shape) == [channels]:
+                self._bias.append((node, i))
 
     def _structural_reason(self, node: gs.Node, row: Row) -> str | None:
         inputs = [*row.activations, *([] if row.weight is None else [row.weight])]
@@ -222,11 +234,12 @@ class Placer:
         site = Site(tensor=tensor.name, consumer=node.name, input_index=i, is_weight=True)
         known = self._weight_ids.get(key)
         if known is not None and self._quantizers[known].qtype.bits == bits:
+            self._weight_of[node.name, i] = known
             old = self._quantizers[known]
             self._quantizers[known] = replace(old, sites=(*old.sites, site))
             return
         quantizer_id = tensor.name if tensor.name not in self._quantizers else f"{tensor.name}@{node.name}"
-        self._weight_ids[key] = quantizer_id
+        self._weight_ids[key] = self._weight_of[node.name, i] = quantizer_id
         self._quantizers[quantizer_id] = Quantizer(
             quantizer_id=quantizer_id,
             tensor=tensor.name,
@@ -240,20 +253,22 @@ class Placer:
 
     # ---- result -------------------------------------------------------------------------------
 
-    def finish(self, target: str, groups: Mapping[str, str] | None = None) -> QuantPlan:
-        """The plan. ``groups`` maps a tensor to the scale group of its quantizer (default: its own name)."""
-        groups = groups or {}
-        quantizers = [
-            quantizer
-            for name, edges in self._edges.items()
-            for quantizer in _split_by_type(
-                name, edges, groups.get(name, name), known_bounds(self.index.producer(name))
-            )
-        ]
+    def finish(self, target: str, groups: ScaleGroups | None = None) -> QuantPlan:
+        """The plan, with one scale per group of ``groups`` (default: one per tensor)."""
+        groups = groups or ScaleGroups()
+        quantizers = _separate_grids(
+            [
+                quantizer
+                for name, edges in self._edges.items()
+                for quantizer in _split_by_type(
+                    name, edges, groups.of(name), known_bounds(self.index.producer(name))
+                )
+            ]
+        )
         quantizers += list(self._quantizers.values())
         reads = {(s.consumer, s.input_index): q.quantizer_id for q in quantizers for s in q.sites}
-        for node, i, owner in self._bias:
-            bias_id = f"{node.inputs[i].name}@{owner}"
+        for node, i in self._bias:
+            bias_id = f"{node.inputs[i].name}@{node.name}"
             quantizers.append(
                 Quantizer(
                     quantizer_id=bias_id,
@@ -307,34 +322,63 @@ def _split_by_type(
     kinds = list(dict.fromkeys(edges.values()))
     for kind in kinds:
         qtype, granularity, symmetric = kind
-        single = len(kinds) == 1
-        quantizer_id = tensor if single else f"{tensor}@{qtype.storage}_{qtype.bits}"
         yield Quantizer(
-            quantizer_id=quantizer_id,
+            quantizer_id=tensor if len(kinds) == 1 else f"{tensor}@{qtype.storage}_{qtype.bits}",
             tensor=tensor,
             role="activation",
             qtype=qtype,
             granularity=granularity,
             symmetric=symmetric,
             sites=tuple(sorted(site for site, k in edges.items() if k == kind)),
-            scale_group=group if single else quantizer_id,
+            scale_group=group,
             bounds=bounds,
         )
 
 
-def tie_movements(placer: Placer) -> dict[str, str]:
+def _separate_grids(quantizers: list[Quantizer]) -> list[Quantizer]:
+    """Only equal grids can share a scale: a group that holds several becomes one group for each."""
+    grids: dict[str, set[tuple[QType, bool]]] = {}
+    for q in quantizers:
+        grids.setdefault(q.scale_group, set()).add((q.qtype, q.symmetric))
+    return [
+        q
+        if len(grids[q.scale_group]) == 1
+        else replace(q, scale_group=f"{q.scale_group}@{q.qtype.storage}_{q.qtype.bits}")
+        for q in quantizers
+    ]
+
+
+class ScaleGroups:
+    """Tensors that must share a scale: a union-find, named by the member that was first in alphabetical order."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+
+    def of(self, tensor: str) -> str:
+        """The name of the group that ``tensor`` is in."""
+        while (parent := self._parent.get(tensor, tensor)) != tensor:
+            tensor = parent
+        return tensor
+
+    def join(self, tensors: Iterable[str]) -> None:
+        """Put ``tensors``, and whatever already shares a scale with one of them, into one group."""
+        roots = sorted({self.of(tensor) for tensor in tensors})
+        self._parent.update(dict.fromkeys(roots[1:], roots[0]))
+
+
+def tie_movements(placer: Placer, groups: ScaleGroups | None = None) -> ScaleGroups:
     """Scale groups that make a quantizer behind data movement repeat the scale in front of it.
 
     Where a movement operator reads quantized values, everything behind it is already on that grid:
     quantizing again with the same scale is exact, with any other scale it adds noise.
     """
-    groups: dict[str, str] = {}
+    groups = groups or ScaleGroups()
     for node in placer.index.nodes:
         for tensor in node.outputs:
             if placer.has_quantizer(tensor.name):
                 source = _quantized_source(placer, tensor.name)
                 if source is not None:
-                    groups[tensor.name] = groups.get(source, source)
+                    groups.join((tensor.name, source))
     return groups
 
 

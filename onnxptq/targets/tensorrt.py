@@ -10,9 +10,12 @@
 | MaxPool, AveragePool, GlobalAveragePool | input 0 | | | float |
 | Concat of quantized tensors | all inputs, one shared scale | | | float |
 
-Left in float because integer kernels do not pay: convolutions with fewer than 16 input or output
-channels per group product (the first layer's 3 input channels excepted, which TensorRT pads), and
-products in which one side is a single row or column.
+A pool is quantized where its output feeds a quantized operator, a Concat where all its inputs are activations.
+Of two products that meet in an Add the later one fuses the sum; the other is the skip input.
+
+Left in float because integer kernels do not pay: convolutions with fewer than 16 input or output channels
+(up to 4 input channels excepted, the pictures of a first layer, which TensorRT pads), and products in which
+one side is a single row or column.
 """
 
 from __future__ import annotations
@@ -23,22 +26,33 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.graph.index import GraphIndex, is_constant
 from onnxptq.targets.placement import (
-    FUSED_ACTIVATIONS,
     MOVEMENT_OPS,
     PlacementRequest,
     Placer,
     Row,
+    ScaleGroups,
     channel_axis_of_gemm,
     channel_axis_of_matmul,
     tie_movements,
 )
-from onnxptq.types import QType, QuantPlan
+from onnxptq.types import QType, QuantPlan, Skip
 
 NAME = "tensorrt"
 
 
-def _constant_weight(node: gs.Node, index: GraphIndex) -> str | None:
-    return None if is_constant(node.inputs[1]) else "its weight is not constant"
+_FEW_CHANNELS = 16
+_PICTURE_CHANNELS = 4
+
+
+def _is_narrow_convolution(node: gs.Node, index: GraphIndex) -> str | None:
+    if not is_constant(node.inputs[1]):
+        return "its weight is not constant"
+    first, second = (int(d) for d in node.inputs[1].shape[:2])
+    grouped = second * int(node.attrs.get("group", 1))
+    read, written = (first, grouped) if node.op == "ConvTranspose" else (grouped, first)
+    if written < _FEW_CHANNELS or _PICTURE_CHANNELS < read < _FEW_CHANNELS:
+        return f"it has fewer than {_FEW_CHANNELS} channels ({read} in, {written} out): float is faster"
+    return None
 
 
 def _is_vector_product(node: gs.Node, index: GraphIndex) -> str | None:
@@ -51,8 +65,10 @@ def _is_vector_product(node: gs.Node, index: GraphIndex) -> str | None:
 
 
 TABLE: Mapping[str, Row] = {
-    "Conv": Row(activations=(0,), weight=1, weight_axis=lambda node: 0, decline=_constant_weight),
-    "ConvTranspose": Row(activations=(0,), weight=1, weight_axis=lambda node: 1, decline=_constant_weight),
+    "Conv": Row(activations=(0,), weight=1, weight_axis=lambda node: 0, decline=_is_narrow_convolution),
+    "ConvTranspose": Row(
+        activations=(0,), weight=1, weight_axis=lambda node: 1, decline=_is_narrow_convolution
+    ),
     "Gemm": Row(activations=(0,), weight=1, weight_axis=channel_axis_of_gemm),
     "MatMul": Row(activations=(0,), weight=1, weight_axis=channel_axis_of_matmul, decline=_is_vector_product),
 }
@@ -65,13 +81,13 @@ def place(index: GraphIndex, request: PlacementRequest) -> QuantPlan:
     placer = Placer(index, request, activation=lambda bits: QType.signed(8), symmetric=True)
     placer.apply(TABLE)
     _place_residual_sums(placer)
-    _place_pools(placer)
-    groups = tie_movements(placer)
-    return placer.finish(NAME, {**groups, **_place_concats(placer, groups)})
+    groups = _place_pools_and_concats(placer)
+    return placer.finish(NAME, tie_movements(placer, groups))
 
 
 def _place_residual_sums(placer: Placer) -> None:
     """Quantize the skip input of a sum, so that the product on the other input fuses the sum into its kernel."""
+    position = {node.name: i for i, node in enumerate(placer.index.nodes)}
     for node in placer.index.nodes:
         if (
             node.op != "Add"
@@ -83,10 +99,17 @@ def _place_residual_sums(placer: Placer) -> None:
         if not products:
             continue
         # With a product on both sides the later one fuses; the other is then the skip input.
-        skip = 1 - products[-1]
+        fused = max(products, key=lambda i: position[_producer_name(placer, node.inputs[i].name)])
+        skip = 1 - fused
         if node.inputs[skip].name not in placer.request.uncalibrated:
             placer.add_edge(node, skip)
             placer.quantized_nodes.add(node.name)
+
+
+def _producer_name(placer: Placer, tensor: str) -> str:
+    producer = placer.index.producer(tensor)
+    assert producer is not None
+    return str(producer.name)
 
 
 def _is_product_output(placer: Placer, tensor: str, reader: gs.Node) -> bool:
@@ -100,15 +123,28 @@ def _is_product_output(placer: Placer, tensor: str, reader: gs.Node) -> bool:
     return producer.op in _PRODUCTS and producer.name in placer.quantized_nodes
 
 
-def _place_pools(placer: Placer) -> None:
-    """Pools between quantized products run on INT8: their input is quantized like any other reader's."""
-    for node in placer.index.nodes:
-        if node.op not in _POOLS or node.name in placer.request.declined:
+def _place_pools_and_concats(placer: Placer) -> ScaleGroups:
+    """Quantize the inputs of pools and Concats whose outputs are wanted quantized; a Concat shares one scale."""
+    groups = ScaleGroups()
+    # Backwards, so that each sees whether what it writes is wanted: a pool of a Concat, a Concat of a Concat.
+    for node in reversed(placer.index.nodes):
+        if node.name in placer.request.declined:
             continue
-        source = node.inputs[0].name
-        if source not in placer.request.uncalibrated and _feeds_product(placer, node.outputs[0].name):
-            placer.add_edge(node, 0)
+        if node.op in _POOLS:
+            source = node.inputs[0].name
+            if source not in placer.request.uncalibrated and _feeds_product(placer, node.outputs[0].name):
+                placer.add_edge(node, 0)
+                placer.quantized_nodes.add(node.name)
+        elif node.op == "Concat" and placer.has_quantizer(node.outputs[0].name):
+            reason = _concat_reason(placer, node)
+            if reason is not None:
+                placer.skips.append(Skip(site=node.name, reason=reason))
+                continue
+            for i in range(len(node.inputs)):
+                placer.add_edge(node, i)
             placer.quantized_nodes.add(node.name)
+            groups.join(t.name for t in (*node.inputs, node.outputs[0]))
+    return groups
 
 
 def _feeds_product(placer: Placer, tensor: str) -> bool:
@@ -120,24 +156,11 @@ def _feeds_product(placer: Placer, tensor: str) -> bool:
     return False
 
 
-def _place_concats(placer: Placer, groups: Mapping[str, str]) -> dict[str, str]:
-    """One scale for all inputs of a Concat whose output is quantized, and for that output."""
-    shared: dict[str, str] = {}
-    for node in placer.index.nodes:
-        output = node.outputs[0].name
-        if node.op != "Concat" or not placer.has_quantizer(output) or node.name in placer.request.declined:
-            continue
-        names = [t.name for t in node.inputs]
-        if any(is_constant(t) for t in node.inputs) or any(n in placer.request.uncalibrated for n in names):
-            continue
-        for i in range(len(node.inputs)):
-            placer.add_edge(node, i)
-        placer.quantized_nodes.add(node.name)
-        members = {groups.get(n, n) for n in (*names, output)}
-        members |= {shared.get(m, m) for m in members}
-        for name in (*names, output):
-            shared[name] = min(members)
-    return shared
-
-
-__all__ = ["FUSED_ACTIVATIONS", "NAME", "TABLE", "place"]
+def _concat_reason(placer: Placer, node: gs.Node) -> str | None:
+    for tensor in node.inputs:
+        if is_constant(tensor):
+            return f"its input '{tensor.name}' is constant, so its inputs cannot share a scale"
+        if tensor.name in placer.request.uncalibrated:
+            reason = placer.request.uncalibrated[tensor.name]
+            return f"its input '{tensor.name}' cannot be calibrated: {reason}"
+    return None
