@@ -63,7 +63,7 @@ def quantize(
         prepared = steps.equalized_model(run, float_model, data)
         statistics = steps.calibration(run, prepared, data)
         plan = steps.plan(run, prepared, statistics)
-        solution = steps.solution(run, prepared, plan, statistics, data)
+        plan, solution = steps.solved(run, prepared, statistics, plan, data)
         with staging(target) as staged:
             steps.write(run, prepared, plan, solution, staged)
             checks = steps.check(run, float_model, prepared, plan, solution, staged, data)

@@ -53,6 +53,8 @@ class Recipe(BaseModel):
         max_memory: budget in MiB for activations held at once.
         preprocess: how pictures become inputs (the fields of ImagePreprocess); what is absent is guessed.
         min_sqnr, min_agreement: quality gates on held-out samples (dB; share of equal top-1).
+        floor: where the outputs stay below this many dB on calibration samples, the nodes that spoil them
+            are left in float and reported; None turns this off.
         seed: for random calibration data, where that was asked for.
     """
 
@@ -79,6 +81,7 @@ class Recipe(BaseModel):
     preprocess: dict[str, Any] = Field(default_factory=dict)
     min_sqnr: float | None = None
     min_agreement: float | None = Field(default=None, ge=0.0, le=1.0)
+    floor: float | None = 20.0
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -130,11 +133,14 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
         raise RecipeError(f"Cannot read '{path}': {error.strerror}.", "Check the path.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())
-        raise RecipeError(f"'{path}' is not valid YAML: {detail}") from error
+        raise RecipeError(f"'{path}' is not valid YAML: {detail}", "Correct the file.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise RecipeError(f"'{path}' must hold a mapping, not a {type(values).__name__}.")
+        raise RecipeError(
+            f"'{path}' must hold a mapping, not a {type(values).__name__}.",
+            "Write one 'name: value' per line.",
+        )
     return {str(key): value for key, value in values.items()}
 
 

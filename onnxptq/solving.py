@@ -6,7 +6,7 @@ Every decision is taken on calibration samples by the distance of the network's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from onnxptq.recipe import Recipe
 from onnxptq.reconstruct.bias import correct_biases
 from onnxptq.reconstruct.initial import initial_solution, weight_grids
 from onnxptq.reconstruct.rounding import round_in_closed_form
+from onnxptq.relaxing import find_relaxation
 from onnxptq.samples import Draw
 from onnxptq.trial import Trial
 from onnxptq.types import CanonicalModel, Feeds, Progress, QParams, QuantPlan, Sample, Solution
@@ -32,6 +33,9 @@ TRIAL_SAMPLES = (8, 128)
 
 CORRECTION_SAMPLES = 32
 """Calibration samples that correct biases and compensate roundings."""
+
+FLOOR_MARGIN_DB = 1.0
+"""By how much a relaxed plan aims above the floor: other data than the trial's will score a little less."""
 
 FOCUS_SAMPLES = 2
 """Calibration samples whose attention matrices choose the ranges of softmax outputs."""
@@ -73,10 +77,44 @@ class Solver:
         grids = weight_grids(self.model.graph, self.plan)
         if self.recipe.method == "rtn" or not self.plan.quantizers:
             return self._initial(self.statistics, _named(self.recipe), {}, grids)
-        trial = Trial(self.model, self.plan, samples.trial, self.scratch, self.recipe.provider)
+        trial = Trial(self.model, samples.trial, self.scratch, self.recipe.provider)
         observer, focused = self._ranges(trial, samples, grids)
         start = self._initial(self.statistics, observer, focused, grids)
         return self._best(trial, self._alternatives(start, samples.correction))
+
+    def relax(self, found: Solution, samples: Samples, plan_of: Callable[[str], QuantPlan]) -> Mapping[str, str]:
+        """Nodes to leave in float, with reasons, because the outputs stay below the recipe's floor.
+
+        Args:
+            found: what ``solve`` returned.
+            plan_of: the plan that quantizes one node alone.
+        """
+        floor = self.recipe.floor
+        if floor is None or self.recipe.method == "rtn":
+            return {}
+        trial = Trial(self.model, samples.trial, self.scratch, self.recipe.provider)
+        reached = trial.score(self.plan, found)
+        if reached >= floor:
+            return {}
+        readers = {s.consumer for q in self.plan.quantizers if q.role == "weight" for s in q.sites}
+        relaxation = find_relaxation(
+            plan_of,
+            sorted(readers),
+            found,
+            trial.score,
+            floor=floor + FLOOR_MARGIN_DB,
+            reached=reached,
+            progress=self.progress,
+        )
+        self.notes.append(
+            f"The outputs reached {reached:.2f} dB on calibration samples, below the floor of {floor:g} dB: "
+            + (
+                f"{len(relaxation.declined)} of {len(readers)} weighted nodes are left in float."
+                if relaxation.declined
+                else "too many nodes share in the noise for leaving some in float."
+            )
+        )
+        return relaxation.declined
 
     def _initial(
         self,
@@ -104,7 +142,7 @@ class Solver:
         # Fitted without the trial samples, so that clipping what calibration has not seen shows.
         fitting = replace(self.statistics, statistics=self.statistics.fitting)
         observer, scores = select_observer(
-            lambda candidate: trial.score(self._initial(fitting, candidate, focused, grids)),
+            lambda candidate: trial.score(self.plan, self._initial(fitting, candidate, focused, grids)),
             progress=self.progress,
         )
         listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
@@ -141,7 +179,7 @@ class Solver:
     def _best(self, trial: Trial, alternatives: Mapping[str, Solution]) -> Solution:
         if len(alternatives) == 1:
             return next(iter(alternatives.values()))
-        scores = {name: trial.score(solution) for name, solution in alternatives.items()}
+        scores = {name: trial.score(self.plan, solution) for name, solution in alternatives.items()}
         chosen = max(scores, key=lambda name: scores[name])
         listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
         self.notes.append(f"Weights by {chosen} (dB on calibration samples: {listed}).")

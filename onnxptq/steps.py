@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +240,13 @@ def calibration(run: Run, model: CanonicalModel, data: Data) -> Calibration:
     return result
 
 
-def plan(run: Run, model: CanonicalModel, statistics: Calibration) -> QuantPlan:
+def plan(
+    run: Run, model: CanonicalModel, statistics: Calibration, declined: Mapping[str, str] | None = None
+) -> QuantPlan:
     """Where quantizers go for the recipe's target.
+
+    Args:
+        declined: nodes to leave in float beyond those that the recipe names, with reasons.
 
     Raises:
         SelectorError: a pattern matches nothing. Also see :func:`onnxptq.placing.require_quantizers`.
@@ -249,31 +254,49 @@ def plan(run: Run, model: CanonicalModel, statistics: Calibration) -> QuantPlan:
     with run.timed("place"):
         index = GraphIndex(model.graph)
         request = placement_request(model, index, run.recipe, statistics.uncalibrated)
+        request = replace(request, declined={**request.declined, **(declined or {})})
         placed = TARGETS[run.recipe.target](index, request)
         require_quantizers(placed, model, run.recipe)
         return placed
 
 
-def solution(
-    run: Run, model: CanonicalModel, plan: QuantPlan, statistics: Calibration, data: Data
-) -> Solution:
-    """The parameters of every quantizer."""
+def solved(
+    run: Run, model: CanonicalModel, statistics: Calibration, first: QuantPlan, data: Data
+) -> tuple[QuantPlan, Solution]:
+    """The parameters of every quantizer of ``first``, or of a plan that leaves in float what spoils the outputs."""
+    with run.timed("solve"):
+        solver = _solver(run, model, statistics, first)
+        found = solver.solve(data.samples)
+        nodes = [node.name for node in model.graph.nodes]
+
+        def alone(kept: str) -> QuantPlan:
+            return plan(run, model, statistics, {name: "" for name in nodes if name != kept})
+
+        declined = solver.relax(found, data.samples, alone)
+        for note in solver.notes:
+            run.note(note)
+        if not declined:
+            return first, found
+        relaxed = plan(run, model, statistics, declined)
+        solver = _solver(run, model, statistics, relaxed)
+        found = solver.solve(data.samples)
+        for note in solver.notes:
+            run.note(f"After that: {note}")
+        return relaxed, found
+
+
+def _solver(run: Run, model: CanonicalModel, statistics: Calibration, placed: QuantPlan) -> Solver:
     index = GraphIndex(model.graph)
-    tensors = frozenset(q.tensor for q in plan.quantizers if q.role == "activation")
-    solver = Solver(
+    tensors = frozenset(q.tensor for q in placed.quantizers if q.role == "activation")
+    return Solver(
         model=model,
-        plan=plan,
+        plan=placed,
         statistics=statistics,
         recipe=run.recipe,
         overrides=observer_overrides(model, index, run.recipe, tensors),
         scratch=run.scratch,
         progress=run.progress,
     )
-    with run.timed("solve"):
-        found = solver.solve(data.samples)
-    for note in solver.notes:
-        run.note(note)
-    return found
 
 
 def write(run: Run, model: CanonicalModel, plan: QuantPlan, solution: Solution, path: Path) -> None:

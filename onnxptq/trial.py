@@ -18,7 +18,7 @@ CEILING_DB = 100.0
 
 
 class Trial:
-    """Scores solutions of one plan.
+    """Scores plans and their solutions.
 
     Args:
         samples: inputs on which outputs are compared; chosen among the calibration samples.
@@ -27,23 +27,21 @@ class Trial:
     def __init__(
         self,
         model: CanonicalModel,
-        plan: QuantPlan,
         samples: Sequence[Sample],
         scratch: Path,
         provider: Provider,
     ) -> None:
         self._model = model
-        self._plan = plan
         self._samples = samples
         self._path = scratch / "trial.onnx"
         self._provider = provider
         session = Session(model.path, provider=provider)
         self._references = [session.run(sample) for sample in samples]
 
-    def score(self, solution: Solution) -> float:
+    def score(self, plan: QuantPlan, solution: Solution) -> float:
         """Mean over the float outputs of their signal-to-noise ratio, in dB."""
         try:
-            save_graph(insert_quantizers(self._model.graph, self._plan, solution), self._path)
+            save_graph(insert_quantizers(self._model.graph, plan, solution), self._path)
             session = Session(self._path, provider=self._provider)
         finally:
             self._path.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""Leaving in float what quantization cannot serve: the few nodes that alone spoil the network's outputs.
+
+Noise of different nodes adds up nearly independently, so with n_i the output noise (relative to the signal)
+of quantizing node i alone, the nodes are taken out from the worst on until the rest stays within the
+noise that the floor allows. Everything taken out is reported with what it would have cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from onnxptq.types import Progress, QuantPlan, Solution
+
+Score = Callable[[QuantPlan, Solution], float]
+"""Quality in dB of a plan under a solution."""
+
+LARGEST_SHARE = 0.2
+"""Of the quantized nodes at most this share is taken out; a network that needs more is not rescued so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relaxation:
+    """Nodes to leave in float, with the reason of each; empty where the floor cannot be reached this way."""
+
+    declined: Mapping[str, str]
+
+
+def find_relaxation(
+    plan_of: Callable[[str], QuantPlan],
+    nodes: Sequence[str],
+    solution: Solution,
+    score: Score,
+    *,
+    floor: float,
+    reached: float,
+    progress: Progress | None = None,
+) -> Relaxation:
+    """The nodes to leave in float so that the outputs reach ``floor`` dB.
+
+    Args:
+        plan_of: the plan that quantizes one node alone.
+        nodes: the quantized nodes.
+        solution: of the whole plan; its parameters serve the single-node plans.
+        reached: quality of the whole plan, in dB.
+    """
+    step = progress.start("rank nodes", len(nodes)) if progress else None
+    noise: dict[str, float] = {}
+    for node in nodes:
+        plan = plan_of(node)
+        noise[node] = _noise(score(*_restricted(plan, solution)))
+        if step:
+            step()
+    # The single noises explain the whole up to a factor, which the rest is assumed to keep.
+    factor = _noise(reached) / max(sum(noise.values()), 1e-30)
+    left = sum(noise.values())
+    declined: dict[str, str] = {}
+    for node in sorted(noise, key=lambda name: (-noise[name], name)):
+        if left * factor <= _noise(floor):
+            break
+        declined[node] = (
+            f"left in float: quantized alone it leaves {_decibel(noise[node]):.1f} dB at the output, "
+            f"and the outputs stayed below {floor:g} dB"
+        )
+        left -= noise[node]
+    if len(declined) > LARGEST_SHARE * len(nodes):
+        return Relaxation(declined={})
+    return Relaxation(declined=declined)
+
+
+def _restricted(plan: QuantPlan, solution: Solution) -> tuple[QuantPlan, Solution]:
+    """The quantizers of ``plan`` that ``solution`` knows, and the new values of their weights alone."""
+    known = tuple(q for q in plan.quantizers if q.quantizer_id in solution.qparams)
+    touched = {q.tensor for q in known}
+    weights = {name: value for name, value in solution.weights.items() if name in touched}
+    return QuantPlan(target=plan.target, quantizers=known), replace(solution, weights=weights)
+
+
+def _noise(decibel: float) -> float:
+    return float(10.0 ** (-decibel / 10.0))
+
+
+def _decibel(noise: float) -> float:
+    return -10.0 * math.log10(max(noise, 1e-30))
