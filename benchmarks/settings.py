@@ -1,0 +1,132 @@
+"""What is measured on which bed, and the floor that a row must reach."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.beds import BEDS, cache_folder
+
+ALL = tuple(BEDS)
+OURS = "onnxptq"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One way to quantize. ``recipe`` is onnxptq's; a peer gets ``peer_setting``."""
+
+    tool: str
+    name: str
+    beds: tuple[str, ...]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    peer_setting: str = ""
+
+    @property
+    def label(self) -> str:
+        """Tool and setting in one word, unique."""
+        return f"{self.tool}:{self.name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Floor:
+    """The least that a row must reach, in every session it is measured in. Losses are in points (of 100)."""
+
+    agreement: float | None = None
+    sqnr_db: float | None = None
+    top1_loss: float | None = None
+    map50_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A tool: its script, the distribution that gives its version, the module that shows it is installed."""
+
+    script: str
+    distribution: str
+    module: str
+
+
+PEERS: Mapping[str, Peer] = {
+    "onnxruntime": Peer(script="onnxruntime_static", distribution="onnxruntime", module="onnxruntime"),
+    "onnxsim": Peer(script="onnxsim_static", distribution="onnxsim", module="onnxsim"),
+    "nncf": Peer(script="nncf_ptq", distribution="nncf", module="nncf"),
+    "modelopt": Peer(script="modelopt_ptq", distribution="nvidia-modelopt", module="modelopt"),
+}
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(tool=OURS, name="default", beds=ALL),
+    Setting(tool=OURS, name="rtn", beds=ALL, recipe={"method": "rtn"}),
+    Setting(tool=OURS, name="simulate", beds=("resnet20",), recipe={"target": "simulate"}),
+    Setting(
+        tool=OURS, name="simulate-rtn", beds=("resnet20",), recipe={"target": "simulate", "method": "rtn"}
+    ),
+    Setting(tool=OURS, name="tensorrt", beds=("vit",), recipe={"target": "tensorrt"}),
+    Setting(tool=OURS, name="tensorrt-rtn", beds=("vit",), recipe={"target": "tensorrt", "method": "rtn"}),
+    Setting(tool="onnxruntime", name="default", beds=ALL, peer_setting="default"),
+    Setting(tool="onnxruntime", name="minmax", beds=ALL, peer_setting="minmax"),
+    Setting(tool="onnxruntime", name="minmax-linear", beds=("vit",), peer_setting="minmax-linear"),
+    Setting(tool="onnxsim", name="default", beds=ALL, peer_setting="default"),
+    Setting(
+        tool="nncf",
+        name="default",
+        beds=tuple(b for b in ALL if b != "vit"),
+        peer_setting="default",
+    ),
+    Setting(tool="nncf", name="transformer", beds=("vit",), peer_setting="transformer"),
+    Setting(tool="modelopt", name="max", beds=ALL, peer_setting="max"),
+)
+
+FLOORS: Mapping[tuple[str, str], Floor] = {
+    ("efficientnet", "onnxptq:default"): Floor(agreement=0.985, sqnr_db=20.5),
+    ("resnet20", "onnxptq:default"): Floor(agreement=0.985, sqnr_db=29.5, top1_loss=0.3),
+    ("resnet20", "onnxptq:simulate"): Floor(sqnr_db=31.5),
+    ("vit", "onnxptq:default"): Floor(agreement=0.995, sqnr_db=33.0),
+    ("vit", "onnxptq:tensorrt"): Floor(agreement=0.99, sqnr_db=24.5),
+    ("pointnet", "onnxptq:default"): Floor(agreement=0.97),
+    ("fastestdet", "onnxptq:default"): Floor(sqnr_db=20.0, map50_loss=1.0),
+}
+
+
+def interpreter(tool: str) -> Path | None:
+    """The Python that has ``tool``, None if none was found."""
+    base = Path(os.environ.get("ONNXPTQ_PEERS") or cache_folder("peers"))
+    own = base / tool / "bin" / "python"
+    if own.exists():
+        return own
+    return Path(sys.executable) if importlib.util.find_spec(PEERS[tool].module) is not None else None
+
+
+def tool_version(tool: str, python: Path) -> str:
+    """The version of ``tool`` in that environment."""
+    code = f"import importlib.metadata as m; print(m.version({PEERS[tool].distribution!r}))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+
+
+def shortfalls(floor: Floor, row: Mapping[str, Any]) -> list[str]:
+    """What a row lacks to its floor, in words; every session counts, the worst output of each."""
+    found = []
+    for session, values in row["sessions"].items():
+        checks = (
+            ("agreement", floor.agreement, values.get("agreement")),
+            ("SQNR", floor.sqnr_db, min(values["sqnr_db"].values())),
+        )
+        found += [
+            f"{session}: {name} {value:.4g} < {bound:g}"
+            for name, bound, value in checks
+            if bound is not None and not (value is not None and value >= bound)
+        ]
+        losses = (("top1", floor.top1_loss), ("map50", floor.map50_loss))
+        for name, bound in losses:
+            if bound is None:
+                continue
+            loss = 100 * (row["float"][name] - values[name])
+            # Accuracies are multiples of 1/count; a loss that equals its bound passes in spite of rounding.
+            if not loss <= bound + 1e-9:
+                found.append(f"{session}: {name} loses {loss:.2f} points > {bound:g}")
+    return found
