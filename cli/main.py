@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import Any
 
@@ -66,26 +67,17 @@ def _run(arguments: list[str] | None, debug: bool) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     except OnnxPtqError as error:
-        if debug:
-            raise
-        _show(error.message, error.remedy)
-        return error.exit_code
+        return _failed(error.message, error.remedy, error.exit_code, debug)
     except MemoryError:
-        if debug:
-            raise
-        _show("The machine ran out of memory.", "Lower --max-memory or --samples.")
-        return MemoryBudgetError.exit_code
+        advice = "Lower --max-memory or --samples."
+        return _failed("The machine ran out of memory.", advice, MemoryBudgetError.exit_code, debug)
     except BrokenPipeError:
         # The reader is gone; without this the interpreter complains again while it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if debug:
-            raise
-        _show(
-            f"Internal error: {type(error).__name__}: {error}", "Rerun with --debug and report the traceback."
-        )
-        return 1
+        message = f"Internal error: {type(error).__name__}: {error}"
+        return _failed(message, "Rerun with --debug and report the traceback.", 1, debug)
     return result if isinstance(result, int) else 0
 
 
@@ -100,11 +92,15 @@ def _interrupted() -> int:
     return EXIT_INTERRUPTED
 
 
-def _show(message: str, remedy: str) -> None:
+def _failed(message: str, remedy: str, code: int, debug: bool) -> int:
+    """Say what went wrong; called while the exception is handled."""
+    if debug:
+        traceback.print_exc()
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(Text("error: ", style="bold red").append(message, style="default"))
     if remedy:
         console.print(Text("  fix: ", style="bold green").append(remedy, style="default"))
+    return code
 
 
 if __name__ == "__main__":

@@ -150,9 +150,9 @@ def quantize(
     elif not quiet:
         console = Console(highlight=False)
         console.print(render_summary(result.report))
-        console.print(f"output  {result.output}", soft_wrap=True)
+        console.print(f"output  {result.output}", soft_wrap=True, markup=False)
         if result.report_dir is not None:
-            console.print(f"report  {result.report_dir / 'report.html'}", soft_wrap=True)
+            console.print(f"report  {result.report_dir / 'report.html'}", soft_wrap=True, markup=False)
 
 
 def _recipe(path: Path | None, settings: dict[str, Any], pictures: dict[str, Any]) -> Recipe:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from onnxptq.calibrate.observers import Observer
 from onnxptq.errors import SelectorError, TargetIllegalError, UnsupportedModelError
-from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.index import GraphIndex, is_constant, is_float32
 from onnxptq.recipe import Recipe
 from onnxptq.selectors import compile_pattern, match_nodes, match_tensors
 from onnxptq.targets import PlacementRequest
@@ -27,10 +30,10 @@ def placement_request(
     """
     names = {node.name: _known_names(model, node) for node in index.nodes}
     ops = {node.name: node.op for node in index.nodes}
-    declined: dict[str, str] = {}
+    declined = _unusable_weights(model, index)
     if recipe.include:
         chosen = frozenset().union(*(match_nodes(p, names, ops, option="--include") for p in recipe.include))
-        declined = {name: "not chosen by --include" for name in names if name not in chosen}
+        declined.update({name: "not chosen by --include" for name in names if name not in chosen})
     for pattern in recipe.exclude:
         matched = match_nodes(pattern, names, ops, option="--exclude")
         declined.update(dict.fromkeys(matched, f"excluded by '{pattern}'"))
@@ -49,6 +52,18 @@ def placement_request(
         declined=declined,
         uncalibrated=uncalibrated,
     )
+
+
+def _unusable_weights(model: CanonicalModel, index: GraphIndex) -> dict[str, str]:
+    """Nodes that read a constant with NaN or infinity, which no grid can hold, and the reason."""
+    spoilt: dict[str, str] = {}
+    for node in index.nodes:
+        for tensor in node.inputs:
+            if is_constant(tensor) and is_float32(tensor) and math.prod(tensor.shape):
+                values = tensor.values
+                if not (np.isfinite(values.min()) and np.isfinite(values.max())):
+                    spoilt[node.name] = f"its constant '{model.user_name(tensor.name)}' holds NaN or infinity"
+    return spoilt
 
 
 def require_quantizers(plan: QuantPlan, model: CanonicalModel, recipe: Recipe) -> None:

@@ -26,7 +26,10 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
     try:
         expression = re.compile(pattern[3:])
     except re.error as error:
-        raise SelectorError(f"'{pattern}' is not a valid regular expression: {error}.") from error
+        raise SelectorError(
+            f"'{pattern}' is not a valid regular expression: {error}.",
+            "Correct it, or drop 're:' for a shell pattern such as 'head*'.",
+        ) from error
     return lambda name: expression.search(name) is not None
 
 
