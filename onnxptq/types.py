@@ -175,6 +175,9 @@ class Skip:
     reason: str
 
 
+BlockKind = Literal["plain", "fork", "region", "joined"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """A reconstruction unit: nodes that run alone from ``inputs`` and constants.
@@ -193,7 +196,7 @@ class Block:
     """
 
     index: int
-    kind: Literal["plain", "fork", "region", "joined"]
+    kind: BlockKind
     nodes: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
