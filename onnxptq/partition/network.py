@@ -63,7 +63,9 @@ class BlockNetwork:
     def run_block(self, index: int, values: Mapping[str, torch.Tensor]) -> Values:
         """What block ``index`` writes, from values that hold its inputs. Hooks on its module apply."""
         block = self.blocks[index]
-        found = self.modules[index]({name: values[name] for name in (*block.inputs, *block.shape_inputs)})
+        found: Values = self.modules[index](
+            {name: values[name] for name in (*block.inputs, *block.shape_inputs)}
+        )
         for name in self._shaped[index]:
             found[name] = found[name].new_zeros(()).expand(found[name].shape)
         return found

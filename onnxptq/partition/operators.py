@@ -26,7 +26,6 @@ _NORMALIZATIONS = frozenset(
 )
 _LOOKUPS = frozenset({"Gather", "GatherND", "GatherElements"})
 # fmt: off
-# fmt: off
 _ELEMENTWISE = frozenset({
     "Abs", "Add", "BitShift", "Cast", "CastLike", "Ceil", "Celu", "Clip", "Cos", "Div", "Dropout", "Elu",
     "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "Max",
@@ -34,6 +33,16 @@ _ELEMENTWISE = frozenset({
     "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Sub", "Swish", "Tanh", "ThresholdedRelu", "Where",
 })
 # fmt: on
+
+
+def is_product(node: gs.Node) -> bool:
+    """Whether ``node`` sums products: what quantization speeds up, and what its error comes from."""
+    return node.op in _PRODUCTS
+
+
+def is_linear(node: gs.Node) -> bool:
+    """Whether ``node`` is a product with a constant weight."""
+    return is_product(node) and any(is_constant(t) for t in node.inputs[:2])
 
 
 def is_mixing(node: gs.Node) -> bool:
