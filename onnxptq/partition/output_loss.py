@@ -1,0 +1,87 @@
+"""How far the output of a changed network is from that of the float network.
+
+    kl         mean over rows of sum_c p_c (log p_c - log q_c),  p = softmax of the float logits
+    relative   sum over outputs of  sum ||o_q - o_fp||^2 / sum ||o_fp||^2,  both sums over all samples
+
+Both are zero with zero gradient at the float network. Only outputs that hold floats are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import onnx_graphsurgeon as gs
+import torch
+
+from onnxptq.errors import UsageError
+
+LossKind = Literal["kl", "relative"]
+
+
+def choose_loss(outputs: Mapping[str, torch.Tensor]) -> LossKind:
+    """``kl`` if every float output is a matrix of at least two columns, as class logits are; else ``relative``."""
+    floats = [value for value in outputs.values() if value.is_floating_point()]
+    return "kl" if floats and all(v.ndim == 2 and v.shape[1] > 1 for v in floats) else "relative"
+
+
+def probability_outputs(graph: gs.Graph) -> frozenset[str]:
+    """Graph outputs written by a Softmax: they are p itself, not logits."""
+    return frozenset(t.name for t in graph.outputs if t.inputs and t.inputs[0].op == "Softmax")
+
+
+class OutputLoss:
+    """Sums of one loss over batches.
+
+    Args:
+        outputs: the float outputs to compare.
+        probabilities: those among them that hold probabilities.
+
+    Raises:
+        UsageError: there is nothing to compare.
+    """
+
+    def __init__(
+        self, kind: LossKind, outputs: Sequence[str], *, probabilities: frozenset[str] = frozenset()
+    ) -> None:
+        if not outputs:
+            raise UsageError(
+                "No output of the model holds floats, so the effect of quantizing a block cannot be measured.",
+                "Add a float output (logits, scores) to the model, or choose a method without scores.",
+            )
+        self._kind = kind
+        self._outputs = tuple(outputs)
+        self._probabilities = probabilities
+        self._sums = dict.fromkeys(outputs, 0.0)
+        self._scales = dict.fromkeys(outputs, 0.0)
+
+    def add(self, reference: Mapping[str, torch.Tensor], changed: Mapping[str, torch.Tensor]) -> None:
+        """Add one batch; outputs that are not in ``changed`` equal the reference."""
+        for name in self._outputs:
+            fp = reference[name]
+            q = changed.get(name, fp)
+            if self._kind == "kl":
+                self._sums[name] += 0.0 if q is fp else self._divergence(name, fp, q)
+                self._scales[name] += fp.shape[0]
+                continue
+            wide = fp.double()
+            energy = float(wide.square().sum())
+            # Another shape (a different number of detections) counts as wholly wrong.
+            same = fp.shape == q.shape
+            self._sums[name] += float((q.double() - wide).square().sum()) if same else energy
+            self._scales[name] += energy
+
+    def value(self) -> float:
+        """The loss over everything added; an output that is zero throughout is compared with 1."""
+        return sum(self._sums[name] / (self._scales[name] or 1.0) for name in self._outputs)
+
+    def _divergence(self, name: str, fp: torch.Tensor, q: torch.Tensor) -> float:
+        log_p, log_q = self._logarithms(name, fp), self._logarithms(name, q)
+        return float((log_p.exp() * (log_p - log_q)).sum())
+
+    def _logarithms(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        # Double precision: two nearly equal distributions cancel to the square of their difference.
+        wide = value.double()
+        if name in self._probabilities:
+            wide = wide.clamp_min(torch.finfo(torch.float32).tiny).log()
+        return torch.log_softmax(wide, dim=1)

@@ -1,0 +1,223 @@
+"""Hessian-guided importance of blocks (Pack-PTQ, arXiv 2505.00259).
+
+For block t, with only that block quantized (its weights and the activations it reads):
+
+    L_t     = loss(p_fp, p_q(t))           at the network's output, see onnxptq.partition.output_loss
+    dz      = z_q - z_fp                   the change of the block's outputs
+    S_t     = 2 L_t / E||dz||^2            mean curvature of the loss along the error really made
+    Omega_t = S_t E|dz|                    sensitivity for the allocation of bits
+
+At the float network loss and gradient are zero, so L_t = 1/2 dz^T H dz to second order and S_t is the
+Rayleigh quotient dz^T H dz / ||dz||^2 (times the number of elements, if E||dz||^2 is taken per element).
+
+Every batch of samples runs through the float network once; block t then runs quantized on the float
+values it reads, and only blocks behind it that read something changed run again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+
+from onnxptq.errors import UsageError
+from onnxptq.partition.network import BlockNetwork, Values
+from onnxptq.partition.output_loss import LossKind, OutputLoss, choose_loss, probability_outputs
+from onnxptq.quantizers.torch_affine import fake_quantize, fake_quantizer
+from onnxptq.types import (
+    Array,
+    Block,
+    CanonicalModel,
+    Progress,
+    QuantPlan,
+    Sample,
+    Sensitivity,
+    Solution,
+)
+
+MEMORY = 512 << 20
+"""Bytes that the values of one batch may take."""
+
+_LARGEST_BATCH = 64
+
+Hook = tuple[str, str, int, Callable[[torch.Tensor], torch.Tensor]]
+
+
+@dataclass(slots=True)
+class _Change:
+    """Sums over dz of one block."""
+
+    squares: float = 0.0
+    absolutes: float = 0.0
+    elements: int = 0
+
+    def add(self, reference: torch.Tensor, value: torch.Tensor | None) -> None:
+        self.elements += reference.numel()
+        if value is None:
+            return
+        wide = reference.double()
+        # Another shape counts as wholly wrong, as in the loss.
+        dz = value.double() - wide if value.shape == reference.shape else wide
+        self.squares += float(dz.square().sum())
+        self.absolutes += float(dz.abs().sum())
+
+
+def score_blocks(
+    model: CanonicalModel,
+    blocks: Sequence[Block],
+    plan: QuantPlan,
+    solution: Solution,
+    samples: Sequence[Sample],
+    *,
+    loss: Literal["auto"] | LossKind = "auto",
+    normalize: Literal["element", "sample"] = "element",
+    memory: int = MEMORY,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[Sensitivity, ...]:
+    """One Sensitivity per block of ``model``, in order.
+
+    Samples are batched as far as ``memory`` bytes allow and the model's batch axis is free; apart from the
+    order of float sums the result does not depend on it. Same arguments, same result.
+
+    Args:
+        plan: where quantizers are; sites outside the blocks (of nodes that handle no data) have no effect.
+        solution: their parameters; its ``weights`` replace the float ones in the quantized block.
+        loss: ``auto`` looks at the outputs, see :func:`~onnxptq.partition.output_loss.choose_loss`.
+        normalize: whether E||dz||^2 is a mean over elements or over samples (E|dz| is one over elements).
+
+    Raises:
+        UnsupportedOperatorError: a node cannot be lowered; raised before anything runs.
+        UsageError: no samples, or no output to compare.
+    """
+    network = BlockNetwork(model.graph, blocks, device=device)
+    hooks = [quantizing_hooks(model.graph, block, plan, solution) for block in blocks]
+    batches = list(_batches(model, network, samples, memory))
+    changes = [_Change() for _ in blocks]
+    losses: list[OutputLoss] = []
+    count = 0
+    tick = progress.start("score blocks", len(batches) * len(blocks)) if progress else None
+    for batch in batches:
+        values = network.run(batch)
+        count += _rows(batch)
+        if not losses:
+            losses = [_new_loss(model.graph, network, values, loss) for _ in blocks]
+        for t, block in enumerate(blocks):
+            found = _run_quantized(network, t, values, hooks[t])
+            changed = {name: v for name, v in found.items() if not torch.equal(v, values[name])}
+            for name in block.outputs:
+                if values[name].is_floating_point():
+                    changes[t].add(values[name], changed.get(name))
+            losses[t].add(values, network.run_changed(t + 1, values, changed))
+            if tick is not None:
+                tick()
+    return tuple(
+        _sensitivity(block.index, losses[t].value(), changes[t], count if normalize == "sample" else None)
+        for t, block in enumerate(blocks)
+    )
+
+
+def quantizing_hooks(graph: gs.Graph, block: Block, plan: QuantPlan, solution: Solution) -> Sequence[Hook]:
+    """What makes the lowered ``block`` compute with quantized weights and activations: arguments of
+    ``LoweredModule.set_hook``."""
+    quantizer_at = {(s.consumer, s.input_index, s.tensor): q for q in plan.quantizers for s in q.sites}
+    tensors = graph.tensors()
+    hooks: list[Hook] = []
+    for site in block.sites:
+        quantizer = quantizer_at.get((site.consumer, site.input_index, site.tensor))
+        replacement: Array | None = solution.weights.get(site.tensor) if site.is_weight else None
+        if quantizer is None and replacement is None:
+            continue
+        qparams = None if quantizer is None else solution.qparams[quantizer.quantizer_id]
+        if site.is_weight:
+            value = tensors[site.tensor].values if replacement is None else replacement
+            weight = torch.from_numpy(np.array(value, dtype=np.float32))
+            read = _constantly(weight if qparams is None else fake_quantize(weight, qparams))
+        else:
+            assert qparams is not None
+            read = fake_quantizer(qparams)
+        hooks.append((site.tensor, site.consumer, site.input_index, read))
+    return hooks
+
+
+def _constantly(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: weight.to(x.device)
+
+
+def _run_quantized(network: BlockNetwork, index: int, values: Values, hooks: Sequence[Hook]) -> Values:
+    module = network.modules[index]
+    for hook in hooks:
+        module.set_hook(*hook)
+    try:
+        return network.run_block(index, values)
+    finally:
+        module.clear_hooks()
+
+
+def _new_loss(
+    graph: gs.Graph, network: BlockNetwork, values: Values, loss: Literal["auto"] | LossKind
+) -> OutputLoss:
+    floats = {name: values[name] for name in network.outputs if values[name].is_floating_point()}
+    kind = choose_loss(floats) if loss == "auto" else loss
+    return OutputLoss(kind, tuple(floats), probabilities=probability_outputs(graph))
+
+
+def _sensitivity(index: int, loss: float, change: _Change, samples: int | None) -> Sensitivity:
+    squared = change.squares / max(1, change.elements if samples is None else samples)
+    absolute = change.absolutes / max(1, change.elements)
+    curvature = 2.0 * loss / squared if squared > 0.0 else math.inf
+    return Sensitivity(
+        block=index,
+        loss=loss,
+        squared_error=squared,
+        absolute_error=absolute,
+        curvature=curvature,
+        omega=curvature * absolute if squared > 0.0 else 0.0,
+    )
+
+
+def _batches(
+    model: CanonicalModel, network: BlockNetwork, samples: Sequence[Sample], memory: int
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    """``samples`` in order, concatenated along the batch axis where the model allows it."""
+    if not samples:
+        raise UsageError("Scoring blocks needs at least one sample.", "Give calibration data.")
+    first = _tensors([samples[0]])
+    size = 1
+    if all(spec.shape and not isinstance(spec.shape[0], int) for spec in model.inputs):
+        sizes = network.measure(first)
+        between = {name for block in network.blocks for name in (*block.inputs, *block.outputs)}
+        within = max(
+            (sum(sizes[s.tensor] for s in b.sites if not s.is_weight) for b in network.blocks), default=0
+        )
+        # Float values, the changed ones behind the quantized block, and the inside of one block.
+        each = 4 * (2 * sum(sizes[name] for name in between) + within)
+        size = max(1, min(_LARGEST_BATCH, memory // max(1, each)))
+    if size > 1 and not _is_batchable(network, samples[:2]):
+        size = 1
+    for start in range(0, len(samples), size):
+        yield _tensors(samples[start : start + size])
+
+
+def _is_batchable(network: BlockNetwork, pair: Sequence[Sample]) -> bool:
+    """Whether every output grows with the batch: then rows of a batch are samples."""
+    feed = _tensors(pair)
+    found = network.run(feed, keep=network.outputs)
+    rows = {found[name].shape[0] if found[name].ndim else 0 for name in network.outputs}
+    return rows == {_rows(feed)}
+
+
+def _rows(feed: Mapping[str, torch.Tensor]) -> int:
+    value = next(iter(feed.values()))
+    return int(value.shape[0]) if value.ndim else 1
+
+
+def _tensors(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    if len(samples) == 1:
+        return {name: torch.from_numpy(np.array(value)) for name, value in samples[0].items()}
+    return {name: torch.from_numpy(np.concatenate([s[name] for s in samples])) for name in samples[0]}
