@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -163,25 +163,34 @@ def space_errors(work_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically.
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write small text files into ``folder``, which is made if needed: all of them, or none.
 
     Raises:
         OutputPathError: the folder cannot be written.
     """
+    is_new = not folder.exists()
+    temporary: dict[str, Path] = {}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
+            for name, text in texts.items():
+                descriptor, path = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+                temporary[name] = Path(path)
+                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                    file.write(text)
+                temporary[name].chmod(0o644)
+            for name, written in temporary.items():
+                written.replace(folder / name)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            for written in temporary.values():
+                written.unlink(missing_ok=True)
+            if is_new:
+                with suppress(OSError):
+                    folder.rmdir()
             raise
     except OSError as error:
         raise OutputPathError(
-            f"'{path}' cannot be written: {error.strerror or error}.",
+            f"'{folder}' cannot be written: {error.strerror or error}.",
             "Choose another folder, or free space.",
         ) from error

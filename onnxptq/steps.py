@@ -28,7 +28,7 @@ from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import save_graph
 from onnxptq.placing import observer_overrides, placement_request, require_quantizers
-from onnxptq.publish import claimed_folder, space_errors, write_text
+from onnxptq.publish import claimed_folder, space_errors, write_texts
 from onnxptq.qdq import insert_quantizers
 from onnxptq.recipe import Recipe
 from onnxptq.runtime import count_kernels, runtime_version
@@ -438,8 +438,8 @@ def write_report(report: Report, folder: str | Path | None) -> Path | None:
     if folder is None:
         return None
     place = Path(folder)
-    write_text(place / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
-    write_text(place / "report.html", render_html(report))
+    written = json.dumps(report.to_json(), indent=2) + "\n"
+    write_texts(place, {"report.json": written, "report.html": render_html(report)})
     return place
 
 

@@ -1,0 +1,95 @@
+"""Interrupted and killed runs: nothing is left, and the same command gives the same bytes afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.command import Bench, process, snapshot
+
+SLOW = """
+import sys, time
+import onnxptq.steps as steps
+from onnxptq.cli.main import main
+name, ready = sys.argv[1], sys.argv[2]
+real = getattr(steps, name)
+def slow(*arguments, **options):
+    open(ready, "w").close()
+    time.sleep(60)
+    return real(*arguments, **options)
+setattr(steps, name, slow)
+main(sys.argv[3:])
+"""
+
+
+def _stop(bench: Bench, step: str, number: int) -> tuple[int, str]:
+    """Send a signal to a run that is inside ``step``; its exit code and what it said."""
+    ready = bench.work.parent / "ready"
+    running = subprocess.Popen(
+        [sys.executable, "-c", SLOW, step, str(ready), *map(str, bench.arguments())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not ready.exists():
+            assert running.poll() is None, running.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        running.send_signal(number)
+        out, err = running.communicate(timeout=30)
+    finally:
+        running.kill()
+        running.wait()
+    ready.unlink()
+    assert out == ""
+    return running.returncode, err
+
+
+def _scratch(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if not p.name.startswith("calibration-")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_calibrating(bench: Bench, number: int) -> None:
+    before = snapshot(bench.folder)
+    code, err = _stop(bench, "calibrate", number)
+    assert code == 130
+    assert "Traceback" not in err
+    assert err.strip().startswith("Interrupted.")
+    assert snapshot(bench.folder) == before
+    assert _scratch(bench.work) == []
+
+
+def test_interrupted_while_checking_and_resumed_from_the_cache(bench: Bench) -> None:
+    before = snapshot(bench.folder)
+    code, _ = _stop(bench, "check_parity", signal.SIGINT)
+    assert code == 130
+    assert snapshot(bench.folder) == before
+    assert _scratch(bench.work) == []
+    done = process(*bench.arguments("--verbose"))
+    assert done.code == 0
+    assert "Calibration is reused" in done.err
+
+
+def test_killed_then_run_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _ = _stop(bench, "check_parity", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert not bench.output.exists()
+    assert len(_scratch(bench.work)) == 1
+    monkeypatch.setattr("onnxptq.publish._SETTLED_SECONDS", -1.0)
+    assert bench.quantize("--no-report").code == 0
+    resumed = bench.output.read_bytes()
+    assert _scratch(bench.work) == []
+    assert sorted(snapshot(bench.folder)) == ["data.npz", "net.int8.onnx", "net.onnx"]
+    fresh = bench.work.parent / "fresh"
+    assert bench.quantize("--no-report", "--work-dir", fresh).code == 0
+    assert bench.output.read_bytes() == resumed
