@@ -270,7 +270,7 @@ def solved(
         nodes = [node.name for node in model.graph.nodes]
 
         def alone(kept: str) -> QuantPlan:
-            return plan(run, model, statistics, {name: "" for name in nodes if name != kept})
+            return plan(run, model, statistics, {name: "set aside" for name in nodes if name != kept})
 
         declined = solver.relax(found, data.samples, alone)
         for note in solver.notes:
