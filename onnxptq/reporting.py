@@ -106,9 +106,12 @@ def _reduced(seen: TensorStatistics) -> Histogram:
     centres, counts = seen.bins()
     low, high = seen.minimum, seen.maximum
     if not low < high:  # a constant tensor: one bar in the middle
-        low, high = low - 0.5, high + 0.5
-    reduced, _ = np.histogram(
-        np.clip(centres, low, high), bins=_HISTOGRAM_BINS, range=(low, high), weights=counts
+        margin = max(0.5, abs(low) / 1000)
+        low, high = low - margin, high + margin
+    # Not numpy's histogram, which refuses ranges of a few subnormal numbers.
+    places = (np.clip(centres, low, high) - low) / (high - low) * _HISTOGRAM_BINS
+    reduced = np.bincount(
+        np.minimum(places.astype(np.int64), _HISTOGRAM_BINS - 1), weights=counts, minlength=_HISTOGRAM_BINS
     )
     return Histogram(low=low, high=high, counts=tuple(int(c) for c in reduced))
 

@@ -90,12 +90,13 @@ def symmetric_qparams(absmax: Array, qtype: QType, granularity: Granularity) -> 
 def asymmetric_qparams(low: float, high: float, qtype: QType) -> QParams:
     """Per-tensor parameters that cover [low, high] and represent 0 exactly.
 
-    The range is first widened to include 0. The zero point is rounded to an integer, so the ends of the
-    covered range move by at most half a step. Where one end is 0 the other is not exceeded, not even by
-    rounding of the scale: runtimes drop a Relu or Clip in front of a quantizer only if the quantizer
+    The range is first widened to include 0 and cut to what float32 holds. The zero point is rounded to an
+    integer, so the ends of the covered range move by at most half a step. Where one end is 0 the other is not
+    exceeded, not even by rounding of the scale: runtimes drop a Relu or Clip in front of a quantizer only if the quantizer
     represents nothing outside its bounds.
     """
-    low, high = min(low, 0.0), max(high, 0.0)
+    limit = float(np.finfo(np.float32).max)
+    low, high = max(min(low, 0.0), -limit), min(max(high, 0.0), limit)
     scale = np.float32(max((high - low) / (qtype.qmax - qtype.qmin), SMALLEST_SCALE))
     zero_point = int(np.clip(np.rint(qtype.qmin - low / float(scale)), qtype.qmin, qtype.qmax))
     if low == 0.0 or high == 0.0:

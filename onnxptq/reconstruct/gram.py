@@ -39,9 +39,15 @@ class Gram:
     def add(self, rows: FloatArray, quantized: FloatArray) -> None:
         """Add rows of shape (groups, n, K)."""
         transposed = np.swapaxes(quantized, 1, 2)
-        self.quantized += transposed @ quantized
-        self.mixed += transposed @ rows
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.quantized += transposed @ quantized
+            self.mixed += transposed @ rows
         self.rows += rows.shape[1]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no product has left the range of float32."""
+        return bool(np.isfinite(self.quantized).all() and np.isfinite(self.mixed).all())
 
 
 def layer_rows(layer: Linear, value: Array, qparams: QParams | None) -> tuple[FloatArray, FloatArray] | None:

@@ -28,8 +28,8 @@ def round_in_closed_form(
 ) -> Solution:
     """``solution`` with weights moved to the grid points that serve the layers' outputs best.
 
-    Layers whose weight is shared, of an unsupported form, or wider than ``max_width`` inputs keep the nearest
-    grid points.
+    Layers whose weight is shared, of an unsupported form, or wider than ``max_width`` inputs, and those that
+    read values too large for their squares, keep the nearest grid points.
     """
     index = GraphIndex(model.graph)
     layers = _candidates(index, plan, max_width)
@@ -57,7 +57,7 @@ def round_in_closed_form(
             step()
     weights = dict(solution.weights)
     for layer in layers:
-        if layer.node.name not in declined:
+        if layer.node.name not in declined and grams[layer.node.name].is_finite:
             quantizer = reads[layer.node.name, layer.weight_index]
             value = np.asarray(weights.get(layer.weight.name, layer.weight.values), np.float32)
             rounded = round_weights(

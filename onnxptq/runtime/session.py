@@ -154,6 +154,8 @@ class Session:
     def run(self, feed: Sample, outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run one feed and return the named outputs (all of them by default)."""
         names = self.output_names if outputs is None else tuple(outputs)
+        if not names:  # onnxruntime would take an empty list for all of them
+            return {}
         try:
             values = self._session.run(list(names), dict(feed))
         except Exception as error:
