@@ -92,8 +92,8 @@ def asymmetric_qparams(low: float, high: float, qtype: QType) -> QParams:
 
     The range is first widened to include 0 and cut to what float32 holds. The zero point is rounded to an
     integer, so the ends of the covered range move by at most half a step. Where one end is 0 the other is not
-    exceeded, not even by rounding of the scale: runtimes drop a Relu or Clip in front of a quantizer only if the quantizer
-    represents nothing outside its bounds.
+    exceeded, not even by rounding of the scale: runtimes drop a Relu or Clip in front of a quantizer only if
+    the quantizer represents nothing outside its bounds.
     """
     limit = float(np.finfo(np.float32).max)
     low, high = max(min(low, 0.0), -limit), min(max(high, 0.0), limit)
