@@ -18,7 +18,6 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from onnxptq.errors import UnsupportedModelError
 from onnxptq.qdq import names
 from onnxptq.quantizers.affine import quantize, range_of
 from onnxptq.types import (
@@ -39,10 +38,8 @@ _NARROW = {"int4": onnx.TensorProto.INT4, "uint4": onnx.TensorProto.UINT4}
 def insert_quantizers(graph: gs.Graph, plan: QuantPlan, solution: Solution) -> gs.Graph:
     """A copy of ``graph`` that carries every quantizer of ``plan`` with the parameters of ``solution``.
 
-    Weights named in ``solution.weights`` replace the float ones, quantized or not.
-
-    Raises:
-        UnsupportedModelError: a generated name is already taken by the model.
+    Weights named in ``solution.weights`` replace the float ones, quantized or not. Sub-graphs of If and Loop
+    keep reading the float tensor. A name that the model has taken already gets a number behind it.
     """
     result = graph.copy()
     taken = {node.name for node in result.nodes} | set(result.tensors())
@@ -67,13 +64,14 @@ class _Writer:
     def __init__(
         self,
         graph: gs.Graph,
-        tensors: Mapping[str, gs.Tensor],
+        tensors: dict[str, gs.Tensor],
         nodes: Mapping[str, gs.Node],
         taken: set[str],
         quantizer: Quantizer,
         qparams: QParams,
     ) -> None:
         self.graph = graph
+        self.tensors = tensors
         self.nodes = nodes
         self.taken = taken
         self.quantizer = quantizer
@@ -112,19 +110,26 @@ class _Writer:
 
     def _split_graph_output(self) -> gs.Tensor:
         """Give the producer a new output name, so that the graph's output can come from the DequantizeLinear."""
-        inner = gs.Variable(self._name(names.QUANTIZE_INPUT), dtype=self.tensor.dtype, shape=self.tensor.shape)
+        inner = gs.Variable(
+            self._name(names.QUANTIZE_INPUT), dtype=self.tensor.dtype, shape=self.tensor.shape
+        )
         (producer,) = self.tensor.inputs
         producer.outputs[[t is self.tensor for t in producer.outputs].index(True)] = inner
         for reader in list(self.tensor.outputs):
             for i, tensor in enumerate(reader.inputs):
                 if tensor is self.tensor:
                     reader.inputs[i] = inner
+        # Another quantizer of this tensor must not read what this one writes.
+        self.tensors[self.quantizer.tensor] = inner
         return inner
 
     def _clip(self, source: gs.Tensor) -> gs.Tensor:
         low, high = range_of(self.qparams)
         output = gs.Variable(self._name(names.CLIP_OUTPUT), dtype=np.float32, shape=source.shape)
-        bounds = [gs.Constant(self._name(names.CLIP_LOW), low), gs.Constant(self._name(names.CLIP_HIGH), high)]
+        bounds = [
+            gs.Constant(self._name(names.CLIP_LOW), low),
+            gs.Constant(self._name(names.CLIP_HIGH), high),
+        ]
         self._add("Clip", names.CLIP_NODE, [source, *bounds], output, axis=False)
         return output
 
@@ -133,7 +138,9 @@ class _Writer:
         scale = gs.Constant(self._name(names.SCALE), np.asarray(self.qparams.scale, np.float32))
         return scale, _constant(self._name(names.ZERO_POINT), self.qparams.zero_point, storage)
 
-    def _add(self, op: str, suffix: str, inputs: list[gs.Tensor], output: gs.Tensor, *, axis: bool = True) -> None:
+    def _add(
+        self, op: str, suffix: str, inputs: list[gs.Tensor], output: gs.Tensor, *, axis: bool = True
+    ) -> None:
         attrs = _axis_attributes(self.qparams) if axis else {}
         self.graph.nodes.append(gs.Node(op, self._name(suffix), attrs=attrs, inputs=inputs, outputs=[output]))
 
@@ -143,11 +150,11 @@ class _Writer:
                 self.nodes[site.consumer].inputs[site.input_index] = target
 
     def _name(self, suffix: str) -> str:
-        name = self.prefix + suffix
-        if name in self.taken:
-            raise UnsupportedModelError(
-                f"The model already uses the name '{name}' that quantization needs.", "Rename that tensor or node."
-            )
+        name = wanted = self.prefix + suffix
+        number = 1
+        while name in self.taken:
+            name = f"{wanted}_{number}"
+            number += 1
         self.taken.add(name)
         return name
 

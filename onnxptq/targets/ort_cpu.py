@@ -4,13 +4,17 @@
 |---|---|---|---|---|---|
 | Conv | input 0, uint8 | int8 per output channel | int32 | quantized, behind a fused Relu/Clip | QLinearConv |
 | Gemm | input 0, uint8 | int8 per output channel | int32 | float | QGemm |
-| MatMul with a constant | the other input, uint8 | int8 per output channel | float | float | MatMulIntegerToFloat |
+| MatMul with a constant | input 0, uint8 | int8 per output channel | int32, in its Add | float | see below |
 | everything else | float | | | | |
+
+A MatMul becomes MatMulIntegerToFloat, or QGemm where its shapes are static and an Add follows it. That Gemm
+runs in float unless its bias is int32: a ViT-S then takes four times as long.
 
 Between two activations a MatMul is faster in float (quantized attention MatMuls run at 0.5-0.8 of the
 speed), and LayerNormalization, Gelu and ReduceMean have no integer kernel. Residual sums stay in float:
 the sum reads the convolution's dequantized output, and a skip connection that is not quantized for a
-kernel anyway is not quantized for the sum, which keeps rounding noise from piling up along the network.
+kernel anyway is not quantized for the sum, which keeps rounding noise from piling up along the network
+(ResNet-20: 0.4 dB for 13 % of the time; EfficientNet-Lite0: no difference in either).
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from collections.abc import Mapping
 import onnx_graphsurgeon as gs
 
 from onnxptq.graph.index import GraphIndex, is_constant
+from onnxptq.graph.linear import linear_of
 from onnxptq.targets.placement import (
     PlacementRequest,
     Placer,
@@ -89,4 +94,18 @@ def place(index: GraphIndex, request: PlacementRequest) -> QuantPlan:
     """Quantizers for onnxruntime's CPU kernels. Grids are 8 bits; ``weight_bits`` below 8 narrows the weights."""
     placer = Placer(index, request, activation=lambda bits: QType.unsigned(8), symmetric=False)
     placer.apply(TABLE)
+    _place_added_biases(placer)
     return placer.finish(NAME, tie_movements(placer))
+
+
+def _place_added_biases(placer: Placer) -> None:
+    """Quantize the bias that an Add puts on a MatMul.
+
+    Where shapes are static onnxruntime turns the pair into a Gemm, and a Gemm with a float bias runs in float.
+    """
+    for node in placer.index.nodes:
+        if node.op != "MatMul" or node.name not in placer.quantized_nodes:
+            continue
+        linear = linear_of(placer.index, node)
+        if linear is not None and linear.bias_node is not None and linear.bias_index is not None:
+            placer.add_bias(linear.bias_node, linear.bias_index, node, linear.weight_index)

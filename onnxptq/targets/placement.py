@@ -117,7 +117,7 @@ class Placer:
         self._activation = activation
         self._symmetric = symmetric
         self._edges: dict[str, dict[Site, tuple[QType, Granularity, bool]]] = {}
-        self._bias: list[tuple[gs.Node, int]] = []
+        self._bias: list[tuple[gs.Node, int, gs.Node]] = []
         self._weight_of: dict[tuple[str, int], str] = {}
         self._quantizers: dict[str, Quantizer] = {}
         self._weight_ids: dict[tuple[str, int], str] = {}
@@ -151,17 +151,21 @@ class Placer:
         if row.bias_storage == "int32" and row.bias is not None and len(node.inputs) > row.bias:
             bias = node.inputs[row.bias]
             if is_constant(bias) and row.weight is not None and is_constant(node.inputs[row.weight]):
-                self._add_bias(node, row.bias, row.weight)
+                self.add_bias(node, row.bias, node, row.weight)
         if row.quantize_output:
             self.quantize_tensor(self.behind_activation(node))
 
-    def _add_bias(self, node: gs.Node, i: int, weight: int) -> None:
-        # A Gemm may add a matrix or a scalar: only one value per channel has the scale of its channel.
-        quantizer = self._quantizers[self._weight_of[node.name, weight]]
+    def add_bias(self, node: gs.Node, i: int, product: gs.Node, weight: int) -> None:
+        """Store the constant that ``node`` adds at input ``i`` in int32, on the grid of ``product``'s sums.
+
+        Left in float where it does not hold one value per output channel (a Gemm may add a matrix or a scalar),
+        because only a channel has one scale.
+        """
+        quantizer = self._quantizers[self._weight_of[product.name, weight]]
         if isinstance(quantizer.granularity, PerAxis):
-            channels = node.inputs[weight].shape[quantizer.granularity.axis]
+            channels = product.inputs[weight].shape[quantizer.granularity.axis]
             if list(node.inputs[i].shape) == [channels]:
-                self._bias.append((node, i))
+                self._bias.append((node, i, product))
 
     def _structural_reason(self, node: gs.Node, row: Row) -> str | None:
         inputs = [*row.activations, *([] if row.weight is None else [row.weight])]
@@ -267,7 +271,7 @@ class Placer:
         )
         quantizers += list(self._quantizers.values())
         reads = {(s.consumer, s.input_index): q.quantizer_id for q in quantizers for s in q.sites}
-        for node, i in self._bias:
+        for node, i, product in self._bias:
             bias_id = f"{node.inputs[i].name}@{node.name}"
             quantizers.append(
                 Quantizer(
@@ -281,7 +285,7 @@ class Placer:
                         Site(tensor=node.inputs[i].name, consumer=node.name, input_index=i, is_weight=True),
                     ),
                     scale_group=bias_id,
-                    derived_from=(reads[node.name, 0], reads[node.name, 1]),
+                    derived_from=(reads[product.name, 0], reads[product.name, 1]),
                 )
             )
         mapped = [

@@ -146,6 +146,18 @@ def test_a_gemm_bias_that_is_no_vector_stays_float(tmp_path: Path) -> None:
     assert ("y", 2) not in edges
 
 
+@ALL
+def test_the_bias_that_an_add_puts_on_a_matmul(target: str, tmp_path: Path) -> None:
+    net = Net()
+    y = net.linear("fc", "x", 16, 24)
+    edges = _edges(_place(net.proto({"x": ["n", 4, 16]}, [y]), tmp_path, target))
+    assert (("fc", 1) in edges) == (target == "ort-cpu")
+    if target == "ort-cpu":
+        assert edges["fc", 1].role == "bias"
+        assert edges["fc", 1].derived_from == ("x", "fc.w")
+        assert edges["fc", 1].sites[0].tensor == "fc.b"
+
+
 @pytest.mark.parametrize("left", ["constant", "batched"])
 def test_matmuls_without_a_fast_kernel_on_the_cpu(left: str, tmp_path: Path) -> None:
     net = Net()

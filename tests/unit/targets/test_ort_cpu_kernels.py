@@ -1,0 +1,122 @@
+"""The integer kernels that the ort-cpu table promises are the ones that onnxruntime runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxptq.calibrate.observers import Observer
+from onnxptq.calibrate.ranges import choose_ranges
+from onnxptq.calibrate.run import calibrate
+from onnxptq.graph.save import save_graph
+from onnxptq.qdq import insert_quantizers
+from onnxptq.reconstruct.initial import initial_solution
+from onnxptq.runtime import Session, count_kernels
+from onnxptq.samples import ListFeeds
+from tests.unit.small_nets import NETS, Net, canonical, planned, random_samples
+
+
+def _quantized(model: onnx.ModelProto, folder: Path, observer: Observer) -> Path:
+    canonical_model = canonical(model, folder)
+    plan = planned(canonical_model, "ort-cpu")
+    tensors = sorted({q.tensor for q in plan.quantizers if q.role == "activation"})
+    feeds = ListFeeds(random_samples(canonical_model, 4))
+    ranges = choose_ranges(plan, calibrate(canonical_model, feeds, tensors), observer)
+    solution = initial_solution(canonical_model.graph, plan, ranges)
+    path = folder / "quantized.onnx"
+    save_graph(insert_quantizers(canonical_model.graph, plan, solution), path)
+    onnx.checker.check_model(str(path), full_check=True)
+    return path
+
+
+def _kernels(model: onnx.ModelProto, folder: Path, observer: Observer | None = None) -> Mapping[str, int]:
+    return count_kernels(_quantized(model, folder, observer or Observer(name="minmax")), folder)
+
+
+@pytest.mark.parametrize(
+    ("net", "wanted"),
+    [
+        ("conv_relu_conv", {"QLinearConv": 2}),
+        ("residual_block", {"QLinearConv": 3, "QGemm": 1, "Add": 1}),
+        ("concat_block", {"QLinearConv": 3, "Concat": 2}),
+        ("attention_block", {"QGemm": 4, "MatMul": 1, "FusedMatMul": 1, "Softmax": 1}),
+        ("vit_mlp", {"QGemm": 2, "Gelu": 1, "LayerNormalization": 1}),
+        ("max_pool_net", {"QLinearConv": 2, "QGemm": 1}),
+        ("depthwise_block", {"QLinearConv": 3, "Add": 1}),
+    ],
+)
+def test_networks_run_on_integer_kernels(net: str, wanted: dict[str, int], tmp_path: Path) -> None:
+    found = _kernels(NETS[net](), tmp_path)
+    assert {op: found.get(op, 0) for op in wanted} == wanted
+    assert not {"Conv", "FusedConv", "Gemm", "FusedGemm"} & set(found)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [([1, 8, 16], "QGemm"), (["n", 8, 16], "MatMulIntegerToFloat"), (["n", 16], "QGemm"), ([8, 16], "QGemm")],
+    ids=["static", "dynamic", "dynamic_matrix", "matrix"],
+)
+@pytest.mark.parametrize("follower", ["Relu", "Gelu", "Tanh", "Identity"])
+@pytest.mark.parametrize("opset", [20, 21])
+def test_linear_layers_run_on_integer_kernels(
+    shape: list[int | str], kernel: str, follower: str, opset: int, tmp_path: Path
+) -> None:
+    """With static shapes onnxruntime makes a Gemm of them, which is integer only if the bias is."""
+    net = Net(opset=opset)
+    net.op(follower, "y", net.linear("fc", "x", 16, 24))
+    found = _kernels(net.proto({"x": shape}, ["y"]), tmp_path)
+    assert found.get(kernel) == 1, found
+    assert not {"Gemm", "FusedGemm", "MatMul"} & set(found)
+
+
+@pytest.mark.parametrize("follower", ["Relu", "Tanh", "Sigmoid", "LeakyRelu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gemms_with_an_activation_behind_them_run_on_integer_kernels(
+    follower: str, bias: bool, tmp_path: Path
+) -> None:
+    net = Net()
+    weights = [net.weight("w", 16, 8), *([net.weight("b", 8)] if bias else [])]
+    net.op(follower, "y", net.op("Gemm", "gemm", "x", *weights))
+    found = _kernels(net.proto({"x": ["n", 16]}, ["y"]), tmp_path)
+    assert found.get("QGemm") == 1, found
+
+
+@pytest.mark.parametrize("end", [6.0, 1.0, 0.3, 5.3, 20.7, 7e-3])
+@pytest.mark.parametrize("observer", ["minmax", "mse"])
+def test_a_clip_in_front_of_a_quantizer_vanishes(end: float, observer: str, tmp_path: Path) -> None:
+    """It does only if 255 * scale, rounded, stays within the clip: true of 6 / 255 only after a nudge."""
+    net = Net()
+    x = net.conv("conv", "x", (16, 3, 3, 3))
+    x = net.op("Clip", "act", x, *(net.constant(n, np.float32(v)) for n, v in (("low", 0.0), ("high", end))))
+    model = net.proto({"x": [1, 3, 16, 16]}, [net.conv("next", x, (16, 16, 1, 1))])
+    found = _kernels(model, tmp_path, Observer(name=observer))  # type: ignore[arg-type]
+    assert found.get("QLinearConv") == 2, found
+    assert "Clip" not in found
+
+
+def test_a_relu_in_front_of_a_quantizer_vanishes_for_every_observer(tmp_path: Path) -> None:
+    for name in ("minmax", "percentile", "entropy", "mse"):
+        found = _kernels(NETS["conv_relu_conv"](), tmp_path, Observer(name=name))  # type: ignore[arg-type]
+        assert "Relu" not in found
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_integer_kernels_compute_what_the_file_means(net: str, tmp_path: Path) -> None:
+    path = _quantized(NETS[net](), tmp_path, Observer(name="minmax"))
+    exact, fast = Session(path, exact=True, threads=1), Session(path, threads=1)
+    feed = {i: np.random.default_rng(5).standard_normal(s).astype(np.float32) for i, s in _inputs(path)}
+    wanted, found = exact.run(feed), fast.run(feed)
+    for name in exact.output_names:
+        noise = float(np.square(wanted[name] - found[name]).sum())
+        # Integer kernels requantize with one rounding of their own: single steps of 1/256 may differ here
+        # and there, far below the quantization noise of about -35 dB.
+        assert noise <= 1e-4 * float(np.square(wanted[name]).sum())
+
+
+def _inputs(path: Path) -> list[tuple[str, list[int]]]:
+    graph = onnx.load(str(path)).graph
+    return [(i.name, [d.dim_value for d in i.type.tensor_type.shape.dim]) for i in graph.input]
