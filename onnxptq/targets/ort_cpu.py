@@ -3,6 +3,7 @@
 | operator | activations | weight | bias | output | integer kernel |
 |---|---|---|---|---|---|
 | Conv | input 0, uint8 | int8 per output channel | int32 | quantized, behind a fused Relu/Clip | QLinearConv |
+| Conv before a normalization | input 0, uint8 | int8 per output channel | int32 | float | none |
 | Gemm | input 0, uint8 | int8 per output channel | int32 | float | QGemm |
 | MatMul with a constant | input 0, uint8 | int8 per output channel | int32, in its Add | float | see below |
 | everything else | float | | | | |
@@ -26,6 +27,7 @@ import onnx_graphsurgeon as gs
 from onnxptq.graph.index import GraphIndex, is_constant
 from onnxptq.graph.linear import linear_of
 from onnxptq.targets.placement import (
+    MOVEMENT_OPS,
     PlacementRequest,
     Placer,
     Row,
@@ -58,6 +60,43 @@ def _gemm_needs_plain_product(node: gs.Node, index: GraphIndex) -> str | None:
     return None
 
 
+_CARRIERS = MOVEMENT_OPS | {
+    "Add",
+    "AveragePool",
+    "Clip",
+    "Concat",
+    "Elu",
+    "GlobalAveragePool",
+    "HardSigmoid",
+    "HardSwish",
+    "LeakyRelu",
+    "Mul",
+    "Pad",
+    "PRelu",
+    "Relu",
+    "Resize",
+    "Sigmoid",
+    "Sub",
+}
+"""Operators between two integer kernels; behind anything else (a normalization, say) everything is float."""
+
+
+def _no_kernel_reads(node: gs.Node, index: GraphIndex) -> str | None:
+    """A reason to keep a convolution's output in float: it would be rounded for the sake of one kernel."""
+    waiting, seen = [node.outputs[0].name], set()
+    while waiting:
+        name = waiting.pop()
+        if name in index.output_names:
+            return None
+        for use in index.uses(name):
+            if use.node.op in TABLE:
+                return None
+            if use.node.op in _CARRIERS and use.node.name not in seen:
+                seen.add(use.node.name)
+                waiting += [t.name for t in use.node.outputs]
+    return "its output stays in float, and so does its kernel: no integer kernel follows that would read it"
+
+
 def _conv_needs_constant_weight(node: gs.Node, index: GraphIndex) -> str | None:
     if not is_constant(node.inputs[1]):
         return "its weight is not constant"
@@ -74,6 +113,7 @@ TABLE: Mapping[str, Row] = {
         bias=2,
         bias_storage="int32",
         quantize_output=True,
+        output_is_idle=_no_kernel_reads,
         decline=_conv_needs_constant_weight,
     ),
     "Gemm": Row(

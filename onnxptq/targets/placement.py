@@ -63,7 +63,7 @@ class Row:
 
     ``weight`` is the input that is a per-channel weight when it is constant (and an activation otherwise);
     ``weight_axis`` gives the axis kept, from the node. ``quantize_output`` asks for a quantizer behind the
-    operator and its fused activation. ``decline`` returns a reason to leave a node in float, or None.
+    operator and its fused activation, unless ``output_is_idle`` gives a reason against it. ``decline`` returns a reason to leave a node in float, or None.
     """
 
     activations: tuple[int, ...]
@@ -72,6 +72,7 @@ class Row:
     bias: int | None = None
     bias_storage: Bias = "float"
     quantize_output: bool = False
+    output_is_idle: Callable[[gs.Node, GraphIndex], str | None] = lambda node, index: None
     decline: Callable[[gs.Node, GraphIndex], str | None] = lambda node, index: None
 
 
@@ -153,7 +154,11 @@ class Placer:
             if is_constant(bias) and row.weight is not None and is_constant(node.inputs[row.weight]):
                 self.add_bias(node, row.bias, node, row.weight)
         if row.quantize_output:
-            self.quantize_tensor(self.behind_activation(node))
+            idle = row.output_is_idle(node, self.index)
+            if idle:
+                self.skips.append(Skip(site=node.name, reason=idle))
+            else:
+                self.quantize_tensor(self.behind_activation(node))
 
     def add_bias(self, node: gs.Node, i: int, product: gs.Node, weight: int) -> None:
         """Store the constant that ``node`` adds at input ``i`` in int32, on the grid of ``product``'s sums.
