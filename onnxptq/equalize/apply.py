@@ -27,17 +27,23 @@ def apply_factors(
     model: CanonicalModel, trace: Trace, factors: Mapping[int, float], path: Path
 ) -> CanonicalModel:
     """The model with every constant rescaled, written to ``path``. ``factors``: ln s by variable."""
-    graph = model.graph.copy()
-    nodes = {node.name: node for node in graph.nodes}
-    captured = captured_names(graph)
-    for edit in trace.edits:
-        _rescale(graph, nodes[edit.node.name], edit, trace.classes, factors, captured)
+    graph = rescaled_graph(model, trace, factors)
     save_graph(graph, path, model_metadata=model.model_metadata, node_metadata=model.node_metadata)
     written = import_graph(onnx.load(str(path), load_external_data=False), path.parent)
     digest = hashlib.sha256(model.fingerprint.encode())
     for variable, value in sorted(factors.items()):
         digest.update(f"{variable} {value.hex()}".encode())
     return replace(model, path=path, graph=written, fingerprint=digest.hexdigest())
+
+
+def rescaled_graph(model: CanonicalModel, trace: Trace, factors: Mapping[int, float]) -> gs.Graph:
+    """A copy of the model's graph with every constant rescaled."""
+    graph = model.graph.copy()
+    nodes = {node.name: node for node in graph.nodes}
+    captured = captured_names(graph)
+    for edit in trace.edits:
+        _rescale(graph, nodes[edit.node.name], edit, trace.classes, factors, captured)
+    return graph
 
 
 def _rescale(

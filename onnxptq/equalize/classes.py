@@ -44,8 +44,9 @@ class Classes:
     def join(self, left: Literals, right: Literals) -> None:
         """Make the factors of ``left`` and ``right`` equal, element by element after broadcasting."""
         a, b = np.broadcast_arrays(left, right)
-        pairs = np.unique(np.stack([a.reshape(-1), b.reshape(-1)], axis=1), axis=0)
-        for first, second in pairs.tolist():
+        count = len(self._parent)
+        for pair in np.unique(a.reshape(-1) * count + b.reshape(-1)).tolist():
+            first, second = divmod(pair, count)
             self._join(first, second)
             self._join(first ^ 1, second ^ 1)
             if self.find(first) == self.find(first ^ 1):

@@ -87,7 +87,10 @@ def _through_product(
     if product.node.op == "Div":
         weight = 1.0 / np.where(weight == 0, np.inf, weight)
     effect = np.square(weight, dtype=np.float64) * rows
-    roots = np.broadcast_to(trace.classes.roots(product.times), effect.shape)
+    roots = trace.classes.roots(product.times)
+    flat = tuple(a for a in range(effect.ndim) if roots.shape[a] == 1)
+    effect = effect.sum(axis=flat, keepdims=True)
+    roots = np.broadcast_to(roots, effect.shape)
     unique, inverse = np.unique(roots, return_inverse=True)
     sums = np.bincount(inverse.reshape(-1), weights=effect.reshape(-1))
     for root, value in zip(unique.tolist(), sums.tolist(), strict=True):

@@ -22,7 +22,7 @@ smoothed to p-norms for the gradient, with p a power of two.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +88,18 @@ class WeightTerm:
     absmax: Floats
     gain: Floats
     energy: Floats
+
+    def thinned(self, rows: int) -> WeightTerm:
+        """An estimate of this term from at most ``rows`` evenly spread output channels."""
+        count = self.absmax.shape[0]
+        if count <= rows:
+            return self
+        kept = np.arange(rows) * count // rows
+        return replace(
+            self,
+            absmax=self.absmax[kept],
+            gain=self.gain[kept] * (self.gain.sum() / max(self.gain[kept].sum(), 1e-300)),
+        )
 
     def value(self, x: Floats, p: int | None) -> tuple[float, Floats]:
         """As :meth:`ActivationTerm.value`."""

@@ -20,7 +20,7 @@ from onnxptq.equalize.trial import Trial
 from onnxptq.errors import FeedError
 from onnxptq.graph.index import GraphIndex
 from onnxptq.runtime import Provider, Session
-from onnxptq.types import Array, CanonicalModel, Feeds, Progress, Sample, Skip
+from onnxptq.types import CanonicalModel, Feeds, Progress, Sample, Skip
 
 FACTOR_LIMIT = 64.0
 """Factors stay within 1/64 and 64."""
@@ -38,7 +38,6 @@ _UNSEEN = 4
 _FEWEST = 6
 
 Solved = Sequence[tuple[Component, Choice]]
-Outputs = Mapping[str, Array]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +56,12 @@ class Equalization:
 
     ``before_db`` and ``after_db`` are the signal-to-noise ratios of the outputs, on samples set apart, of an
     imitation that rounds the rescalable activations and their weights to 8 bits; NaN where there were too
-    few samples to set any apart. ``difference`` is that of the float outputs, relative. ``skips`` names the
-    tensors that were left alone, and why.
+    few samples to set any apart. ``skips`` names the tensors that were left alone, and why.
     """
 
     tensors: tuple[RescaledTensor, ...] = ()
     before_db: float = float("nan")
     after_db: float = float("nan")
-    difference: float = 0.0
     skips: tuple[Skip, ...] = ()
 
     @property
@@ -183,28 +180,22 @@ def _equalized(job: _Job, sample: Sample, progress: Progress | None) -> tuple[Ca
     spreads = _observe(job, free, progress)
     gains = channel_gains(job.index, job.trace, spreads, job.shapes)
     parts = components(build_terms(job.trace, job.wanted, spreads, gains, symmetric=job.symmetric))
-    reference = Session(job.model.path, provider=job.provider).run(sample)
     trial = _trial(job, spreads) if job.unseen else None
-    best: tuple[CanonicalModel, Solved] = (job.model, ())
-    before = after = trial.score(job.model, {}) if trial else float("nan")
-    for number, emphasis in enumerate(EMPHASES if trial else EMPHASES[:1]):
-        path = job.path.with_name(f"{job.path.stem}_{number}{job.path.suffix}")
-        candidate, solved, failed = _apply(job, _solve(job, parts, emphasis), sample, reference, path)
-        score = trial.score(candidate, _factors(solved)) if trial else after
-        skips += tuple(skip for skip in failed if skip not in skips)
+    best: Solved = ()
+    before = after = trial.score({}) if trial else float("nan")
+    for emphasis in EMPHASES if trial else EMPHASES[:1]:
+        solved = _solve(job, parts, emphasis)
+        score = trial.score(_factors(solved)) if trial and solved else after
         if solved and (trial is None or score > after):
-            best, after = (candidate, solved), score
-        _remove(path)
-    solved = best[1]
-    if not solved:
-        return job.model, Equalization(skips=skips, before_db=before, after_db=before)
-    result = apply_factors(job.model, job.trace, _factors(solved), job.path)
+            best, after = solved, score
+    result, kept, failed = _apply(job, best, sample)
+    if failed and trial:
+        after = trial.score(_factors(kept))
     return result, Equalization(
-        tensors=_rescaled(job, _factors(solved)),
+        tensors=_rescaled(job, _factors(kept)),
         before_db=before,
         after_db=after,
-        difference=difference(reference, Session(result.path, provider=job.provider).run(sample)),
-        skips=skips,
+        skips=(*skips, *failed),
     )
 
 
@@ -243,6 +234,7 @@ def _trial(job: _Job, spreads: Mapping[str, Spread]) -> Trial:
     samples = list(drawn(job.feeds, job.unseen))
     session = Session(job.model.path, provider=job.provider)
     return Trial(
+        model=job.model,
         trace=job.trace,
         spreads={name: spreads[name] for name in job.wanted if name in spreads and job.free_variables(name)},
         symmetric=job.symmetric,
@@ -276,17 +268,18 @@ def _factors(solved: Solved) -> dict[int, float]:
     }
 
 
-def _apply(
-    job: _Job, solved: Solved, sample: Sample, reference: Outputs, path: Path
-) -> tuple[CanonicalModel, Solved, tuple[Skip, ...]]:
+def _apply(job: _Job, solved: Solved, sample: Sample) -> tuple[CanonicalModel, Solved, tuple[Skip, ...]]:
     """Apply what keeps the outputs; where they change, halves are searched for the sets that are to blame."""
+    if not solved:
+        return job.model, (), ()
+    reference = Session(job.model.path, provider=job.provider).run(sample)
 
     def applied(part: Solved) -> CanonicalModel | None:
-        result = apply_factors(job.model, job.trace, _factors(part), path)
+        result = apply_factors(job.model, job.trace, _factors(part), job.path)
         gap = difference(reference, Session(result.path, provider=job.provider).run(sample))
         return result if gap <= TOLERANCE else None
 
-    whole = applied(solved) if solved else job.model
+    whole = applied(solved)
     if whole is not None:
         return whole, solved, ()
     kept, skips = _sound(solved, lambda part: applied(part) is not None, job.model)
@@ -305,11 +298,6 @@ def _sound(
     middle = len(solved) // 2
     halves = [_sound(half, holds, model) for half in (solved[:middle], solved[middle:])]
     return [*halves[0][0], *halves[1][0]], halves[0][1] + halves[1][1]
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    path.with_name(path.name + ".data").unlink(missing_ok=True)
 
 
 def _rescaled(job: _Job, factors: Mapping[int, float]) -> tuple[RescaledTensor, ...]:

@@ -12,6 +12,7 @@ from onnxptq.equalize.gains import Gains, row_gains
 from onnxptq.equalize.noise import ActivationTerm, Floats, Indices, Term, WeightTerm
 from onnxptq.equalize.observe import Spread
 from onnxptq.equalize.tracing import Product, Trace
+from onnxptq.types import Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,39 +90,53 @@ def _weight_terms(
     weight = product.node.inputs[product.index].values
     spread = spreads[product.source]
     gain, _ = row_gains(product, trace, spreads, gains)
-    roots = np.broadcast_to(trace.classes.roots(product.times), weight.shape)
     rows = product.rows if product.rows is not None else 0
-    flat = [np.moveaxis(a, rows, 0).reshape(weight.shape[rows], -1) for a in (np.abs(weight), roots)]
-    row_gain = (
-        np.moveaxis(np.broadcast_to(gain, weight.shape), rows, 0).reshape(weight.shape[rows], -1).mean(axis=1)
+    outputs = weight.shape[rows]
+    columns = [1 if a == rows % weight.ndim else n for a, n in enumerate(weight.shape)]
+    roots = trace.classes.roots(product.times)
+    # Rows that read the same classes (all of them, unless the weight has groups) make one term.
+    per_row = roots.shape[rows]
+    reads = np.broadcast_to(
+        roots, [per_row if n == 1 and a == rows % weight.ndim else n for a, n in enumerate(columns)]
     )
-    patterns, which = np.unique(flat[1], axis=0, return_inverse=True)
+    patterns, which = np.unique(_by_row(reads, rows), axis=0, return_inverse=True)
+    members = np.broadcast_to(which.reshape(-1), (outputs,))
+    absmax = _by_row(np.abs(weight), rows)
+    row_gain = _by_row(np.broadcast_to(gain, weight.shape), rows).mean(axis=1)
     terms = []
     for number, pattern in enumerate(patterns):
-        classes, columns = np.unique(pattern, return_inverse=True)
+        classes, column = np.unique(pattern, return_inverse=True)
         index, sign = _variables(trace, classes)
-        if classes.size < 2 or not quantized & set(index.tolist()):
+        place = np.minimum(np.searchsorted(spread.roots, classes), spread.roots.size - 1)
+        is_known = bool((spread.roots[place] == classes).all())
+        if classes.size < 2 or not is_known or not quantized & set(index.tolist()):
             continue
-        members = which.reshape(-1) == number
-        absmax = np.zeros((int(members.sum()), classes.size))
-        np.maximum.at(absmax.T, columns, flat[0][members].T)
-        place = np.searchsorted(spread.roots, classes)
-        if (place >= spread.roots.size).any() or (
-            spread.roots[np.minimum(place, spread.roots.size - 1)] != classes
-        ).any():
-            continue
-        energy = spread.energy[place] * np.bincount(columns)
+        own = members == number
         terms.append(
             WeightTerm(
                 name=product.node.name,
                 index=index,
                 sign=sign,
-                absmax=absmax,
-                gain=row_gain[members],
-                energy=energy,
+                absmax=_largest(absmax[own], column, classes.size),
+                gain=row_gain[own],
+                energy=spread.energy[place] * np.bincount(column),
             )
         )
     return terms
+
+
+def _by_row(values: Array, rows: int) -> Array:
+    """A matrix whose first axis is ``rows`` of ``values``."""
+    moved = np.moveaxis(values, rows, 0)
+    return moved.reshape(moved.shape[0], -1)
+
+
+def _largest(values: Array, column: Indices, count: int) -> Floats:
+    """Maxima over the columns of each of ``count`` groups."""
+    order = np.argsort(column, kind="stable")
+    starts = np.searchsorted(column[order], np.arange(count))
+    result: Floats = np.maximum.reduceat(values[:, order], starts, axis=1).astype(np.float64)
+    return result
 
 
 def _variables(trace: Trace, roots: Indices) -> tuple[Indices, Floats]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxptq.equalize.apply import rescaled_graph
 from onnxptq.equalize.observe import Spread
 from onnxptq.equalize.tracing import Trace
 from onnxptq.graph.save import save_graph
@@ -26,13 +27,14 @@ _CEILING_DB = 100.0
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trial:
-    """Scores rescaled models.
+    """Scores factors of ``model``.
 
     Attributes:
         spreads: ranges of the activations to round, in the units of the model before rescaling.
         samples: unseen inputs; ``references`` are the float outputs for them.
     """
 
+    model: CanonicalModel
     trace: Trace
     spreads: Mapping[str, Spread]
     symmetric: bool
@@ -40,11 +42,11 @@ class Trial:
     references: Sequence[Mapping[str, Array]]
     provider: Provider
 
-    def score(self, model: CanonicalModel, factors: Mapping[int, float]) -> float:
-        """Signal-to-noise ratio in dB, averaged over the float outputs, of ``model`` rescaled by ``factors``."""
-        path = model.path.with_name(f"trial_{model.path.name}")
+    def score(self, factors: Mapping[int, float]) -> float:
+        """Signal-to-noise ratio in dB, averaged over the float outputs, with ``factors`` (ln s by variable)."""
+        path = self.model.path.with_name(f"trial_{self.model.path.name}")
         try:
-            save_graph(self._imitation(model, factors), path)
+            save_graph(self._imitation(factors), path)
             session = Session(path, provider=self.provider)
         finally:
             path.unlink(missing_ok=True)
@@ -60,8 +62,8 @@ class Trial:
         scores = [_decibel(math.fsum(signal[name]), math.fsum(noise[name])) for name in signal]
         return math.fsum(scores) / len(scores) if scores else 0.0
 
-    def _imitation(self, model: CanonicalModel, factors: Mapping[int, float]) -> gs.Graph:
-        graph = model.graph.copy()
+    def _imitation(self, factors: Mapping[int, float]) -> gs.Graph:
+        graph = rescaled_graph(self.model, self.trace, factors)
         tensors = graph.tensors()
         for name, spread in self.spreads.items():
             _round(graph, tensors[name], self._qparams(spread, factors))
