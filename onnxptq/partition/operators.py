@@ -57,10 +57,15 @@ def is_elementwise(node: gs.Node) -> bool:
     return node.op in _ELEMENTWISE
 
 
+def is_normalization(node: gs.Node) -> bool:
+    """Whether ``node`` normalizes features and rescales them by constants."""
+    return node.op in _NORMALIZATIONS
+
+
 def is_parametrised(node: gs.Node) -> bool:
     """Whether ``node`` turns what the caller gives into features: a product, a norm, a table look-up."""
     is_lookup = node.op in _LOOKUPS and is_constant(node.inputs[0]) and len(node.inputs[0].shape) > 1
-    return is_product(node) or node.op in _NORMALIZATIONS or is_lookup
+    return is_product(node) or is_normalization(node) or is_lookup
 
 
 def is_depthwise(node: gs.Node) -> bool:

@@ -25,6 +25,7 @@ from onnxptq.partition.operators import (
     is_depthwise,
     is_elementwise,
     is_linear,
+    is_normalization,
     is_pointwise,
     is_product,
     weight_count,
@@ -113,8 +114,9 @@ class Sweep:
         """Attach units without a product of their own to the layer or fork that they belong to.
 
         Behind a layer everything is its own (norm, activation, pool, reshape). Behind a fork only
-        activations are; the rest opens the next block if that is a layer (a head's norm and pool, a
-        downsampling's norm), and closes this one if another fork follows.
+        activations are, and a norm if the fork has none inside (post-norm); the rest opens the next block if
+        that is a layer (a head's norm and pool, a downsampling's norm), and closes this one if another
+        fork follows.
         """
         groups: list[_Group] = []
         loose: list[tuple[int, int]] = []
@@ -126,13 +128,19 @@ class Sweep:
                     groups[-1].stop = start = unit[0]
                 loose = []
                 groups.append(_Group(start=start, stop=unit[1], core=unit, role=role))
-            elif groups and not loose and (groups[-1].is_layer or role == "elementwise"):
+            elif groups and not loose and self._belongs_to(groups[-1], unit, role):
                 groups[-1].stop = unit[1]
             else:
                 loose.append(unit)
         if loose and groups:
             groups[-1].stop = loose[-1][1]
         return groups or [_Group(start=units[0][0], stop=units[-1][1], core=units[0], role="rest")]
+
+    def _belongs_to(self, group: _Group, unit: tuple[int, int], role: Role) -> bool:
+        if group.is_layer or role == "elementwise":
+            return True
+        inside = self._flow.nodes[group.start : group.stop]
+        return is_normalization(self._flow.nodes[unit[0]]) and not any(map(is_normalization, inside))
 
     def _join_depthwise(self, groups: Sequence[_Group]) -> list[_Group]:
         """Join a depthwise layer with the pointwise one behind it and the expanding one before it."""

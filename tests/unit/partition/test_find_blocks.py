@@ -1,0 +1,221 @@
+"""Blocks of known architectures, tensor by tensor, and the properties that hold for every network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+import torch
+
+from onnxptq.lowering import lower
+from onnxptq.partition.blocks import find_blocks, join_halves, verify_blocks
+from onnxptq.partition.describe import describe_blocks
+from onnxptq.partition.network import BlockNetwork
+from onnxptq.types import GRAPH_OUTPUT, Block, Site
+from tests.unit.partition import small_networks
+from tests.unit.partition.small_networks import KNOWN, OTHERS, Net, image_net
+
+ALL = {**{name: (lambda f=f: f()[0]) for name, f in KNOWN.items()}, **OTHERS}
+
+
+def feed_of(graph: gs.Graph, rows: int = 3) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng(1)
+    feed = {}
+    for t in graph.inputs:
+        shape = [d if isinstance(d, int) else rows for d in t.shape]
+        floats = np.issubdtype(t.dtype, np.floating)
+        feed[t.name] = torch.from_numpy(
+            rng.normal(size=shape).astype(np.float32) if floats else rng.integers(0, 2, shape)
+        )
+    return feed
+
+
+def assert_composition_equals_network(graph: gs.Graph, blocks: tuple[Block, ...]) -> None:
+    feed = feed_of(graph)
+    network = BlockNetwork(graph, blocks)
+    found = network.run(feed)
+    between = [name for block in blocks for name in block.outputs]
+    whole = lower(graph, inputs=tuple(feed), outputs=between)(feed)
+    assert set(network.outputs) == {t.name for t in graph.outputs}
+    for name in between:
+        assert torch.equal(found[name], whole[name]), name
+    freed = network.run(feed, keep=network.outputs)
+    assert set(freed) == set(network.outputs)
+    assert all(torch.equal(freed[name], whole[name]) for name in network.outputs)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_blocks_end_where_the_architecture_says(name: str) -> None:
+    graph, expected = KNOWN[name]()
+    found = [block.outputs for block in find_blocks(graph)]
+    if name == "hrnet":  # parallel branches may run in any order
+        found = [tuple(sorted(names)) for names in found if tuple(sorted(names)) in expected]
+        found, expected = sorted(found), sorted(expected)
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_blocks_partition_the_network_and_compose_to_it(name: str) -> None:
+    graph = ALL[name]()
+    for options in ({}, {"join": False}, {"max_linears": 1}, {"max_live": 1}, {"max_weights": 100}):
+        blocks = find_blocks(graph, **options)
+        verify_blocks(graph, blocks)
+        assert [b.index for b in blocks] == list(range(len(blocks)))
+    assert find_blocks(graph) == find_blocks(graph)
+    assert_composition_equals_network(graph, find_blocks(graph))
+    assert_composition_equals_network(graph, find_blocks(graph, max_linears=1, join=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [
+        ("resnet50", "fork", 16),
+        ("mobilenet_v2", "fork", 10),
+        ("convnext", "fork", 18),
+        ("regnet_y", "fork", 16),
+        ("vit", "joined", 12),
+        ("swin", "joined", 4),
+        ("bert", "joined", 3),
+    ],
+)
+def test_number_of_forks(name: str, kind: str, count: int) -> None:
+    assert sum(block.kind == kind for block in find_blocks(KNOWN[name]()[0])) == count
+
+
+def test_halves_stay_apart_on_request() -> None:
+    graph, expected = small_networks.vit(join=False)
+    blocks = find_blocks(graph, join=False)
+    assert [block.outputs for block in blocks] == expected
+    assert [block.kind for block in blocks] == ["plain", *["fork"] * 24, "plain"]
+    assert join_halves(graph, blocks) == find_blocks(graph)
+
+
+def test_a_single_transformer_layer_is_no_repeated_pattern() -> None:
+    graph, expected = small_networks.vit(join=False, depth=1)
+    assert [block.outputs for block in find_blocks(graph)] == expected
+
+
+def test_shape_subgraphs_are_in_no_block_and_separate_nothing() -> None:
+    graph, _ = small_networks.vit()
+    nodes = {name for block in find_blocks(graph) for name in block.nodes}
+    outside = [node.op for node in graph.nodes if node.name not in nodes]
+    assert sorted(outside) == ["Concat", "Expand", "Gather", "Shape", "Unsqueeze"]
+
+
+def test_a_mask_given_by_the_caller_is_carried_beside_the_cuts() -> None:
+    blocks = find_blocks(small_networks.bert()[0])
+    mask = blocks[0].outputs[0]
+    assert [block.inputs for block in blocks[1:3]] == [
+        (blocks[0].outputs[1], mask),
+        (*blocks[1].outputs, mask),
+    ]
+
+
+def test_shapes_of_other_blocks_are_stated() -> None:
+    graph = small_networks.detector()
+    blocks = find_blocks(graph)
+    shaped = [block for block in blocks if block.shape_inputs]
+    assert shaped
+    assert {name for block in shaped for name in block.shape_inputs} >= {"x"}
+
+
+@pytest.mark.parametrize("name", ["unet", "detector", "densenet", "hrnet"])
+def test_large_forks_are_cut_at_few_tensors(name: str) -> None:
+    graph = ALL[name]()
+    rows = {}
+    for max_live in (1, 4):
+        blocks = find_blocks(graph, max_live=max_live, max_linears=4)
+        by_name = {node.name: node for node in graph.nodes}
+        rows[max_live] = max(
+            sum(by_name[n].op in ("Conv", "ConvTranspose", "Gemm") for n in block.nodes) for block in blocks
+        )
+    assert rows[4] <= (8 if name == "hrnet" else 5)  # the exchange of three resolutions has no small cut
+    assert rows[1] > rows[4] or name == "densenet"  # a Concat's inputs count as one tensor
+
+
+def test_a_weight_cap_cuts_what_the_layer_cap_does_not() -> None:
+    graph = small_networks.unet()
+    assert len(find_blocks(graph, max_linears=99, max_weights=500)) > len(find_blocks(graph, max_linears=99))
+
+
+def test_heads_on_the_way_are_blocks_of_their_own() -> None:
+    net = image_net()
+    x = net.conv_relu("x", 3, 4)
+    early = net.head(x, 4)
+    y = net.op("Add", net.conv(net.conv_relu(x, 4, 4), 4, 4), x)
+    graph, _ = net.built(early, net.head(y, 4))
+    blocks = find_blocks(graph)
+    verify_blocks(graph, blocks)
+    assert_composition_equals_network(graph, blocks)
+    assert {early, y} <= {name for block in blocks for name in block.outputs}
+
+
+def test_networks_without_products_or_nodes() -> None:
+    net = Net({"x": ["n", 4]})
+    graph, _ = net.built(net.op("Softmax", net.op("Relu", "x")))
+    assert [len(block.nodes) for block in find_blocks(graph)] == [2]
+    assert find_blocks(gs.Graph()) == ()
+    with pytest.raises(ValueError, match="start at 1"):
+        find_blocks(graph, max_live=0)
+
+
+def test_sites_are_the_edges_of_the_nodes() -> None:
+    net = image_net()
+    x = net.conv_relu("x", 3, 4)
+    y = net.head(x, 4)
+    graph, _ = net.built(y)
+    first, second = find_blocks(graph)
+    assert [(s.tensor, s.consumer, s.input_index, s.is_weight) for s in first.sites] == [
+        ("x", "node_0", 0, False),
+        ("const_0", "node_0", 1, True),
+        ("const_1", "node_0", 2, True),
+        ("Conv_0", "node_1", 0, False),
+        ("Relu_1", "node_2", 0, False),
+        ("GlobalAveragePool_2", "node_3", 0, False),
+    ]
+    assert second.sites[-1] == Site(tensor=y, consumer=GRAPH_OUTPUT, input_index=0)
+
+
+def _swapped(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+    return (blocks[0], blocks[2], blocks[1], *blocks[3:])
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda b: b[1:], "do not partition"),
+        (lambda b: (b[0], *b), "do not partition"),
+        (_swapped, "before it is computed"),
+        (lambda b: (replace(b[0], outputs=()), *b[1:]), "does not state"),
+        (lambda b: (*b[:2], replace(b[2], inputs=(*b[2].inputs, "x")), *b[3:]), "does not state"),
+        (lambda b: (*b[:2], replace(b[2], sites=b[2].sites[1:]), *b[3:]), "does not state"),
+    ],
+    ids=["missing", "repeated", "swapped", "outputs", "inputs", "sites"],
+)
+def test_wrong_blocks_are_refused(
+    broken: Callable[[tuple[Block, ...]], tuple[Block, ...]], message: str
+) -> None:
+    graph, _ = small_networks.resnet50()
+    with pytest.raises(ValueError, match=message):
+        verify_blocks(graph, broken(find_blocks(graph)))
+
+
+def test_rows_of_the_table() -> None:
+    graph, _ = small_networks.resnet50()
+
+    class Model:
+        def __init__(self) -> None:
+            self.graph = graph
+
+        def user_name(self, tensor: str) -> str:
+            return f"user's {tensor}"
+
+    rows = describe_blocks(find_blocks(graph), Model())  # type: ignore[arg-type]
+    assert (rows[1].kind, rows[1].nodes, rows[1].layers) == ("fork", 8, 4)
+    # 1x1 4->2, 3x3 2->2, 1x1 2->8, 1x1 4->8, each with a bias per output.
+    assert rows[1].weights == (8 + 2) + (36 + 2) + (16 + 8) + (32 + 8)
+    assert rows[0].inputs == ("user's x",)
+    assert dict(rows[1].operators) == {"Conv": 4, "Relu": 3, "Add": 1}
