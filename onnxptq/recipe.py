@@ -25,7 +25,7 @@ class TensorRule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    match: str
+    match: str = Field(min_length=1)
     observer: Literal["mse", "minmax", "percentile", "entropy"] | None = None
     weight_bits: int | None = Field(default=None, ge=2, le=8)
     activation_bits: int | None = Field(default=None, ge=2, le=8)
@@ -112,13 +112,24 @@ class Recipe(BaseModel):
         return cls.create(read_yaml_mapping(Path(path)), where=str(path))
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, without the fields that are unset."""
-        values = self.model_dump(mode="json", exclude_none=True)
-        return yaml.safe_dump(values, sort_keys=False)
+        """The recipe as YAML, without what is absent by default."""
+        return yaml.safe_dump(_present(self), sort_keys=False)
 
     def updated(self, **changes: Any) -> Recipe:
         """A validated copy with ``changes`` applied."""
         return Recipe.create({**self.model_dump(exclude_unset=True), **changes})
+
+
+def _present(model: BaseModel) -> dict[str, Any]:
+    """Plain values of a model; None only where it differs from the default, as it then means something."""
+    fields = type(model).model_fields
+    values = model.model_dump(mode="json")
+    present = {
+        name: value for name, value in values.items() if value is not None or fields[name].default is not None
+    }
+    if isinstance(model, Recipe):
+        present["rules"] = [_present(rule) for rule in model.rules]
+    return present
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:

@@ -30,14 +30,15 @@ class Draw:
         """``count`` samples from place ``start`` of the deck on; it begins anew where it ends."""
         total = len(self.order)
         wanted = [self.order[(start + i) % total] for i in range(min(count, total))]
-        kept = {position: sample for position, sample in enumerate(self._feeds) if position in set(wanted)}
+        chosen = set(wanted)
+        kept = {position: sample for position, sample in enumerate(self._feeds) if position in chosen}
         return [kept[position] for position in wanted]
 
 
 def _digest(sample: Sample) -> bytes:
     hasher = hashlib.sha256()
     for name in sorted(sample):
-        hasher.update(name.encode())
+        hasher.update(f"{name}\0{sample[name].dtype}\0{sample[name].shape}\0".encode())
         hasher.update(np.ascontiguousarray(sample[name]).tobytes())
     return hasher.digest()
 

@@ -108,17 +108,22 @@ def _error_graph(model: CanonicalModel, layers: list[Linear]) -> tuple[gs.Graph,
         twin = gs.Node(node.op, node.name + _TWIN, dict(node.attrs), list(node.inputs), [twin_output])
         difference = gs.Variable(node.outputs[0].name + "/error", dtype=np.float32)
         mean = gs.Variable(node.outputs[0].name + "/mean_error", dtype=np.float32)
-        rank = len(node.outputs[0].shape) if node.outputs[0].shape is not None else len(layer.weight.shape)
-        channel = rank - 1 if node.op in ("MatMul", "Gemm") else 1
-        axes = [i for i in range(rank) if i != channel]
-        graph.nodes += [
-            twin,
-            gs.Node("Sub", inputs=[node.outputs[0], twin_output], outputs=[difference]),
-            _reduce_mean(difference, mean, axes, model.opset),
-        ]
+        graph.nodes += [twin, gs.Node("Sub", inputs=[node.outputs[0], twin_output], outputs=[difference])]
+        if node.op in ("MatMul", "Gemm"):  # channels last, whatever the rank
+            graph.nodes += _rows_mean(difference, mean, layer.weight.shape[layer.axis], model.opset)
+        else:
+            axes = [i for i in range(len(layer.weight.shape)) if i != 1]
+            graph.nodes.append(_reduce_mean(difference, mean, axes, model.opset))
         outputs.append(mean)
     graph.outputs = list(outputs)
     return graph, [tensor.name for tensor in outputs]
+
+
+def _rows_mean(source: gs.Tensor, target: gs.Tensor, channels: int, opset: int) -> list[gs.Node]:
+    rows = gs.Variable(target.name + "/rows", dtype=np.float32)
+    shape = gs.Constant(target.name + "/shape", np.asarray([-1, channels], np.int64))
+    reshape = gs.Node("Reshape", inputs=[source, shape], outputs=[rows])
+    return [reshape, _reduce_mean(rows, target, [0], opset)]
 
 
 def _reduce_mean(source: gs.Tensor, target: gs.Tensor, axes: list[int], opset: int) -> gs.Node:
