@@ -1,0 +1,124 @@
+"""From a recipe's selectors and rules to a placement request, in the user's names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxptq.errors import SelectorError
+from onnxptq.graph.index import GraphIndex
+from onnxptq.placing import observer_overrides, placement_request
+from onnxptq.recipe import Recipe
+from onnxptq.targets import PlacementRequest
+from onnxptq.types import CanonicalModel
+from tests.unit.small_nets import NETS, Net, canonical
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> CanonicalModel:
+    built = canonical(NETS["residual_block"](), tmp_path)
+    return replace(built, user_names={"relu1": "layer1/act", "head": "logits"})
+
+
+def _request(model: CanonicalModel, **settings: Any) -> PlacementRequest:
+    return placement_request(model, GraphIndex(model.graph), Recipe.create(settings), {"x": "why"})
+
+
+def test_defaults_decline_nothing(model: CanonicalModel) -> None:
+    request = _request(model)
+    assert dict(request.declined) == {}
+    assert dict(request.uncalibrated) == {"x": "why"}
+
+
+def test_include_keeps_what_it_names(model: CanonicalModel) -> None:
+    request = _request(model, include=("Conv",))
+    kept = {node.name for node in model.graph.nodes} - set(request.declined)
+    assert kept == {"stem", "conv1", "conv2"}
+    assert set(request.declined.values()) == {"not chosen by --include"}
+
+
+def test_exclude_wins_and_knows_the_users_names(model: CanonicalModel) -> None:
+    request = _request(model, include=("Conv", "Gemm"), exclude=("logits",))
+    assert request.declined["head"] == "excluded by 'logits'"
+    assert "stem" not in request.declined
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_patterns_that_match_nothing(option: str, model: CanonicalModel) -> None:
+    with pytest.raises(SelectorError, match=f"--{option} 'Convs'") as caught:
+        _request(model, **{option: ("Convs",)})
+    assert "Conv" in caught.value.remedy
+
+
+def test_later_rules_win_field_by_field(model: CanonicalModel) -> None:
+    rules = [
+        {"match": "Conv", "weight_bits": 4},
+        {"match": "conv1", "activation_bits": 6},
+        {"match": "conv2", "weight_bits": 3},
+        {"match": "head", "observer": "minmax"},
+    ]
+    request = _request(model, target="simulate", weight_bits=8, activation_bits=7, rules=rules)
+    assert request.bits_of == {"stem": (4, 7), "conv1": (4, 6), "conv2": (3, 7)}
+
+
+def test_rules_that_match_nothing(model: CanonicalModel) -> None:
+    with pytest.raises(SelectorError, match="rule 'nothing'"):
+        _request(model, rules=[{"match": "nothing", "weight_bits": 4}])
+
+
+@pytest.mark.parametrize(
+    ("target", "opset", "storage"),
+    [("simulate", 21, "int4"), ("simulate", 20, "int8"), ("ort-cpu", 21, "int8"), ("tensorrt", 25, "int8")],
+)
+def test_int4_storage_needs_its_opset_and_target(
+    target: str, opset: int, storage: str, model: CanonicalModel
+) -> None:
+    assert _request(replace(model, opset=opset), target=target).weight_storage == storage
+
+
+def test_weights_that_no_grid_can_hold_are_declined(tmp_path: Path) -> None:
+    net = Net()
+    weight = np.ones((4, 4), np.float32)
+    weight[1, 2] = np.inf
+    net.op("MatMul", "bad", "x", net.constant("w", weight))
+    net.op("MatMul", "good", "bad", net.weight("v", 4, 4))
+    model = canonical(net.proto({"x": [4, 4]}, ["good"]), tmp_path)
+    assert set(_request(model).declined) == {"bad"}
+
+
+def _overrides(model: CanonicalModel, match: str) -> dict[str, str]:
+    recipe = Recipe.create({"rules": [{"match": match, "observer": "minmax"}]})
+    tensors = frozenset({"x", "stem_relu", "relu1", "conv2", "flat"})
+    found = observer_overrides(model, GraphIndex(model.graph), recipe, tensors)
+    return {name: observer.name for name, observer in found.items()}
+
+
+def test_observers_of_tensors_by_the_users_names(model: CanonicalModel) -> None:
+    assert _overrides(model, "layer1/*") == {"relu1": "minmax"}
+
+
+def test_observers_of_what_a_node_reads_and_writes(model: CanonicalModel) -> None:
+    assert _overrides(model, "Gemm") == {"flat": "minmax"}
+    assert _overrides(model, "conv1") == {"stem_relu": "minmax"}
+
+
+def test_observers_for_nothing(model: CanonicalModel) -> None:
+    with pytest.raises(SelectorError):
+        _overrides(model, "nowhere")
+
+
+def test_later_observers_win(model: CanonicalModel) -> None:
+    rules = [
+        {"match": "*", "observer": "minmax"},
+        {"match": "flat", "observer": "percentile"},
+        {"match": "flat", "weight_bits": 4},
+    ]
+    recipe = Recipe.create({"rules": rules, "percentile": 99.0})
+    found = observer_overrides(model, GraphIndex(model.graph), recipe, frozenset({"flat", "x"}))
+    assert found["flat"].name == "percentile"
+    assert found["flat"].percentile == 99.0
+    assert found["x"].name == "minmax"

@@ -1,0 +1,57 @@
+"""Subsets of feeds are chosen by content."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxptq.samples import Draw, ListFeeds, pick_samples
+from onnxptq.types import Sample
+
+
+def _samples(count: int) -> list[Sample]:
+    rng = np.random.default_rng(0)
+    return [{"x": rng.standard_normal(3).astype(np.float32), "i": np.array([i])} for i in range(count)]
+
+
+def _ids(samples: object) -> list[int]:
+    return [int(s["i"][0]) for s in samples]  # type: ignore[attr-defined]
+
+
+def test_order_does_not_matter() -> None:
+    samples = _samples(20)
+    first = _ids(pick_samples(ListFeeds(samples), 7))
+    assert first == _ids(pick_samples(ListFeeds(samples[::-1]), 7))
+    assert len(set(first)) == 7
+    assert first != sorted(first)
+
+
+def test_smaller_subsets_are_parts_of_larger_ones() -> None:
+    feeds = ListFeeds(_samples(20))
+    assert _ids(pick_samples(feeds, 12))[:5] == _ids(pick_samples(feeds, 5))
+
+
+@pytest.mark.parametrize("count", [0, 3, 100])
+def test_asking_for_more_than_there_is(count: int) -> None:
+    assert len(pick_samples(ListFeeds(_samples(3)), count)) == min(3, count)
+    assert pick_samples(ListFeeds([]), count) == []
+
+
+def test_a_draw_deals_on_and_begins_anew() -> None:
+    draw = Draw(ListFeeds(_samples(10)))
+    whole = _ids(draw.take(0, 10))
+    assert sorted(whole) == list(range(10))
+    assert _ids(draw.take(4, 3)) == whole[4:7]
+    assert _ids(draw.take(8, 4)) == whole[8:] + whole[:2]
+
+
+def test_fingerprints_see_values_types_shapes_and_names() -> None:
+    variants: list[Sample] = [
+        {"x": np.zeros((2, 3), np.float32)},
+        {"x": np.zeros((3, 2), np.float32)},
+        {"x": np.zeros((2, 3), np.int32)},
+        {"y": np.zeros((2, 3), np.float32)},
+        {"x": np.ones((2, 3), np.float32)},
+    ]
+    assert len({ListFeeds([v]).fingerprint for v in variants}) == len(variants)
+    assert ListFeeds(variants).fingerprint == ListFeeds(list(variants)).fingerprint
