@@ -1,0 +1,61 @@
+"""Ranges of softmax outputs against a brute-force search on the product that reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnxptq.calibrate.observers import Observer
+from onnxptq.calibrate.products import choose_softmax_ranges
+from onnxptq.calibrate.ranges import choose_ranges
+from onnxptq.calibrate.run import calibrate
+from onnxptq.graph.save import exposed_copy
+from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, symmetric_qparams
+from onnxptq.runtime import Session
+from onnxptq.samples import ListFeeds
+from onnxptq.types import PerTensor
+from tests.unit.small_nets import NETS, Net, canonical, planned, random_samples
+
+
+@pytest.mark.parametrize("target", ["simulate", "tensorrt"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_product_decides(target: str, bits: int, tmp_path: Path) -> None:
+    model = canonical(NETS["attention_block"](), tmp_path)
+    plan = planned(model, target, activation_bits=bits)
+    samples = random_samples(model, 3)
+    tensors = sorted({q.tensor for q in plan.quantizers if q.role == "activation"})
+    ranges = choose_ranges(plan, calibrate(model, ListFeeds(samples), tensors), Observer(name="minmax"))
+    found = choose_softmax_ranges(model, plan, ranges, samples)
+    assert set(found) == {"softmax"}
+
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+    exposed_copy(model.path, ["softmax", "v_heads"], tmp_path / "exposed.onnx")
+    runs = [Session(tmp_path / "exposed.onnx", threads=1).run(s) for s in samples]
+    (quantizer,) = [q for q in plan.quantizers if q.quantizer_id == "softmax"]
+    top = max(float(r["softmax"].max()) for r in runs)
+
+    def loss(end: float) -> float:
+        qparams = (
+            symmetric_qparams(np.asarray(end), quantizer.qtype, PerTensor())
+            if quantizer.symmetric
+            else asymmetric_qparams(0.0, end, quantizer.qtype)
+        )
+        errors = [(r["softmax"] - fake_quantize(r["softmax"], qparams)) @ r["v_heads"] for r in runs]
+        return float(sum(np.square(e, dtype=np.float64).sum() for e in errors))
+
+    best = min(loss(top * f) for f in np.geomspace(1 / 128, 1.0, 200))
+    end = float((quantizer.qtype.qmax - found["softmax"].zero_point) * found["softmax"].scale)
+    # The search looks at three ends per octave, the brute force at 29.
+    assert loss(end) <= 1.5 * best
+    assert loss(end) <= loss(top) * (1 + 1e-6)
+
+
+def test_nothing_to_choose_without_a_product(tmp_path: Path) -> None:
+    net = Net()
+    y = net.op("Softmax", "softmax", net.linear("a", "x", 8, 8), axis=-1)
+    model = canonical(net.proto({"x": [4, 8]}, [net.linear("b", y, 8, 8)]), tmp_path)
+    plan = planned(model, "simulate")
+    assert choose_softmax_ranges(model, plan, {}, random_samples(model, 1)) == {}
