@@ -123,13 +123,16 @@ def merge_blocks(members: Sequence[Block], others: Sequence[Block], *, index: in
     ``others`` are all remaining blocks of the network.
     """
     written = {name for block in members for name in block.outputs}
-    sites = tuple(site for block in members for site in block.sites)
+    sites = [site for block in members for site in block.sites]
+    sites.sort(key=lambda site: site.consumer == GRAPH_OUTPUT)
+    read = {site.tensor for site in sites if not site.is_weight and site.consumer != GRAPH_OUTPUT}
     wanted = {name for block in others for name in block.inputs}
     wanted |= {site.tensor for site in sites if site.consumer == GRAPH_OUTPUT}
+    # Nobody reads its values: it exists for the sake of its shape.
+    wanted |= {name for block in others for name in block.shape_inputs if name not in read}
     inputs = dict.fromkeys(name for b in members for name in b.inputs if name not in written)
     # A shape may come from a tensor inside another member, which is not among that member's outputs.
-    inside = written | {site.tensor for block in members for site in block.sites if not site.is_weight}
-    inside -= set(inputs)
+    inside = (written | read) - set(inputs)
     shapes = dict.fromkeys(
         name for b in members for name in b.shape_inputs if name not in inside and name not in inputs
     )
@@ -140,7 +143,7 @@ def merge_blocks(members: Sequence[Block], others: Sequence[Block], *, index: in
         inputs=tuple(inputs),
         outputs=tuple(name for block in members for name in block.outputs if name in wanted),
         shape_inputs=tuple(shapes),
-        sites=sites,
+        sites=tuple(sites),
     )
 
 
