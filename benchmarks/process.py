@@ -101,8 +101,12 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _status_mb(pid: int, field: str) -> float:
+    return _field_mb(Path(f"/proc/{pid}/status"), field)
+
+
+def _field_mb(path: Path, field: str) -> float:
     try:
-        text = Path(f"/proc/{pid}/status").read_text()
+        text = path.read_text()
     except OSError:
         return 0.0
     for line in text.splitlines():
@@ -112,9 +116,18 @@ def _status_mb(pid: int, field: str) -> float:
 
 
 def _tree_mb(pid: int) -> float:
-    total = _status_mb(pid, "VmRSS")
+    """Resident memory of a process and all below it; pages that several share count once (PSS)."""
+    pids = [pid, *_below(pid)]
+    if len(pids) == 1:
+        return _status_mb(pid, "VmRSS")
+    return sum(_field_mb(Path(f"/proc/{member}/smaps_rollup"), "Pss") for member in pids)
+
+
+def _below(pid: int) -> list[int]:
+    found: list[int] = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(OSError):
-                total += sum(_tree_mb(int(child)) for child in (task / "children").read_text().split())
-    return total
+                children = [int(child) for child in (task / "children").read_text().split()]
+                found += [member for child in children for member in (child, *_below(child))]
+    return found

@@ -53,10 +53,9 @@ def produce(
     path, facts = folder / f"{stem}.onnx", folder / f"{stem}.json"
     if facts.exists() and path.exists() and not fresh:
         return Produced(path=path, source=version, facts=json.loads(facts.read_text()))
-    for old in (path, facts, path.with_name(path.name + ".data")):
-        old.unlink(missing_ok=True)
+    for old in folder.glob(f"{bed.name}-{setting.tool}-{setting.name}-{samples.count}-*"):
+        old.unlink()  # made by other code: the cache keeps one file of a kind
     report = folder / f"{stem}.report.json"
-    report.unlink(missing_ok=True)
     measured = run_measured(_command(bed, setting, samples.array, path, report), timeout=timeout)
     if measured.failure is not None or not path.exists():
         return Produced(
