@@ -256,7 +256,8 @@ def plan(
         request = placement_request(model, index, run.recipe, statistics.uncalibrated)
         request = replace(request, declined={**request.declined, **(declined or {})})
         placed = TARGETS[run.recipe.target](index, request)
-        require_quantizers(placed, model, run.recipe)
+        if declined is None:
+            require_quantizers(placed, model, run.recipe)
         return placed
 
 
