@@ -34,7 +34,7 @@ EMPHASES = (
 """What is tried; the one that does best on unseen samples is taken, and the first where there are none."""
 
 _GROUP_BYTES = 1 << 30
-_UNSEEN = 4
+_UNSEEN = 8
 _FEWEST = 6
 
 Solved = Sequence[tuple[Component, Choice]]
@@ -126,7 +126,7 @@ def equalize(
 
     Args:
         model: left as it is.
-        feeds: up to ``samples`` of them, evenly spread, are used; every fourth of those, at most four, only
+        feeds: up to ``samples`` of them, evenly spread, are used; every fourth of those, at most eight, only
             judge the result.
         work_dir: an existing folder for the new model.
         tensors: the activations that will be quantized per tensor; None for every input of a product.

@@ -1,0 +1,228 @@
+"""The pieces by themselves: label layouts, classes, noise terms and the choice of factors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import approx_fprime
+
+from onnxptq.equalize import layouts
+from onnxptq.equalize.classes import Classes
+from onnxptq.equalize.factors import choose
+from onnxptq.equalize.noise import ActivationTerm, WeightTerm, total_noise
+from onnxptq.equalize.observe import observe
+from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, symmetric_qparams
+from onnxptq.types import PerAxis, QType
+from tests.unit.equalize.equalize_helpers import Samples, canonical
+from tests.unit.graph.graph_helpers import build, node
+
+SHAPES = [
+    ((2, 12, 5), (2, 3, 4, 5)),
+    ((2, 3, 4, 5), (2, 12, 5)),
+    ((1, 24), (12, 2)),
+    ((6, 1, 4), (6, 4)),
+    ((4, 6), (1, 2, 12)),
+    ((3, 2, 2), (12,)),
+    ((2, 3), (2, 1, 3, 1)),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), SHAPES, ids=str)
+def test_reshape_of_labels_is_reshape(before: tuple[int, ...], after: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    for mask in range(2 ** len(before)):
+        shape = [n if mask >> a & 1 else 1 for a, n in enumerate(before)]
+        labels = layouts.flatten_constant_axes(rng.integers(0, 50, shape))
+        found = layouts.reshape(labels, before, after)
+        expected = np.broadcast_to(labels, before).reshape(after)
+        np.testing.assert_array_equal(np.broadcast_to(found, after), expected)
+
+
+def test_reshape_keeps_flat_axes_flat() -> None:
+    labels = np.arange(48).reshape(1, 48, 1, 1)
+    assert layouts.reshape(labels, (7, 48, 500, 500), (7, 2, 24, 250_000)).shape == (1, 2, 24, 1)
+
+
+def test_joined_literals_have_one_factor_and_joined_inverses_the_inverse() -> None:
+    classes = Classes()
+    a, b = classes.fresh((3,)), classes.fresh((3,))
+    classes.join(a, b ^ 1)
+    factors = dict(zip((a // 2).tolist(), np.log([2.0, 4.0, 8.0]), strict=True))
+    np.testing.assert_allclose(classes.factors(a, factors), [2, 4, 8])
+    np.testing.assert_allclose(classes.factors(b, factors), [1 / 2, 1 / 4, 1 / 8])
+
+
+def test_joining_spreads_pins_and_keeps_the_first_reason() -> None:
+    classes = Classes()
+    a, b, c = (classes.fresh((1,)) for _ in range(3))
+    classes.pin(b, "first")
+    classes.pin(c, "second")
+    classes.join(a, b)
+    classes.join(a, c)
+    assert [classes.reason(classes.find(int(v[0]) ^ side)) for v in (a, b, c) for side in (0, 1)] == [
+        "first"
+    ] * 6
+    assert not classes.all_pinned(classes.fresh((2,)))
+
+
+def activation(seed: int, *, symmetric: bool = False) -> ActivationTerm:
+    rng = np.random.default_rng(seed)
+    return ActivationTerm(
+        name="t",
+        index=np.array([0, 1, 2, -1]),
+        sign=np.array([1.0, -1.0, 1.0, 1.0]),
+        low=-rng.random(4),
+        high=rng.random(4) * 2,
+        gain=rng.random(4),
+        tail_low=rng.random(4) / 5,
+        tail_high=np.array([0.1, 0.0, 0.3, 0.2]),
+        risk=rng.random(4) / 10,
+        symmetric=symmetric,
+    )
+
+
+def weight(seed: int) -> WeightTerm:
+    rng = np.random.default_rng(seed)
+    return WeightTerm(
+        name="w",
+        index=np.array([2, 1, -1]),
+        sign=np.array([1.0, -1.0, 1.0]),
+        absmax=rng.random((5, 3)),
+        gain=rng.random(5),
+        energy=rng.random(3),
+    )
+
+
+@pytest.mark.parametrize("p", [8, 32])
+@pytest.mark.parametrize(
+    "term", [activation(0), activation(1, symmetric=True), weight(2)], ids=["u8", "s8", "weight"]
+)
+def test_gradients(term: ActivationTerm | WeightTerm, p: int) -> None:
+    x = np.random.default_rng(3).normal(size=3) * 0.3
+    value, slope = term.value(x, p)
+    numeric = approx_fprime(x, lambda v: term.value(v, p)[0], 1e-7)
+    # Forward differences with a step of 1e-7 are good to about 1e-6 of the value.
+    np.testing.assert_allclose(slope, numeric, atol=2e-6 * max(value, 1e-3))
+
+
+def test_rounding_noise_is_what_quantizers_make() -> None:
+    """Monte Carlo: mean square error of quantizing x / s, times s^2, weighed by gain."""
+    rng = np.random.default_rng(0)
+    spread = np.array([1.0, 5.0, 20.0])
+    x = (rng.uniform(-1, 1, (200_000, 3)) * spread).astype(np.float32)
+    gain = np.array([1.0, 0.2, 3.0])
+    log_s = np.log([0.5, 1.0, 3.0])
+    zero = np.zeros(3)
+    term = ActivationTerm(
+        name="t", index=np.arange(3), sign=np.ones(3), low=x.min(axis=0), high=x.max(axis=0), gain=gain,
+        tail_low=zero, tail_high=zero, risk=zero, symmetric=False,
+    )  # fmt: skip
+    scaled = (x / np.exp(log_s)).astype(np.float32)
+    qparams = asymmetric_qparams(float(scaled.min()), float(scaled.max()), QType.unsigned(8))
+    error = (fake_quantize(scaled, qparams) - scaled).astype(np.float64) * np.exp(log_s)
+    measured = float((np.square(error).mean(axis=0) * gain).sum())
+    # 200 000 uniform errors give their variance to 0.3 %; steps that fill ranges unevenly add a little.
+    assert term.value(log_s, None)[0] == pytest.approx(measured, rel=0.02)
+
+
+def test_weight_noise_is_what_quantizers_make() -> None:
+    rng = np.random.default_rng(0)
+    w = rng.uniform(-1, 1, (400, 30)).astype(np.float32)
+    log_s = rng.normal(size=30)
+    energy, gain = rng.random(30) + 0.5, rng.random(400)
+    term = WeightTerm(
+        name="w", index=np.arange(30), sign=np.ones(30), absmax=np.abs(w).astype(np.float64), gain=gain, energy=energy
+    )  # fmt: skip
+    scaled = (w * np.exp(log_s)).astype(np.float32)
+    rounded = fake_quantize(
+        scaled, symmetric_qparams(np.abs(scaled).max(axis=1), QType.signed(8), PerAxis(0))
+    )
+    error = np.square((rounded - scaled) / np.exp(log_s)) @ energy
+    # 12 000 independent errors, of unequal weight: the sum is good to a few percent.
+    assert term.value(log_s, None)[0] == pytest.approx(float(error @ gain), rel=0.06)
+
+
+def test_clipping_noise_is_what_exponential_tails_make() -> None:
+    """A new value exceeds the old extreme with probability 1 / n by an exponential excess."""
+    rng = np.random.default_rng(0)
+    n, tail, extreme, limit = 20, 0.5, 2.0, 2.6
+    excess = np.where(rng.random(4_000_000) < 1 / n, rng.exponential(tail, 4_000_000), -np.inf)
+    measured = np.square(np.maximum(extreme + excess - limit, 0)).mean()
+    term = ActivationTerm(
+        name="t", index=np.array([0, -1]), sign=np.ones(2), low=np.zeros(2), high=np.array([extreme, limit]),
+        gain=np.zeros(2), tail_low=np.zeros(2), tail_high=np.array([tail, 0.0]), risk=np.array([1 / n, 0.0]),
+        symmetric=False,
+    )  # fmt: skip
+    # About 60 000 exceedances, whose squares have a relative deviation of sqrt(5): 1 %.
+    assert term.value(np.zeros(1), None)[0] == pytest.approx(measured, rel=0.05)
+
+
+def test_ranges_are_equalized_where_nothing_else_counts() -> None:
+    spread = np.array([1.0, 8.0, 0.25, 2.0])
+    zero = np.zeros(4)
+    term = ActivationTerm(
+        name="t", index=np.arange(4), sign=np.ones(4), low=-spread, high=spread, gain=np.ones(4),
+        tail_low=zero, tail_high=zero, risk=zero, symmetric=True,
+    )  # fmt: skip
+    choice = choose([term], 4, limit=64.0, snap=False)
+    ratios = np.exp(choice.x) / spread
+    np.testing.assert_allclose(ratios / ratios[0], 1.0, rtol=0.02)
+    snapped = choose([term], 4, limit=64.0, snap=True)
+    np.testing.assert_allclose(snapped.x / np.log(2), np.rint(snapped.x / np.log(2)), atol=1e-12)
+    bounded = choose([term], 4, limit=2.0, snap=False)
+    assert np.abs(bounded.x).max() <= np.log(2.0) + 1e-12
+    assert choice.after < bounded.after < choice.before
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), symmetric=st.booleans(), snap=st.booleans())
+def test_predicted_noise_never_grows(seed: int, symmetric: bool, snap: bool) -> None:
+    terms = [activation(seed, symmetric=symmetric), weight(seed)]
+    choice = choose(terms, 3, limit=64.0, snap=snap)
+    assert choice.after <= choice.before
+    assert choice.after == total_noise(terms, choice.x)[0]
+    assert np.abs(choice.x).max() <= np.log(64) + 1e-12
+
+
+def test_dead_channels_keep_factor_one() -> None:
+    zero = np.zeros(3)
+    term = ActivationTerm(
+        name="t", index=np.arange(3), sign=np.ones(3), low=zero, high=np.array([1.0, 0.0, 9.0]), gain=np.ones(3),
+        tail_low=zero, tail_high=zero, risk=zero, symmetric=False,
+    )  # fmt: skip
+    assert choose([term], 3, limit=64.0, snap=False).x[1] == 0.0
+
+
+def test_spread_is_that_of_numpy_and_ignores_sample_order(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    model = build(
+        [node("Mul", "x two", "a"), node("Relu", "a", "y")], {"x": (2, 3, 5)}, ["y"], {"two": np.float32(2)}
+    )
+    feeds = [{"x": rng.standard_normal((2, 3, 5)).astype(np.float32) * 10.0**i} for i in range(-3, 4)]
+    classes = Classes()
+    labels = classes.fresh((3,)).reshape(1, 3, 1)
+    classes.join(labels[:, :1], labels[:, 2:])
+
+    def spread(order: list[int]) -> dict[str, np.ndarray]:
+        found = observe(
+            canonical(model, tmp_path), Samples([feeds[i] for i in order]), {"a": labels, "y": labels}, classes,
+            sizes={"a": (2, 3, 5), "y": (2, 3, 5)}, positions=range(7), provider="cpu", group_bytes=200,
+            tick=lambda: None,
+        )  # fmt: skip
+        return {f"{t} {key}": getattr(s, key) for t, s in found.items() for key in s.__dataclass_fields__}
+
+    first = spread([0, 1, 2, 3, 4, 5, 6])
+    values = np.stack([2 * f["x"] for f in feeds]).astype(np.float64)
+    groups = [values[:, :, [0, 2]], values[:, :, [1]]]
+    np.testing.assert_array_equal(first["a high"], [g.max() for g in groups])
+    np.testing.assert_array_equal(first["a low"], [g.min() for g in groups])
+    np.testing.assert_allclose(first["a energy"], [np.square(g).mean() for g in groups], rtol=1e-12)
+    np.testing.assert_allclose(first["y density"], [(g > 0).mean() for g in groups], rtol=1e-12)
+    np.testing.assert_allclose(first["a share"], [2 / 3, 1 / 3])
+    np.testing.assert_allclose(first["a rarity"], [1 / (7 * 20), 1 / (7 * 10)])
+    for key, value in spread([6, 2, 4, 0, 1, 5, 3]).items():
+        np.testing.assert_array_equal(value, first[key], err_msg=key)
