@@ -74,15 +74,19 @@ class Solver:
 
     def solve(self, samples: Samples) -> Solution:
         """The best solution that the recipe's method allows."""
+        if not self.plan.quantizers:
+            return Solution(qparams={})
         grids = weight_grids(self.model.graph, self.plan)
-        if self.recipe.method == "rtn" or not self.plan.quantizers:
+        if self.recipe.method == "rtn":
             return self._initial(self.statistics, _named(self.recipe), {}, grids)
         trial = Trial(self.model, samples.trial, self.scratch, self.recipe.provider)
         observer, focused = self._ranges(trial, samples, grids)
         start = self._initial(self.statistics, observer, focused, grids)
         return self._best(trial, self._alternatives(start, samples.correction))
 
-    def relax(self, found: Solution, samples: Samples, plan_of: Callable[[str], QuantPlan]) -> Mapping[str, str]:
+    def relax(
+        self, found: Solution, samples: Samples, plan_of: Callable[[str], QuantPlan]
+    ) -> Mapping[str, str]:
         """Nodes to leave in float, with reasons, because the outputs stay below the recipe's floor.
 
         Args:
