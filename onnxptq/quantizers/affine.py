@@ -111,8 +111,9 @@ def asymmetric_qparams(low: float, high: float, qtype: QType) -> QParams:
 
 def _not_beyond(scale: np.float32, steps: int, end: np.float32) -> np.float32:
     """The largest float up to ``scale`` whose rounded product with ``steps`` does not exceed ``end``."""
-    while scale > SMALLEST_SCALE and np.float32(steps) * scale > end:
-        scale = np.nextafter(scale, np.float32(0.0))
+    with np.errstate(over="ignore"):  # the product may round to Inf, which is beyond any end
+        while scale > SMALLEST_SCALE and np.float32(steps) * scale > end:
+            scale = np.nextafter(scale, np.float32(0.0))
     return scale
 
 

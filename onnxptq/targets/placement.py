@@ -63,7 +63,8 @@ class Row:
 
     ``weight`` is the input that is a per-channel weight when it is constant (and an activation otherwise);
     ``weight_axis`` gives the axis kept, from the node. ``quantize_output`` asks for a quantizer behind the
-    operator and its fused activation, unless ``output_is_idle`` gives a reason against it. ``decline`` returns a reason to leave a node in float, or None.
+    operator and its fused activation, unless ``output_is_idle`` gives a reason against it. ``decline`` returns
+    a reason to leave a node in float, or None.
     """
 
     activations: tuple[int, ...]

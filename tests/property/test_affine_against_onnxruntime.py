@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
@@ -116,6 +116,8 @@ def test_per_axis(qtype: QType, axis: int, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("qtype", GRIDS, ids=IDS)
 @settings(max_examples=40, deadline=None)
+@example(low=-3.4028234663852886e38, high=0.0)
+@example(low=-3.4028234663852886e38, high=3.4028234663852886e38)
 @given(low=ANY_FLOAT, high=ANY_FLOAT)
 def test_asymmetric_parameters_cover_their_range_and_zero(qtype: QType, low: float, high: float) -> None:
     low, high = min(low, high), max(low, high)
