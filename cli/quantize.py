@@ -81,6 +81,12 @@ _PICTURES = ("size", "resize", "color", "layout", "scale", "mean", "std")
 @click.option(
     "--correct-bias/--no-correct-bias", default=None, help="Correct biases where that helps. [default: yes]"
 )
+@click.option(
+    "--floor",
+    type=float,
+    metavar="DB",
+    help="Leave nodes in float until the outputs reach this; 0 for never. [default: 20.0]",
+)
 @click.option("--samples", type=int, help="At most this many calibration samples. [default: 256]")
 @click.option("--holdout", type=float, help="Share held out where --eval is absent. [default: 0.2]")
 @click.option("--opset", type=int, help="Raise the model to this opset.")

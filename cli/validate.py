@@ -29,7 +29,12 @@ _PICTURES = ("size", "resize", "color", "layout", "scale", "mean", "std")
 @click.option("--layers", is_flag=True, help="Also compare every tensor that both files name.")
 @click.option("--exact", is_flag=True, help="Run QDQ arithmetic as written instead of integer kernels.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most this many samples, spread evenly.")
-@click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True)
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    default="cpu",
+    help="Runs both models. [default: cpu]",
+)
 @click.option("--min-sqnr", type=float, metavar="DB", help="Gate: every float output reaches this.")
 @click.option(
     "--min-agreement", type=click.FloatRange(0, 1), metavar="SHARE", help="Gate: top-1 agrees this often."

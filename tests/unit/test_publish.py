@@ -1,98 +1,113 @@
-"""Outputs appear complete or not at all."""
+"""Writing results completely or not at all."""
 
 from __future__ import annotations
 
 import errno
 import os
-import stat
+import threading
 from pathlib import Path
 
 import pytest
 
+from onnxptq import publish
 from onnxptq.errors import OutputPathError
-from onnxptq.publish import require_distinct, require_writable, space_errors, staging, write_texts
+from onnxptq.publish import claimed_folder, space_errors, staging, write_texts
 
 
-def test_staged_files_appear_together(tmp_path: Path) -> None:
-    target = tmp_path / "model.onnx"
+def test_staging_moves_everything_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "net.onnx"
     with staging(target) as staged:
-        assert staged.name == target.name
         staged.write_bytes(b"model")
-        staged.with_name("model.onnx.data").write_bytes(b"weights")
-        assert not target.exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
-    assert target.read_bytes() == b"model"
+        (staged.parent / "net.onnx.data").write_bytes(b"weights")
+        assert list(tmp_path.iterdir()) == [staged.parent]
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+        "net.onnx": b"model",
+        "net.onnx.data": b"weights",
+    }
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()])
-def test_failures_leave_the_old_file(error: BaseException, tmp_path: Path) -> None:
-    target = tmp_path / "model.onnx"
-    target.write_bytes(b"old")
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_staging_leaves_nothing_on_failure(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "net.onnx"
+    target.write_bytes(b"older")
 
     def fail() -> None:
         with staging(target) as staged:
             staged.write_bytes(b"half")
             raise error
 
-    with pytest.raises(type(error)):
+    with pytest.raises(error):
         fail()
-    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
-    assert target.read_bytes() == b"old"
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"net.onnx": b"older"}
 
 
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OutputPathError, match="No space left") as caught, space_errors(tmp_path):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert str(tmp_path) in caught.value.message
-    with pytest.raises(FileNotFoundError), space_errors(tmp_path):
-        raise FileNotFoundError(errno.ENOENT, "No such file")
-
-
-def test_a_block_that_writes_nothing_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OutputPathError), staging(tmp_path / "model.onnx"):
-        pass
+def test_two_live_folders_do_not_touch_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "_SETTLED_SECONDS", -1.0)
+    with claimed_folder(tmp_path, "run-") as first, claimed_folder(tmp_path, "run-") as second:
+        assert first.is_dir()
+        assert second.is_dir()
+        assert first != second
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_that_do_not_exist_or_are_files(tmp_path: Path) -> None:
-    with pytest.raises(OutputPathError, match="does not exist"):
-        require_writable(tmp_path / "absent" / "m.onnx")
-    with pytest.raises(OutputPathError, match="is a folder"):
-        require_writable(tmp_path)
-    with pytest.raises(OutputPathError, match="cannot be written"), staging(tmp_path / "absent" / "m.onnx"):
-        pass
-    require_writable(tmp_path / "m.onnx")
-    assert list(tmp_path.iterdir()) == []
+def test_a_folder_without_a_living_owner_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "_SETTLED_SECONDS", -1.0)
+    (tmp_path / "run-dead").mkdir()
+    (tmp_path / "run-file").write_bytes(b"")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "run-link").symlink_to(tmp_path / "other")
+    with claimed_folder(tmp_path, "run-"):
+        left = {p.name for p in tmp_path.iterdir()}
+    assert "run-dead" not in left
+    assert {"run-file", "other", "run-link"} <= left
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_folders_without_permission(tmp_path: Path) -> None:
-    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    try:
-        with pytest.raises(OutputPathError, match="cannot be written"):
-            require_writable(tmp_path / "m.onnx")
-    finally:
-        tmp_path.chmod(stat.S_IRWXU)
+def test_a_folder_that_is_just_being_made_stays(tmp_path: Path) -> None:
+    (tmp_path / "run-new").mkdir()
+    with claimed_folder(tmp_path, "run-"):
+        assert (tmp_path / "run-new").is_dir()
 
 
-def test_the_input_is_never_the_output(tmp_path: Path) -> None:
-    source = tmp_path / "m.onnx"
-    source.write_bytes(b"")
-    link = tmp_path / "link.onnx"
-    link.symlink_to(source)
-    for output in (source, link, tmp_path / "." / "m.onnx"):
-        with pytest.raises(OutputPathError, match="is the input model"):
-            require_distinct(source, output)
-    require_distinct(source, tmp_path / "other.onnx")
+def test_a_killed_owner_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = os.fork() if threading.active_count() == 1 else None
+    if child is None:
+        pytest.skip("forking with threads around is not safe")
+    if child == 0:
+        context = claimed_folder(tmp_path, "run-")
+        context.__enter__()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(publish, "_SETTLED_SECONDS", -1.0)
+    with claimed_folder(tmp_path, "run-") as mine:
+        assert list(tmp_path.iterdir()) == [mine]
 
 
-def test_texts_are_written_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "new"
-    write_texts(folder, {"report.json": "ä", "report.html": "a"})
-    write_texts(folder, {"report.json": "ö"})
-    assert (folder / "report.json").read_text(encoding="utf-8") == "ö"
-    assert sorted(p.name for p in folder.iterdir()) == ["report.html", "report.json"]
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    with pytest.raises(OutputPathError):
-        write_texts(blocked / "in", {"a": "x"})
+def test_both_texts_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a/report"
+    write_texts(folder, {"one": "1", "two": "2"})
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {"one": "1", "two": "2"}
+    real, calls = os.fdopen, []
+
+    def full(*arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "fdopen", full)
+    with pytest.raises(OutputPathError, match="No space left"):
+        write_texts(tmp_path / "b", {"one": "1", "two": "2"})
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EFBIG])
+def test_a_full_disk_names_the_file(tmp_path: Path, number: int) -> None:
+    with pytest.raises(OutputPathError, match="some/file") as caught, space_errors(tmp_path):
+        raise OSError(number, os.strerror(number), "some/file")
+    assert "TMPDIR" in caught.value.remedy
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(FileNotFoundError), space_errors(Path()):
+        raise FileNotFoundError(errno.ENOENT, "gone", "x")

@@ -1,0 +1,90 @@
+"""How exceptions become exit codes and messages."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import click
+import pytest
+from onnxptq.cli import main as entry
+
+from onnxptq import errors
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def _raising(error: BaseException) -> click.Command:
+    @click.command("fail")
+    @click.option("--debug", is_flag=True)
+    def fail(debug: bool) -> None:
+        raise error
+
+    return fail
+
+
+def _run(error: BaseException, monkeypatch: pytest.MonkeyPatch, *options: str) -> object:
+    monkeypatch.setitem(entry.cli.commands, "fail", _raising(error))
+    with pytest.raises(SystemExit) as stopped:
+        entry.main(["fail", *options])
+    return stopped.value.code
+
+
+ERRORS = [
+    *(
+        (kind("what", "how"), kind.exit_code)
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.OnnxPtqError)
+    ),
+    (MemoryError(), 6),
+    (KeyboardInterrupt(), 130),
+    (ZeroDivisionError("oops"), 1),
+    (click.UsageError("no"), 2),
+]
+
+
+@pytest.mark.parametrize(("error", "code"), ERRORS, ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize("options", [(), ("--debug",)], ids=["plain", "debug"])
+def test_exit_codes(
+    error: BaseException,
+    code: int,
+    options: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert _run(error, monkeypatch, *options) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err
+    is_shown = bool(options) and not isinstance(error, KeyboardInterrupt | click.UsageError)
+    assert ("Traceback" in said.err) == is_shown
+
+
+def test_every_documented_code_has_a_meaning() -> None:
+    used = {
+        kind.exit_code
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.OnnxPtqError)
+    }
+    for code in used | {0, errors.EXIT_INTERRUPTED}:
+        assert f"\n  {code:<4} " in entry.EXIT_CODES or f"  {code} " in entry.EXIT_CODES
+
+
+def test_messages_are_not_read_as_markup(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(errors.FeedError("[red]odd[/name].npz", "see [bold]"), monkeypatch)
+    assert capsys.readouterr().err == "error: [red]odd[/name].npz\n  fix: see [bold]\n"
+
+
+def test_long_messages_are_not_broken_into_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = "/folder" * 60
+    _run(errors.FeedError(path, "fix it"), monkeypatch)
+    assert path in capsys.readouterr().err
