@@ -174,18 +174,19 @@ def _schedule(
         for j in needed:
             dependents.setdefault(j, []).append(i)
     born: dict[str, int] = {}
+    comes_back = _returns(reads, dependents)
 
-    def priority(i: int) -> tuple[int, int, bool, int]:
+    def priority(i: int) -> tuple[int, int, bool, bool, int]:
         names = [name for name in reads[i] if name not in free]
         if not names:
-            return -len(nodes), 0, False, i
+            return -len(nodes), 0, False, False, i
         freed = sum(pending[name] == 1 and name in born for name in names)
         # An input of the graph becomes alive when it is first read, if it will be read again.
         taken = sum(pending[name] > 1 and name not in born for name in names)
         made = sum(pending.get(t.name, 0) > 0 for t in nodes[i].outputs if t.name)
         growth = made + taken - freed
         newest = max(born.get(name, -1) for name in names)
-        return growth, (newest if growth > 0 else -newest), is_product(nodes[i]), i
+        return growth, (newest if growth > 0 else -newest), comes_back[i], is_product(nodes[i]), i
 
     ready = [i for i, count in enumerate(waiting) if count == 0]
     order: list[int] = []
@@ -202,3 +203,16 @@ def _schedule(
             if waiting[i] == 0:
                 ready.append(i)
     return order
+
+
+def _returns(reads: Sequence[tuple[str, ...]], dependents: Mapping[int, Sequence[int]]) -> Sequence[bool]:
+    """Per node, whether another reader of a tensor that it reads lies behind it. Nodes are sorted."""
+    readers: dict[str, int] = {}
+    for i, names in enumerate(reads):
+        for name in names:
+            readers[name] = readers.get(name, 0) | 1 << i
+    behind = [0] * len(reads)  # sets of positions as bits
+    for i in reversed(range(len(reads))):
+        for j in dependents.get(i, ()):
+            behind[i] |= behind[j] | 1 << j
+    return [any(behind[i] & readers[name] for name in names) for i, names in enumerate(reads)]

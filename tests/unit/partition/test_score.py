@@ -225,7 +225,8 @@ def test_batches_do_not_matter_and_runs_repeat() -> None:
 
 def test_a_fixed_batch_is_run_sample_by_sample() -> None:
     net = Net({"x": [1, 3, 8, 8]})
-    graph, _ = net.built(net.head(net.conv_relu("x", 3, 4), 4))
+    x = net.op("Reshape", net.conv_relu("x", 3, 4), net.ints(1, 4, 8, 8))
+    graph, _ = net.built(net.head(x, 4))
     samples = samples_of(graph, 3)
     plan, solution = quantized(graph, samples)
     assert len(score_blocks(canonical(graph), find_blocks(graph), plan, solution, samples)) == 2
