@@ -77,7 +77,9 @@ ERRORS = (MemoryBudgetError("no room"), KeyboardInterrupt(), OSError(errno.ENOSP
 
 
 @pytest.mark.parametrize(
-    ("stage", "error"), zip(ORDER, itertools.cycle(ERRORS), strict=False), ids=lambda v: str(v) or "interrupt"
+    ("stage", "error"),
+    list(zip(ORDER, itertools.cycle(ERRORS), strict=False)),
+    ids=lambda v: str(v) or "interrupt",
 )
 def test_a_failure_anywhere_leaves_nothing(
     stage: str, error: BaseException, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
