@@ -80,7 +80,7 @@ class Solver:
         if self.recipe.method == "rtn":
             return self._initial(self.statistics, _named(self.recipe), {}, grids)
         trial = Trial(self.model, samples.trial, self.scratch, self.recipe.provider)
-        observer, focused = self._ranges(trial, samples, grids)
+        observer, focused = self._ranges(trial, samples)
         start = self._initial(self.statistics, observer, focused, grids)
         return self._best(trial, self._alternatives(start, samples.correction))
 
@@ -130,9 +130,7 @@ class Solver:
         ranges = choose_ranges(self.plan, statistics, observer, self.overrides)
         return initial_solution(self.model.graph, self.plan, {**ranges, **focused}, grids)
 
-    def _ranges(
-        self, trial: Trial, samples: Samples, grids: Mapping[str, QParams]
-    ) -> tuple[Observer, Mapping[str, QParams]]:
+    def _ranges(self, trial: Trial, samples: Samples) -> tuple[Observer, Mapping[str, QParams]]:
         if self.recipe.observer != "auto":
             return _named(self.recipe), {}
         focused = choose_softmax_ranges(
@@ -143,12 +141,18 @@ class Solver:
             provider=self.recipe.provider,
             progress=self.progress,
         )
-        # Fitted without the trial samples, so that clipping what calibration has not seen shows.
+        # Fitted without the trial samples, so that clipping what calibration has not seen shows; with float
+        # weights, so that their noise does not hide that of the activations.
         fitting = replace(self.statistics, statistics=self.statistics.fitting)
-        observer, scores = select_observer(
-            lambda candidate: trial.score(self.plan, self._initial(fitting, candidate, focused, grids)),
-            progress=self.progress,
+        activations = replace(
+            self.plan, quantizers=tuple(q for q in self.plan.quantizers if q.role == "activation")
         )
+
+        def quality(candidate: Observer) -> float:
+            ranges = choose_ranges(activations, fitting, candidate, self.overrides)
+            return trial.rank(activations, Solution(qparams={**ranges, **focused}), exact=True)
+
+        observer, scores = select_observer(quality, progress=self.progress)
         listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
         self.notes.append(f"Ranges by {label(observer)} (dB on calibration samples: {listed}).")
         return observer, focused
@@ -183,7 +187,7 @@ class Solver:
     def _best(self, trial: Trial, alternatives: Mapping[str, Solution]) -> Solution:
         if len(alternatives) == 1:
             return next(iter(alternatives.values()))
-        scores = {name: trial.score(self.plan, solution) for name, solution in alternatives.items()}
+        scores = {name: trial.rank(self.plan, solution) for name, solution in alternatives.items()}
         chosen = max(scores, key=lambda name: scores[name])
         listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
         self.notes.append(f"Weights by {chosen} (dB on calibration samples: {listed}).")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +40,41 @@ class Trial:
 
     def score(self, plan: QuantPlan, solution: Solution) -> float:
         """Mean over the float outputs of their signal-to-noise ratio, in dB."""
+        return self._mean_over_outputs(
+            plan, solution, False, lambda reference: (_energy(reference), _squared_error)
+        )
+
+    def rank(self, plan: QuantPlan, solution: Solution, *, exact: bool = False) -> float:
+        """The same, but class scores are weighed by what they decide.
+
+        For logits z with p = softmax(z) the ratio is Var_p(z) / (2 KL(p || p_quantized)): an error counts where
+        it moves probability between classes, and not where all logits shift or a hopeless class changes.
+
+        Args:
+            exact: run quantizers as written. Needed where weights are in float: onnxruntime's integer kernels
+                would quantize them on their own, per tensor.
+        """
+        return self._mean_over_outputs(
+            plan,
+            solution,
+            exact,
+            lambda reference: (
+                (_spread(reference), _twice_divergence)
+                if _are_class_scores(reference)
+                else (_energy(reference), _squared_error)
+            ),
+        )
+
+    def _mean_over_outputs(
+        self,
+        plan: QuantPlan,
+        solution: Solution,
+        exact: bool,
+        measure: Callable[[Array], tuple[float, Callable[[Array, Array], float]]],
+    ) -> float:
         try:
             save_graph(insert_quantizers(self._model.graph, plan, solution), self._path)
-            session = Session(self._path, provider=self._provider)
+            session = Session(self._path, provider=self._provider, exact=exact, fused=exact)
         finally:
             self._path.unlink(missing_ok=True)
             self._path.with_name(self._path.name + ".data").unlink(missing_ok=True)
@@ -52,8 +84,9 @@ class Trial:
             for name, value in session.run(sample).items():
                 expected = reference[name]
                 if np.issubdtype(expected.dtype, np.floating) and expected.shape == value.shape:
-                    signal.setdefault(name, []).append(_energy(expected))
-                    noise.setdefault(name, []).append(_energy(expected.astype(np.float64) - value))
+                    power, distance = measure(expected)
+                    signal.setdefault(name, []).append(power)
+                    noise.setdefault(name, []).append(distance(expected, value))
         scores = [_decibel(math.fsum(signal[name]), math.fsum(noise[name])) for name in signal]
         return math.fsum(scores) / len(scores) if scores else 0.0
 
@@ -61,6 +94,31 @@ class Trial:
 def _energy(values: Array) -> float:
     flat = values.reshape(-1).astype(np.float64)
     return float(flat @ flat)
+
+
+def _squared_error(reference: Array, value: Array) -> float:
+    return _energy(reference.astype(np.float64) - value)
+
+
+def _are_class_scores(values: Array) -> bool:
+    return values.ndim == 2 and values.shape[1] >= 2
+
+
+def _log_softmax(values: Array) -> Array:
+    shifted = values.astype(np.float64) - values.max(axis=1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+def _spread(logits: Array) -> float:
+    probability = np.exp(_log_softmax(logits))
+    mean = (probability * logits).sum(axis=1, keepdims=True)
+    return float((probability * (logits - mean) ** 2).sum())
+
+
+def _twice_divergence(reference: Array, value: Array) -> float:
+    first, second = _log_softmax(reference), _log_softmax(value)
+    return 2.0 * float((np.exp(first) * (first - second)).sum())
 
 
 def _decibel(signal: float, noise: float) -> float:

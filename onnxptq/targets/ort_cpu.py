@@ -130,10 +130,23 @@ TABLE: Mapping[str, Row] = {
 }
 
 
+def _free_float_products(placer: Placer) -> None:
+    """Products left in float between two quantizers read float values.
+
+    Otherwise onnxruntime quantizes their weights on its own, per tensor, and runs them on integers all the same.
+    """
+    for node in placer.index.nodes:
+        if node.op not in TABLE or node.name in placer.quantized_nodes or not is_constant(node.inputs[1]):
+            continue
+        if placer.has_quantizer(placer.behind_activation(node)):
+            placer.release(node)
+
+
 def place(index: GraphIndex, request: PlacementRequest) -> QuantPlan:
     """Quantizers for onnxruntime's CPU kernels. Grids are 8 bits; ``weight_bits`` below 8 narrows the weights."""
     placer = Placer(index, request, activation=lambda bits: QType.unsigned(8), symmetric=False)
     placer.apply(TABLE)
+    _free_float_products(placer)
     _place_added_biases(placer)
     return placer.finish(NAME, tie_movements(placer))
 

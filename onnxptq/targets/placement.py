@@ -218,6 +218,12 @@ class Placer:
             site = Site(tensor=name, consumer=GRAPH_OUTPUT, input_index=0)
             edges.setdefault(site, (qtype, PerTensor(), self._symmetric))
 
+    def release(self, node: gs.Node) -> None:
+        """Let ``node`` read float values again."""
+        for edges in self._edges.values():
+            for site in [s for s in edges if s.consumer == node.name]:
+                del edges[site]
+
     def is_quantized_edge(self, tensor: str, node: gs.Node) -> bool:
         """Whether ``node`` reads quantized values of ``tensor``."""
         return any(site.consumer == node.name for site in self._edges.get(tensor, ()))

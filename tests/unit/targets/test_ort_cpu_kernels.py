@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,9 +21,9 @@ from onnxptq.samples import ListFeeds
 from tests.unit.small_nets import NETS, Net, canonical, planned, random_samples
 
 
-def _quantized(model: onnx.ModelProto, folder: Path, observer: Observer) -> Path:
+def _quantized(model: onnx.ModelProto, folder: Path, observer: Observer, **request: Any) -> Path:
     canonical_model = canonical(model, folder)
-    plan = planned(canonical_model, "ort-cpu")
+    plan = planned(canonical_model, "ort-cpu", **request)
     tensors = sorted({q.tensor for q in plan.quantizers if q.role == "activation"})
     feeds = ListFeeds(random_samples(canonical_model, 4))
     ranges = choose_ranges(plan, calibrate(canonical_model, feeds, tensors), observer)
@@ -120,3 +121,19 @@ def test_integer_kernels_compute_what_the_file_means(net: str, tmp_path: Path) -
 def _inputs(path: Path) -> list[tuple[str, list[int]]]:
     graph = onnx.load(str(path)).graph
     return [(i.name, [d.dim_value for d in i.type.tensor_type.shape.dim]) for i in graph.input]
+
+
+def test_a_declined_convolution_between_quantized_ones_is_not_quantized_by_the_runtime(tmp_path: Path) -> None:
+    net = Net()
+    x = "x"
+    for i in range(3):
+        x = net.op("Relu", f"relu{i}", net.conv(f"conv{i}", x, (8, 8, 3, 3)))
+    model = net.proto({"x": [1, 8, 8, 8]}, [x])
+    path = _quantized(model, tmp_path, Observer(name="minmax"), declined={"conv1": "asked for"})
+    found = count_kernels(path, tmp_path)
+    assert found.get("QLinearConv", 0) == 1
+    sample = {"x": np.random.default_rng(3).standard_normal((1, 8, 8, 8)).astype(np.float32)}
+    exact, fast = (Session(path, exact=flag).run(sample)[x] for flag in (True, False))
+    # The integer convolution rounds its sums once more than the exact session: at most one output step.
+    step = (exact.max() - exact.min()) / 255
+    assert np.abs(exact - fast).max() <= 1.01 * step
