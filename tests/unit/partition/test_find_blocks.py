@@ -188,6 +188,31 @@ def test_a_tensor_that_exists_for_its_shape_is_handed_on() -> None:
     assert_composition_equals_network(graph, pair)
 
 
+def test_the_shape_of_a_tensor_inside_an_earlier_block_is_known() -> None:
+    net = image_net()
+    inside = net.conv("x", 3, 4)
+    y = net.conv_relu(net.op("Relu", inside), 4, 4)
+    scale = net.op("Cast", net.op("Size", inside), to=1)
+    graph, _ = net.built(net.op("Div", net.conv(y, 4, 2), scale))
+    blocks = find_blocks(graph)
+    assert blocks[-1].shape_inputs == (inside,)
+    assert all(inside not in block.outputs for block in blocks)
+    assert_composition_equals_network(graph, blocks)
+
+
+def test_a_residual_unit_is_the_last_use_of_its_input() -> None:
+    """Else the input would stay alive behind the unit, and a cut inside it would look as good as one behind."""
+    net = image_net()
+    x = net.conv_relu("x", 3, 4)
+    unit = net.op("Relu", net.op("Add", net.conv(net.conv_relu(x, 4, 4), 4, 4), x))
+    side = net.conv_relu(x, 4, 4)
+    last = net.op("Add", net.conv(net.conv_relu(unit, 4, 4), 4, 4), unit)
+    graph, _ = net.built(net.head(net.op("Add", last, net.conv(side, 4, 4)), 4))
+    found = [block.outputs for block in find_blocks(graph, max_linears=3)]
+    assert (unit,) in found
+    assert found.index((side,)) < found.index((unit,))
+
+
 def test_a_weight_cap_cuts_what_the_layer_cap_does_not() -> None:
     graph = small_networks.unet()
     assert len(find_blocks(graph, max_linears=99, max_weights=500)) > len(find_blocks(graph, max_linears=99))
