@@ -37,8 +37,8 @@ class Measured:
         """Why it failed in one line, None where it did not."""
         if self.returncode == 0:
             return None
-        lines = [line for line in self.tail.splitlines() if line.strip()]
-        return f"exit {self.returncode}: {' | '.join(lines[-2:])[:400]}"
+        lines = [line.strip() for line in self.tail.splitlines() if line.strip(" ^~")]
+        return f"exit {self.returncode}: {lines[-1][:300] if lines else 'no output'}"
 
     def costs(self) -> dict[str, float]:
         """Numbers for a results row."""

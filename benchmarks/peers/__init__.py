@@ -1,1 +1,1 @@
-"""One file per other tool. Each runs as ``python -m benchmarks.peers.<file>`` and imports numpy and its tool only."""
+"""One other tool a file, each run as ``python -m benchmarks.peers.<file>``; needs numpy, onnx and its tool only."""

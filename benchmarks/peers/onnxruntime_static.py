@@ -11,10 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import onnx
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from benchmarks.peers.reader import Job, Reader, parse_job
+from benchmarks.peers.reader import Job, Reader, load_model, parse_job
 
 _ADVISED: dict[str, Any] = {
     "per_channel": True,
@@ -33,12 +34,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def run(job: Job) -> None:
     """Quantize as a user of the API does."""
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = Path(scratch) / "prepared.onnx"
+        loaded, prepared = Path(scratch) / "loaded.onnx", Path(scratch) / "prepared.onnx"
+        onnx.save(load_model(job.model), str(loaded))
         try:
-            quant_pre_process(str(job.model), str(prepared))
+            quant_pre_process(str(loaded), str(prepared))
         except Exception as error:
             print(f"symbolic shape inference failed and is left out: {error}")
-            quant_pre_process(str(job.model), str(prepared), skip_symbolic_shape=True)
+            quant_pre_process(str(loaded), str(prepared), skip_symbolic_shape=True)
         quantize_static(str(prepared), str(job.output), Reader(job), **SETTINGS[job.setting])
 
 

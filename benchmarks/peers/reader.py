@@ -1,4 +1,4 @@
-"""What every peer's script shares: its arguments and the calibration samples."""
+"""What every peer's script shares: its arguments, the calibration samples, and a model that it can quantize."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+from onnx import version_converter
 
 Feed = dict[str, npt.NDArray[np.float32]]
 
@@ -45,6 +47,22 @@ class Reader:
     def rewind(self) -> None:
         """Start again."""
         self._feeds = self._job.feeds()
+
+
+OLDEST_OPSET = 13
+"""The first opset whose DequantizeLinear knows an axis, which scales per channel need."""
+
+
+def load_model(path: Path) -> onnx.ModelProto:
+    """The model with its shapes inferred, raised to OLDEST_OPSET where it is older.
+
+    Tools otherwise write invalid files or quantize nothing, which any user would notice and mend.
+    """
+    model = onnx.load(str(path))
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset < OLDEST_OPSET:
+        model = version_converter.convert_version(model, OLDEST_OPSET)
+    return onnx.shape_inference.infer_shapes(model)
 
 
 def parse_job(settings: Sequence[str]) -> Job:
