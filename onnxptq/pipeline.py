@@ -60,14 +60,14 @@ def quantize(
     with steps.start(recipe or Recipe(), work_dir, progress) as run:
         float_model = steps.canonical_model(run, source)
         data = steps.open_data(run, float_model, calibration, evaluation, labels)
-        prepared = steps.equalized_model(run, float_model, data)
-        statistics = steps.calibration(run, prepared, data)
-        plan = steps.plan(run, prepared, statistics)
-        plan, solution = steps.solved(run, prepared, statistics, plan, data)
+        form = steps.prepared(run, float_model, data)
+        plan, solution = steps.solved(run, form, data)
         with staging(target) as staged:
-            steps.write(run, prepared, plan, solution, staged)
-            checks = steps.check(run, float_model, prepared, plan, solution, staged, data)
-            report = steps.report(run, prepared, plan, solution, statistics, staged, target, data, checks)
+            steps.write(run, form.model, plan, solution, staged)
+            checks = steps.check(run, float_model, form.model, plan, solution, staged, data)
+            report = steps.report(
+                run, form.model, plan, solution, form.statistics, staged, target, data, checks
+            )
             folder = steps.write_report(report, report_dir)
             steps.require_quality(run, report, folder)
     return Result(output=target, report=report, report_dir=folder)

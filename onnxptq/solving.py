@@ -61,7 +61,10 @@ class Samples:
 
 @dataclass(slots=True, kw_only=True)
 class Solver:
-    """Finds the solution of one plan. ``notes`` collects what was measured and decided."""
+    """Finds the solution of one plan: ``begin`` once, then ``finish``.
+
+    ``notes`` collects what was measured and decided.
+    """
 
     model: CanonicalModel
     plan: QuantPlan
@@ -71,18 +74,31 @@ class Solver:
     scratch: Path
     progress: Progress | None = None
     notes: list[str] = field(default_factory=list)
+    start: Solution = field(default_factory=lambda: Solution(qparams={}))
 
-    def solve(self, samples: Samples) -> Solution:
-        """The best solution that the recipe's method allows."""
+    def begin(self, samples: Samples) -> None:
+        """Choose ranges and round to nearest: ``start`` is then set."""
         if not self.plan.quantizers:
-            return Solution(qparams={})
+            return
         grids = weight_grids(self.model.graph, self.plan)
         if self.recipe.method == "rtn":
-            return self._initial(self.statistics, _named(self.recipe), {}, grids)
-        trial = Trial(self.model, samples.trial, self.scratch, self.recipe.provider)
-        observer, focused = self._ranges(trial, samples)
-        start = self._initial(self.statistics, observer, focused, grids)
-        return self._best(trial, self._alternatives(start, samples.correction))
+            self.start = self._initial(self.statistics, _named(self.recipe), {}, grids)
+            return
+        observer, focused = self._ranges(self._trial(samples), samples)
+        self.start = self._initial(self.statistics, observer, focused, grids)
+
+    def rank(self, samples: Samples) -> float:
+        """Quality of ``start``, to compare different forms of one model."""
+        return self._trial(samples).rank(self.plan, self.start)
+
+    def finish(self, samples: Samples) -> Solution:
+        """The best solution that the recipe's method allows."""
+        if self.recipe.method == "rtn" or not self.plan.quantizers:
+            return self.start
+        return self._best(self._trial(samples), self._alternatives(self.start, samples.correction))
+
+    def _trial(self, samples: Samples) -> Trial:
+        return Trial(self.model, samples.trial, self.scratch, self.recipe.provider)
 
     def relax(
         self, found: Solution, samples: Samples, plan_of: Callable[[str], QuantPlan]
@@ -90,13 +106,13 @@ class Solver:
         """Nodes to leave in float, with reasons, because the outputs stay below the recipe's floor.
 
         Args:
-            found: what ``solve`` returned.
+            found: what ``finish`` returned.
             plan_of: the plan that quantizes one node alone.
         """
         floor = self.recipe.floor
         if floor is None or self.recipe.method == "rtn":
             return {}
-        trial = Trial(self.model, samples.trial, self.scratch, self.recipe.provider)
+        trial = self._trial(samples)
         reached = trial.score(self.plan, found)
         if reached >= floor:
             return {}

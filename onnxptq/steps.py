@@ -97,6 +97,16 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A form of the model with its statistics, its plan, and a solver that has begun."""
+
+    model: CanonicalModel
+    statistics: Calibration
+    plan: QuantPlan
+    solver: Solver
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checks:
     """What was proven and measured of a written file; quality is None where nothing was held out."""
 
@@ -183,25 +193,40 @@ def picture_preprocess(
     return found
 
 
-def equalized_model(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
-    """The model with its channels rescaled, exactly, so that one scale per tensor loses less."""
-    if run.recipe.method == "rtn" or not run.recipe.equalize:
-        return model
+def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
+    """``model``, or the same function with its channels rescaled, whichever quantizes better to begin with."""
+    plain = _prepared(run, model, data)
+    if run.recipe.method == "rtn" or not run.recipe.equalize or not plain.plan.quantizers:
+        return plain
     with run.timed("equalize"):
-        feeds = ListFeeds(data.samples.correction[:EQUALIZE_SAMPLES])
-        tensors = candidate_tensors(GraphIndex(model.graph))
         equalized, summary = equalize(
             model,
-            feeds,
+            ListFeeds(data.samples.correction[:EQUALIZE_SAMPLES]),
             work_dir=run.scratch,
-            tensors=tensors,
+            tensors=candidate_tensors(GraphIndex(model.graph)),
             samples=EQUALIZE_SAMPLES,
             provider=run.recipe.provider,
             group_bytes=run.group_bytes,
             progress=run.progress,
         )
     run.note(summary.summary)
-    return equalized
+    if equalized is model:
+        return plain
+    rescaled = _prepared(run, equalized, data)
+    with run.timed("solve"):
+        before, after = plain.solver.rank(data.samples), rescaled.solver.rank(data.samples)
+    kept = "kept" if after > before else "dropped"
+    run.note(f"The rescaled channels were {kept}: {before:.2f} dB without, {after:.2f} dB with them.")
+    return rescaled if after > before else plain
+
+
+def _prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
+    statistics = calibration(run, model, data)
+    placed = plan(run, model, statistics)
+    solver = _solver(run, model, statistics, placed)
+    with run.timed("solve"):
+        solver.begin(data.samples)
+    return Prepared(model=model, statistics=statistics, plan=placed, solver=solver)
 
 
 def calibration(run: Run, model: CanonicalModel, data: Data) -> Calibration:
@@ -261,13 +286,11 @@ def plan(
         return placed
 
 
-def solved(
-    run: Run, model: CanonicalModel, statistics: Calibration, first: QuantPlan, data: Data
-) -> tuple[QuantPlan, Solution]:
-    """The parameters of every quantizer of ``first``, or of a plan that leaves in float what spoils the outputs."""
+def solved(run: Run, form: Prepared, data: Data) -> tuple[QuantPlan, Solution]:
+    """The parameters of every quantizer of the plan, or of one that leaves in float what spoils the outputs."""
+    model, statistics, solver = form.model, form.statistics, form.solver
     with run.timed("solve"):
-        solver = _solver(run, model, statistics, first)
-        found = solver.solve(data.samples)
+        found = solver.finish(data.samples)
         nodes = [node.name for node in model.graph.nodes]
 
         def alone(kept: str) -> QuantPlan:
@@ -277,10 +300,11 @@ def solved(
         for note in solver.notes:
             run.note(note)
         if not declined:
-            return first, found
+            return form.plan, found
         relaxed = plan(run, model, statistics, declined)
         solver = _solver(run, model, statistics, relaxed)
-        found = solver.solve(data.samples)
+        solver.begin(data.samples)
+        found = solver.finish(data.samples)
         for note in solver.notes:
             run.note(f"After that: {note}")
         return relaxed, found

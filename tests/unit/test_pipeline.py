@@ -28,9 +28,7 @@ RECIPE = Recipe(method="rtn", observer="minmax", simplify=False)
 ORDER = (
     "canonical_model",
     "open_data",
-    "equalized_model",
-    "calibration",
-    "plan",
+    "prepared",
     "solved",
     "write",
     "check",
