@@ -12,9 +12,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxptq.equalize.classes import Classes
-from onnxptq.equalize.tracing import Edit, Trace, captured_names
+from onnxptq.equalize.tracing import Edit, Trace
 from onnxptq.graph.save import save_graph
-from onnxptq.graph.surgeon import import_graph, new_constant, set_constant
+from onnxptq.graph.surgeon import import_graph, set_constant
 from onnxptq.types import Array, CanonicalModel
 
 TOLERANCE = 1e-5
@@ -40,19 +40,13 @@ def rescaled_graph(model: CanonicalModel, trace: Trace, factors: Mapping[int, fl
     """A copy of the model's graph with every constant rescaled."""
     graph = model.graph.copy()
     nodes = {node.name: node for node in graph.nodes}
-    captured = captured_names(graph)
     for edit in trace.edits:
-        _rescale(graph, nodes[edit.node.name], edit, trace.classes, factors, captured)
+        _rescale(graph, nodes[edit.node.name], edit, trace.classes, factors)
     return graph
 
 
 def _rescale(
-    graph: gs.Graph,
-    node: gs.Node,
-    edit: Edit,
-    classes: Classes,
-    factors: Mapping[int, float],
-    captured: set[str],
+    graph: gs.Graph, node: gs.Node, edit: Edit, classes: Classes, factors: Mapping[int, float]
 ) -> None:
     scale = np.ones(())
     if edit.times is not None:
@@ -61,12 +55,8 @@ def _rescale(
         scale = scale / classes.factors(edit.over, factors)
     if (scale == 1.0).all():
         return
-    old = node.inputs[edit.index]
-    values = (old.values * scale).astype(np.float32)
-    if old.name in captured:
-        node.inputs[edit.index] = new_constant(graph, old.name, values)
-    else:
-        set_constant(graph, node, edit.index, values)
+    values = (node.inputs[edit.index].values * scale).astype(np.float32)
+    set_constant(graph, node, edit.index, values)
 
 
 def difference(before: Mapping[str, Array], after: Mapping[str, Array]) -> float:

@@ -92,7 +92,7 @@ class Tracer:
         self.trace = Trace(classes=Classes())
         self.classes = self.trace.classes
         self._values = values
-        self._captured = captured_names(index.graph)
+        self._captured = _captured_names(index.graph)
 
     def run(self, rules: Mapping[str, Rule]) -> Trace:
         """Label every tensor in graph order."""
@@ -246,7 +246,7 @@ class Tracer:
         return labels
 
 
-def captured_names(graph: gs.Graph) -> set[str]:
+def _captured_names(graph: gs.Graph) -> set[str]:
     """Names of tensors that nested graphs read."""
     names: set[str] = set()
     for node in graph.nodes:
@@ -254,18 +254,5 @@ def captured_names(graph: gs.Graph) -> set[str]:
             if isinstance(attribute, gs.Graph):
                 names |= {t.name for inner in attribute.nodes for t in inner.inputs if t.name}
                 names |= {t.name for t in attribute.outputs}
-                names |= captured_names(attribute)
+                names |= _captured_names(attribute)
     return names
-
-
-__all__ = [
-    "Contraction",
-    "Declined",
-    "Edit",
-    "Product",
-    "Rule",
-    "Shapes",
-    "Trace",
-    "Tracer",
-    "captured_names",
-]

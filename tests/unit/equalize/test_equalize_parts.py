@@ -13,11 +13,14 @@ from scipy.optimize import approx_fprime
 from onnxptq.equalize import layouts
 from onnxptq.equalize.classes import Classes
 from onnxptq.equalize.factors import choose
+from onnxptq.equalize.gains import channel_gains
 from onnxptq.equalize.noise import ActivationTerm, WeightTerm, total_noise
-from onnxptq.equalize.observe import observe
+from onnxptq.equalize.observe import Spread, concrete_shapes, observe
+from onnxptq.equalize.trial import Trial
+from onnxptq.graph.index import GraphIndex
 from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, symmetric_qparams
-from onnxptq.types import PerAxis, QType
-from tests.unit.equalize.equalize_helpers import Samples, canonical
+from onnxptq.types import CanonicalModel, PerAxis, QType
+from tests.unit.equalize.equalize_helpers import Samples, canonical, samples_for, traced
 from tests.unit.graph.graph_helpers import build, node
 
 SHAPES = [
@@ -188,6 +191,21 @@ def test_predicted_noise_never_grows(seed: int, symmetric: bool, snap: bool) -> 
     assert np.abs(choice.x).max() <= np.log(64) + 1e-12
 
 
+def test_rows_that_the_search_leaves_out_still_judge() -> None:
+    """Of 128 rows the search sees every other one; the ones it misses forbid what the activation asks for."""
+    spread, zero = np.array([1.0, 8.0]), np.zeros(2)
+    wish = ActivationTerm(
+        name="t", index=np.arange(2), sign=np.ones(2), low=-spread, high=spread, gain=np.ones(2),
+        tail_low=zero, tail_high=zero, risk=zero, symmetric=True,
+    )  # fmt: skip
+    unseen = np.where(np.arange(128) % 2 == 1, 1e3, 0.0)
+    veto = WeightTerm(
+        name="w", index=np.arange(2), sign=np.ones(2), absmax=np.ones((128, 2)), gain=unseen, energy=np.ones(2)
+    )  # fmt: skip
+    choice = choose([wish, veto], 2, limit=64.0, snap=False)
+    assert choice.after <= choice.before
+
+
 def test_dead_channels_keep_factor_one() -> None:
     zero = np.zeros(3)
     term = ActivationTerm(
@@ -226,3 +244,92 @@ def test_spread_is_that_of_numpy_and_ignores_sample_order(tmp_path: Path) -> Non
     np.testing.assert_allclose(first["a rarity"], [1 / (7 * 20), 1 / (7 * 10)])
     for key, value in spread([6, 2, 4, 0, 1, 5, 3]).items():
         np.testing.assert_array_equal(value, first[key], err_msg=key)
+
+
+def branching(tmp_path: Path) -> tuple[CanonicalModel, Samples]:
+    """x -> Conv -> a -> Relu -> r, read twice: by a product and by a sum that ends in another product."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "w1": rng.standard_normal((6, 4, 1, 1)),
+        "w2": rng.standard_normal((6, 6, 1, 1)),
+        "w3": rng.standard_normal((5, 6, 3, 3)),
+    }
+    nodes = [
+        node("Conv", "x w1", "a"),
+        node("Relu", "a", "r"),
+        node("Conv", "r w2", "c"),
+        node("Add", "c r", "d"),
+        node("Conv", "d w3", "y"),
+    ]
+    typed = {name: value.astype(np.float32) for name, value in weights.items()}
+    model = build(nodes, {"x": (1, 4, 12, 12)}, ["y"], typed)
+    return canonical(model, tmp_path), samples_for(model, 6)
+
+
+def test_gains_are_those_of_independent_noise(tmp_path: Path) -> None:
+    """White noise injected into a tensor grows the output's noise-to-signal ratio by the sum of its gains.
+
+    Both readers of r end in the same sum, so their parts interfere; injected into c or a they do not.
+    """
+    model, feeds = branching(tmp_path)
+    index = GraphIndex(model.graph)
+    trace = traced(model, next(iter(feeds)))
+    shapes, _ = concrete_shapes(model, next(iter(feeds)), "cpu")
+    names = ["a", "r", "c", "d", "y"]
+    spreads = observe(
+        model, feeds, {name: trace.labels[name] for name in names}, trace.classes,
+        sizes=shapes, positions=range(6), provider="cpu", group_bytes=1 << 20, tick=lambda: None,
+    )  # fmt: skip
+    gains = channel_gains(index, trace, spreads, shapes)
+    weights = {name: model.graph.tensors()[name].values.astype(np.float64) for name in ("w2", "w3")}
+    signal = float((spreads["y"].energy * spreads["y"].share).sum()) * 5
+    by_d = np.square(weights["w3"]).sum(axis=(0, 2, 3)) / signal
+    by_r = by_d + np.square(weights["w2"][:, :, 0, 0]).T @ by_d
+    density = spreads["r"].density
+
+    def of(name: str) -> list[float]:
+        roots = trace.classes.roots(trace.labels[name]).reshape(-1).tolist()
+        return [gains[name][root] for root in roots]
+
+    np.testing.assert_allclose(of("d"), by_d, rtol=1e-6)
+    np.testing.assert_allclose(of("c"), by_d, rtol=1e-6)
+    np.testing.assert_allclose(of("r"), by_r, rtol=1e-6)
+    np.testing.assert_allclose(of("a"), by_r * density, rtol=1e-6)
+
+
+def test_a_trial_rounds_activations_and_weights(tmp_path: Path) -> None:
+    """The score of one product equals that of rounding its operands in NumPy."""
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal((4, 4)).astype(np.float32) for name in ("w1", "w2")}
+    nodes = [node("MatMul", "x w1", "a"), node("MatMul", "a w2", "y")]
+    model = build(nodes, {"x": (50, 4)}, ["y"], weights)
+    source = canonical(model, tmp_path)
+    sample = next(iter(samples_for(model, 1)))
+    trace = traced(source, sample)
+    a = sample["x"] @ weights["w1"]
+    y = a.astype(np.float64) @ weights["w2"]
+    zero = np.zeros(4)
+    roots = trace.classes.roots(trace.labels["a"]).reshape(-1)
+    spread = Spread(
+        roots=roots, low=a.min(axis=0).astype(np.float64), high=a.max(axis=0).astype(np.float64),
+        energy=zero, share=zero, density=zero, tail_low=zero, tail_high=zero, rarity=zero,
+    )  # fmt: skip
+    trial = Trial(
+        model=source, trace=trace, spreads={"a": spread}, symmetric=False, samples=[sample],
+        references=[{"y": y}], provider="cpu",
+    )  # fmt: skip
+    log_s = np.array([1.0, -1.0, 0.5, 0.0])
+    scale = np.exp(log_s).astype(np.float32)
+    scaled, rescaled = a / scale, weights["w2"] * scale[:, None]
+    on_grid = fake_quantize(
+        scaled, asymmetric_qparams(float(scaled.min()), float(scaled.max()), QType.unsigned(8))
+    )
+    rounded = fake_quantize(
+        rescaled, symmetric_qparams(np.abs(rescaled).max(axis=0), QType.signed(8), PerAxis(1))
+    )
+    noise = on_grid.astype(np.float64) @ rounded - y
+    expected = 10 * np.log10(np.square(y).sum() / np.square(noise).sum())
+    found = trial.score(dict(zip((roots // 2).tolist(), log_s.tolist(), strict=True)))
+    # One of 200 activations may fall on the other side of a tie after float32 rounding: 0.05 dB.
+    assert found == pytest.approx(expected, abs=0.05)
+    assert not list(tmp_path.glob("trial*"))

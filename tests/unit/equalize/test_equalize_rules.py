@@ -287,6 +287,20 @@ CASES: dict[str, Case] = {
         {"w1": w(8, 12), "w2": w(12, 5), "k": w(1, 1, 12), "s": i64(2, 1, 1), "first": np.array(0, np.int64)},
         shape=(2, 7, 8),
     ),
+    "probabilities times values with a class token": Case(
+        [
+            node("MatMul", "x w1", "a"),
+            node("Expand", "k s", "cls"),
+            node("Concat", "cls a", "v", axis=1),
+            node("MatMul", "x w3", "l"),
+            node("Softmax", "l", "p"),
+            node("MatMul", "p v", "z"),
+            node("MatMul", "z w2", "y"),
+        ],
+        {"v": 12, "z": 12, "p": 0},
+        {"w1": w(8, 12), "w2": w(12, 5), "w3": w(8, 8), "k": w(1, 1, 12), "s": i64(2, 1, 1)},
+        shape=(2, 7, 8),
+    ),
     "gated mlp": tokens(
         node("MatMul", "x w3", "u"),
         node("Sigmoid", "u", "q"),

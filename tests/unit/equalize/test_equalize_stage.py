@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import onnxptq.equalize.run as stage
 from onnxptq.equalize.run import equalize
 from onnxptq.equalize.tracing import Tracer
+from onnxptq.equalize.trial import Trial
 from onnxptq.errors import FeedError
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.runtime import Session
@@ -115,6 +116,17 @@ def test_pinned_tensors_are_named_with_the_reason(tmp_path: Path) -> None:
         "a": "not rescaled: Sigmoid does not commute with a rescaling of channels (Sigmoid reads it)",
         "b": "not rescaled: Sigmoid writes it",
     }
+
+
+def test_factors_that_fail_on_unseen_samples_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([20.0, 19.0, 20.0, 18.0, -100.0])
+    monkeypatch.setattr(Trial, "score", lambda *_: next(scores))
+    source = canonical(unbalanced(), tmp_path)
+    result, done = equalize(source, samples_for(unbalanced(), 8), work_dir=tmp_path, tensors=["b"])
+    assert result is source
+    assert (done.tensors, done.before_db, done.after_db) == ((), 20.0, 20.0)
 
 
 def test_no_samples_is_an_error(tmp_path: Path) -> None:
