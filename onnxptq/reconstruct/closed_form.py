@@ -45,7 +45,7 @@ def round_weights(matrix: FloatArray, gram: Gram, qparams: QParams, *, ridge: bo
     damping = DAMPING * strength[:, None, None] * np.eye(width)
     damped = g + damping
     weight = matrix.astype(np.float64)
-    if ridge:
+    if ridge and gram.mixed is not gram.quantized:
         # The damping pulls towards the float weight, not towards zero.
         right = (c + damping) @ np.swapaxes(weight, 1, 2)
         weight = np.swapaxes(np.linalg.solve(damped, right), 1, 2)

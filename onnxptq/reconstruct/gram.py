@@ -19,29 +19,31 @@ from onnxptq.graph.linear import Linear
 from onnxptq.quantizers.affine import fake_quantize
 from onnxptq.types import Array, FloatArray, QParams
 
-ROWS_PER_SAMPLE = 256
-"""Rows (patches, tokens) of one sample that enter the sums; evenly spread over the positions."""
-
 
 @dataclass(slots=True)
 class Gram:
-    """The sums of one layer: ``quantized`` is G and ``mixed`` is C, both (groups, K, K); ``rows`` counts rows."""
+    """The sums of one layer: ``quantized`` is G and ``mixed`` is C, both (groups, K, K); ``rows`` counts rows.
+
+    Where the inputs stay as they are C equals G and is the same array.
+    """
 
     quantized: npt.NDArray[np.float64]
     mixed: npt.NDArray[np.float64]
     rows: int = 0
 
     @staticmethod
-    def empty(groups: int, width: int) -> Gram:
-        """Zero sums."""
-        return Gram(np.zeros((groups, width, width)), np.zeros((groups, width, width)))
+    def empty(groups: int, width: int, *, is_mixed: bool = True) -> Gram:
+        """Zero sums; ``is_mixed`` unless all rows will be added as their own quantized form."""
+        sums = np.zeros((groups, width, width))
+        return Gram(sums, np.zeros_like(sums) if is_mixed else sums)
 
     def add(self, rows: FloatArray, quantized: FloatArray) -> None:
         """Add rows of shape (groups, n, K)."""
         transposed = np.swapaxes(quantized, 1, 2)
         with np.errstate(over="ignore", invalid="ignore"):
             self.quantized += transposed @ quantized
-            self.mixed += transposed @ rows
+            if self.mixed is not self.quantized:
+                self.mixed += transposed @ rows
         self.rows += rows.shape[1]
 
     @property
@@ -50,20 +52,23 @@ class Gram:
         return bool(np.isfinite(self.quantized).all() and np.isfinite(self.mixed).all())
 
 
-def layer_rows(layer: Linear, value: Array, qparams: QParams | None) -> tuple[FloatArray, FloatArray] | None:
+def layer_rows(
+    layer: Linear, value: Array, qparams: QParams | None, limit: int
+) -> tuple[FloatArray, FloatArray] | None:
     """Rows that the layer multiplies, float and quantized, each (groups, n, K); None where that is not supported.
 
-    ``value`` is the layer's input in the float network; ``qparams`` quantizes it (None: it stays float).
+    ``value`` is the layer's input in the float network; ``qparams`` quantizes it (None: it stays float);
+    of its rows about ``limit`` are taken, evenly spread.
     """
     value = np.asarray(value, np.float32)
     changed = value if qparams is None else fake_quantize(value, qparams)
     if layer.node.op == "Conv":
-        rows = _patches(layer, value)
-        return None if rows is None else (rows, rows if qparams is None else _patches(layer, changed))  # type: ignore[return-value]
+        rows = _patches(layer, value, limit)
+        return None if rows is None else (rows, rows if qparams is None else _patches(layer, changed, limit))  # type: ignore[return-value]
     if layer.node.op in ("MatMul", "Gemm") and layer.weight_index == 1 and len(layer.weight.shape) == 2:
         if layer.node.attrs.get("transA", 0):
             return None
-        return _flat(value), _flat(changed)
+        return _flat(value, limit), _flat(changed, limit)
     return None
 
 
@@ -82,13 +87,13 @@ def weight_tensor(layer: Linear, matrix: Array) -> Array:
     return matrix[0] if layer.axis % 2 == 0 else np.ascontiguousarray(matrix[0].T)
 
 
-def _flat(value: FloatArray) -> FloatArray:
+def _flat(value: FloatArray, limit: int) -> FloatArray:
     rows = value.reshape(-1, value.shape[-1])
-    step = max(1, -(-rows.shape[0] // ROWS_PER_SAMPLE))
+    step = max(1, -(-rows.shape[0] // limit))
     return rows[::step][None]
 
 
-def _patches(layer: Linear, value: FloatArray) -> FloatArray | None:
+def _patches(layer: Linear, value: FloatArray, limit: int) -> FloatArray | None:
     """Patches of a convolution's input, (groups, n, channels per group * kernel)."""
     attrs, spatial = layer.node.attrs, value.ndim - 2
     kernel = list(layer.weight.shape[2:])
@@ -107,7 +112,7 @@ def _patches(layer: Linear, value: FloatArray) -> FloatArray | None:
     batch, channels = windows.shape[:2]
     places = windows.shape[2 : 2 + spatial]
     count = int(np.prod(places))
-    chosen = np.arange(0, count, max(1, -(-count * batch // ROWS_PER_SAMPLE)))
+    chosen = np.arange(0, count, max(1, -(-count * batch // limit)))
     # Only the chosen positions are ever copied out of the overlapping view.
     selection: tuple[Any, ...] = (slice(None), slice(None), *np.unravel_index(chosen, places))
     picked = windows[selection]

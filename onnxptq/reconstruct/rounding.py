@@ -15,6 +15,15 @@ from onnxptq.reconstruct.gram import Gram, layer_rows, weight_matrix, weight_ten
 from onnxptq.runtime import Provider, Session
 from onnxptq.types import CanonicalModel, Progress, QuantPlan, Sample, Solution
 
+_FINE_BITS = 8
+"""Activations of this many bits are as good as float: their rounding cannot be compensated, only averaged."""
+
+_ROWS_PER_INPUT = 8
+"""Rows over all samples, per input of the layer: enough to determine its K x K sums."""
+
+_ROWS_PER_LAYER = 2048
+"""Rows over all samples, at least."""
+
 
 def round_in_closed_form(
     model: CanonicalModel,
@@ -47,12 +56,19 @@ def round_in_closed_form(
             name = layer.node.name
             quantizer = reads.get((name, 1 - layer.weight_index))
             qparams = solution.qparams[quantizer.quantizer_id] if quantizer else None
-            rows = None if name in declined else layer_rows(layer, values[layer.input.name], qparams)
+            if qparams is not None and qparams.qtype.bits >= _FINE_BITS:
+                qparams = None
+            rows = (
+                None
+                if name in declined
+                else layer_rows(layer, values[layer.input.name], qparams, _rows(layer, len(samples)))
+            )
             if rows is None:
                 declined.add(name)
                 continue
-            gram = grams.setdefault(name, Gram.empty(rows[0].shape[0], rows[0].shape[2]))
-            gram.add(*rows)
+            if name not in grams:
+                grams[name] = Gram.empty(rows[0].shape[0], rows[0].shape[2], is_mixed=qparams is not None)
+            grams[name].add(*rows)
         if step:
             step()
     weights = dict(solution.weights)
@@ -67,6 +83,11 @@ def round_in_closed_form(
         if step:
             step()
     return Solution(qparams=solution.qparams, weights=weights)
+
+
+def _rows(layer: Linear, samples: int) -> int:
+    """Rows to take of each sample, so that the sums are well determined and no better."""
+    return -(-max(_ROWS_PER_LAYER, _ROWS_PER_INPUT * _width(layer)) // samples)
 
 
 def _candidates(index: GraphIndex, plan: QuantPlan, max_width: int) -> list[Linear]:
