@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.beds import BEDS, Bed
-from benchmarks.process import run_measured
+from benchmarks.process import end_children_on_termination, run_measured
 from benchmarks.producing import prepare, produce
 from benchmarks.results import ResultsFile, default_path, is_wanted, source_id
 from benchmarks.settings import FLOORS, OURS, SETTINGS, Setting, interpreter, shortfalls
@@ -34,6 +34,7 @@ WIDE = 200
 def main() -> int:
     """Measure what is missing and print the table; 1 if a row misses its floor or failed."""
     given = _arguments()
+    end_children_on_termination()
     results = ResultsFile(given.out)
     wanted = [
         (BEDS[bed], setting)

@@ -56,8 +56,11 @@ def whole_runs(bed: Bed, repeats: int, timeout: float) -> dict[str, Any]:
     return {"samples": count, "held_out": HELD_OUT, "runs": runs, "medians": medians}
 
 
-def memory_by_count(bed: Bed, counts: Sequence[int], timeout: float) -> dict[str, Any]:
-    """Peak memory of a whole run at several numbers of samples: ours and onnxruntime's percentile method."""
+def memory_by_count(bed: Bed, counts: Sequence[int], timeout: float, *, is_quick: bool) -> dict[str, Any]:
+    """Peak memory of a whole run at several numbers of samples: ours and onnxruntime's percentile method.
+
+    Ours is also run at the bed's own number, unless ``is_quick``.
+    """
     found: dict[str, dict[str, float]] = {"onnxruntime-percentile": {}, "ours": {}}
     samples = decoded(bed, "calibration")
     with tempfile.TemporaryDirectory() as name:
@@ -66,7 +69,7 @@ def memory_by_count(bed: Bed, counts: Sequence[int], timeout: float) -> dict[str
             command = peer_command("onnxruntime", "percentile", bed, samples.array, output)
             done = _checked(run_measured([*command, "--limit", str(count)], timeout=timeout), "percentile")
             found["onnxruntime-percentile"][str(count)] = done.costs()["peak_rss_mb"]
-        for count in sorted({*counts, samples.count}):
+        for count in counts if is_quick else (*counts, samples.count):
             ours = quantize_bed(bed, samples.array, {"samples": count}, output, timeout)
             found["ours"][str(count)] = ours.costs()["peak_rss_mb"]
             print(f"    {count} samples: {ours.costs()}", flush=True)

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -93,6 +94,11 @@ def run_measured(command: Sequence[str | Path], *, timeout: float = 3600.0) -> M
         peak_rss_mb=peak,
         tail=tail,
     )
+
+
+def end_children_on_termination() -> None:
+    """Let a SIGTERM to this process end what it measures too, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from benchmarks.beds import BEDS, model_path
 from benchmarks.costs import RunFailedError, growth, memory_by_count, whole_runs
-from benchmarks.process import run_measured
+from benchmarks.process import end_children_on_termination, run_measured
 from benchmarks.producing import prepare, produce
 from benchmarks.results import ResultsFile, default_path, is_wanted, source_id
 from benchmarks.settings import SETTINGS
@@ -58,6 +58,7 @@ class Sizes:
 def main() -> int:
     """Measure what is missing and print everything; 1 if something misses its bound or failed."""
     given = _arguments()
+    end_children_on_termination()
     results = ResultsFile(given.out)
     sizes = Sizes(
         rounds=15 if given.quick else 150,
@@ -182,7 +183,7 @@ def _memory(beds: list[str], sizes: Sizes) -> Iterator[Task]:
 
         def measure(bed: str = bed, counts: tuple[int, int] = counts) -> Row:
             prepare(BEDS[bed])
-            return memory_by_count(BEDS[bed], counts, sizes.timeout)
+            return memory_by_count(BEDS[bed], counts, sizes.timeout, is_quick=sizes.is_quick)
 
         def checks(row: Mapping[str, Any]) -> list[Row]:
             ours = row["peak_rss_mb"]["ours"][str(row["samples"])]
