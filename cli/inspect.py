@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -13,16 +15,21 @@ from rich.table import Table
 from .options import MODEL, output_options
 from .progress import TerminalProgress
 
+if TYPE_CHECKING:
+    from onnxptq.partition.describe import BlockRow
+
 
 @click.command()
 @click.argument("model", type=MODEL)
 @click.option("--include", multiple=True, metavar="PATTERN", help="As in quantize.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="As in quantize.")
+@click.option("--blocks", is_flag=True, help="Also list the blocks that the network falls into.")
 @output_options
 def inspect(
     model: Path,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    blocks: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -62,5 +69,15 @@ def inspect(
             console.print(f"  {escape(skip.site)}: {escape(skip.reason)}", soft_wrap=True)
         if len(view.skips) > 5 and not verbose:
             console.print(f"  ... {len(view.skips) - 5} more with --verbose")
+    if blocks:
+        console.print(_block_table(found.blocks))
     for note in (*found.notes, *(f"{s.site}: {s.reason}" for s in found.untrainable)):
         console.print(f"note: {escape(note)}", soft_wrap=True)
+
+
+def _block_table(rows: Sequence[BlockRow]) -> Table:
+    table = Table("", "kind", "layers", "weights", "from", "to", title="Blocks", title_justify="left")
+    for row in rows:
+        ends = (escape(", ".join(names)) for names in (row.inputs, row.outputs))
+        table.add_row(str(row.index), row.kind, str(row.layers), f"{row.weights:,}", *ends)
+    return table

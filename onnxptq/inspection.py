@@ -15,6 +15,8 @@ import onnx_graphsurgeon as gs
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.index import GraphIndex
 from onnxptq.lowering import check_supported
+from onnxptq.partition.blocks import find_blocks
+from onnxptq.partition.describe import BlockRow, describe_blocks
 from onnxptq.placing import placement_request
 from onnxptq.recipe import Recipe
 from onnxptq.targets import TARGETS
@@ -36,7 +38,7 @@ class Inspection:
     """A model after canonicalization.
 
     ``weight_bytes`` are those of the float initializers; ``untrainable`` names the nodes that learnt methods
-    would have to leave in float, with the reason.
+    would have to leave in float, with the reason; ``blocks`` are the units that such methods work on.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Inspection:
     parameters: int
     weight_bytes: int
     targets: Mapping[str, TargetView]
+    blocks: tuple[BlockRow, ...]
     untrainable: tuple[Skip, ...]
     notes: tuple[str, ...]
 
@@ -83,6 +86,7 @@ def inspect(
             parameters=sum(sizes),
             weight_bytes=sum(4 * size for size in sizes),
             targets={name: _view(name, canonical, index, recipe) for name in TARGETS},
+            blocks=tuple(describe_blocks(find_blocks(canonical.graph), canonical)),
             untrainable=tuple(
                 Skip(site=gap.node, reason=f"no differentiable form of {gap.op} (since opset {gap.version})")
                 for gap in check_supported(canonical.graph)
