@@ -23,12 +23,11 @@ from cli.main import EXIT_CODES, cli
 from onnxptq import errors
 from onnxptq.calibrate.feeds import ImagePreprocess
 from onnxptq.calibrate.feeds.decode import SUFFIXES
-from onnxptq.inspection import Inspection, TargetView
+from onnxptq.inspection import Inspection
 from onnxptq.recipe import Recipe, TensorRule
 from onnxptq.reporting import versions
 from onnxptq.targets import TARGETS
 from onnxptq.validate.compare import Comparison
-from onnxptq.validate.layers import LayerQuality
 from onnxptq.validate.report import SCHEMA_VERSION, Report
 from tests.unit.small_nets import Net
 
@@ -248,7 +247,7 @@ def _nested(kind: type) -> set[type]:
 KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in sorted(
-        _nested(Report) | {Comparison, LayerQuality, Inspection, TargetView}, key=lambda kind: str(kind)
+        _nested(Report) | _nested(Comparison) | _nested(Inspection), key=lambda kind: str(kind)
     )
 }
 
