@@ -123,7 +123,9 @@ def _inputs(path: Path) -> list[tuple[str, list[int]]]:
     return [(i.name, [d.dim_value for d in i.type.tensor_type.shape.dim]) for i in graph.input]
 
 
-def test_a_declined_convolution_between_quantized_ones_is_not_quantized_by_the_runtime(tmp_path: Path) -> None:
+def test_a_declined_convolution_between_quantized_ones_is_not_quantized_by_the_runtime(
+    tmp_path: Path,
+) -> None:
     net = Net()
     x = "x"
     for i in range(3):
