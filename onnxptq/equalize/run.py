@@ -16,7 +16,7 @@ from onnxptq.equalize.observe import Spread, concrete_shapes, drawn, group_count
 from onnxptq.equalize.rules import RULES
 from onnxptq.equalize.terms import Component, Emphasis, build_terms, components
 from onnxptq.equalize.tracing import Shapes, Trace, Tracer
-from onnxptq.equalize.trial import Trial
+from onnxptq.equalize.trial import Trial, is_better
 from onnxptq.errors import FeedError
 from onnxptq.graph.index import GraphIndex
 from onnxptq.runtime import Provider, Session
@@ -31,7 +31,7 @@ EMPHASES = (
     Emphasis(clipping=0.1, weights=4.0),
     Emphasis(clipping=0.1, weights=16.0),
 )
-"""What is tried; the one that does best on unseen samples is taken, and the first where there are none."""
+"""What is tried. The one that does best on unseen samples is taken if it beats s = 1; the first without any."""
 
 _GROUP_BYTES = 1 << 30
 _UNSEEN = 8
@@ -54,8 +54,8 @@ class RescaledTensor:
 class Equalization:
     """What :func:`equalize` did.
 
-    ``before_db`` and ``after_db`` are the signal-to-noise ratios of the outputs, on samples set apart, of an
-    imitation that rounds the rescalable activations and their weights to 8 bits; NaN where there were too
+    ``before_db`` and ``after_db`` are the mean signal-to-noise ratios of the outputs, over samples set apart, of
+    an imitation that rounds the rescalable activations and their weights to 8 bits; NaN where there were too
     few samples to set any apart. ``skips`` names the tensors that were left alone, and why.
     """
 
@@ -126,8 +126,8 @@ def equalize(
 
     Args:
         model: left as it is.
-        feeds: up to ``samples`` of them, evenly spread, are used; every fourth of those, at most eight, only
-            judge the result.
+        feeds: up to ``samples`` of them, evenly spread, are used; a quarter of those, at most eight,
+            only judges the result.
         work_dir: an existing folder for the new model.
         tensors: the activations that will be quantized per tensor; None for every input of a product.
         symmetric: whether their grids are symmetric about 0.
@@ -182,19 +182,22 @@ def _equalized(job: _Job, sample: Sample, progress: Progress | None) -> tuple[Ca
     parts = components(build_terms(job.trace, job.wanted, spreads, gains, symmetric=job.symmetric))
     trial = _trial(job, spreads) if job.unseen else None
     best: Solved = ()
-    before = after = trial.score({}) if trial else float("nan")
+    before = after = trial.score({}) if trial else np.full(1, np.nan)
     for emphasis in EMPHASES if trial else EMPHASES[:1]:
         solved = _solve(job, parts, emphasis)
-        score = trial.score(_factors(solved)) if trial and solved else after
-        if solved and (trial is None or score > after):
-            best, after = solved, score
+        if solved and trial:
+            scores = trial.score(_factors(solved))
+            if is_better(scores, before) and scores.mean() > after.mean():
+                best, after = solved, scores
+        elif solved:
+            best = solved
     result, kept, failed = _apply(job, best, sample)
     if failed and trial:
         after = trial.score(_factors(kept))
     return result, Equalization(
         tensors=_rescaled(job, _factors(kept)),
-        before_db=before,
-        after_db=after,
+        before_db=float(before.mean()),
+        after_db=float(after.mean()),
         skips=(*skips, *failed),
     )
 
@@ -204,7 +207,7 @@ def _divide(total: int, samples: int) -> tuple[tuple[int, ...], tuple[int, ...]]
     chosen = sorted(set(np.linspace(0, total - 1, min(samples, total)).round().astype(int).tolist()))
     if len(chosen) < _FEWEST:
         return tuple(chosen), ()
-    count = min(_UNSEEN, len(chosen) // 4)
+    count = min(_UNSEEN, max(2, len(chosen) // 4))
     apart = {chosen[(2 * i + 1) * len(chosen) // (2 * count)] for i in range(count)}
     return tuple(i for i in chosen if i not in apart), tuple(sorted(apart))
 

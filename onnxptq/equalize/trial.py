@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from onnxptq.equalize.apply import rescaled_graph
@@ -21,6 +22,8 @@ from onnxptq.graph.surgeon import new_constant, unique_tensor_name
 from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, symmetric_qparams
 from onnxptq.runtime import Provider, Session
 from onnxptq.types import Array, CanonicalModel, PerAxis, PerTensor, QParams, QType, Sample
+
+Floats = npt.NDArray[np.float64]
 
 _CEILING_DB = 100.0
 
@@ -42,25 +45,22 @@ class Trial:
     references: Sequence[Mapping[str, Array]]
     provider: Provider
 
-    def score(self, factors: Mapping[int, float]) -> float:
-        """Signal-to-noise ratio in dB, averaged over the float outputs, with ``factors`` (ln s by variable)."""
+    def score(self, factors: Mapping[int, float]) -> Floats:
+        """Signal-to-noise ratio of every sample in dB, averaged over the float outputs, with ``factors``.
+
+        ``factors``: ln s by variable.
+        """
         path = self.model.path.with_name(f"trial_{self.model.path.name}")
         try:
             save_graph(self._imitation(factors), path)
-            session = Session(path, provider=self.provider)
+            # Otherwise onnxruntime moves Q/DQ pairs around and rounds tensors that are not meant to be.
+            session = Session(path, provider=self.provider, exact=True)
         finally:
             path.unlink(missing_ok=True)
             path.with_name(path.name + ".data").unlink(missing_ok=True)
-        signal: dict[str, list[float]] = {}
-        noise: dict[str, list[float]] = {}
-        for sample, reference in zip(self.samples, self.references, strict=True):
-            for name, value in session.run(sample).items():
-                expected = reference[name].astype(np.float64)
-                if np.issubdtype(value.dtype, np.floating) and expected.shape == value.shape:
-                    signal.setdefault(name, []).append(float(np.square(expected).sum()))
-                    noise.setdefault(name, []).append(float(np.square(expected - value).sum()))
-        scores = [_decibel(math.fsum(signal[name]), math.fsum(noise[name])) for name in signal]
-        return math.fsum(scores) / len(scores) if scores else 0.0
+        return np.array(
+            [_similarity(r, session.run(x)) for x, r in zip(self.samples, self.references, strict=True)]
+        )
 
     def _imitation(self, factors: Mapping[int, float]) -> gs.Graph:
         graph = rescaled_graph(self.model, self.trace, factors)
@@ -101,6 +101,23 @@ def _round(graph: gs.Graph, tensor: gs.Tensor, qparams: QParams) -> None:
 def _rounded(weight: Array, axis: int) -> Array:
     peaks = np.abs(weight).max(axis=tuple(a for a in range(weight.ndim) if a != axis % weight.ndim))
     return fake_quantize(weight, symmetric_qparams(peaks, QType.signed(8), PerAxis(axis)))
+
+
+def _similarity(expected: Mapping[str, Array], found: Mapping[str, Array]) -> float:
+    scores = []
+    for name, value in found.items():
+        if np.issubdtype(value.dtype, np.floating) and value.shape == expected[name].shape:
+            wanted = expected[name].astype(np.float64)
+            scores.append(_decibel(float(np.square(wanted).sum()), float(np.square(wanted - value).sum())))
+    return sum(scores) / len(scores) if scores else 0.0
+
+
+def is_better(scores: Floats, than: Floats) -> bool:
+    """Whether the mean gain exceeds twice its standard error over the samples: more than their scatter explains."""
+    gains = scores - than
+    if gains.size < 2:
+        return bool(gains.mean() > 0)
+    return bool(gains.mean() > 2 * gains.std(ddof=1) / math.sqrt(gains.size))
 
 
 def _decibel(signal: float, noise: float) -> float:
