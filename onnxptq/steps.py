@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
+import yaml
 
 from onnxptq import reporting
 from onnxptq.calibrate import cache
@@ -418,7 +419,7 @@ def report(
     missed = missed_gate(outputs, min_sqnr=run.recipe.min_sqnr, min_agreement=run.recipe.min_agreement)
     if missed is not None:
         run.note(f"The output was not kept: {missed.message}")
-    recipe = run.recipe.model_dump(mode="json", exclude_none=True)
+    recipe = yaml.safe_load(run.recipe.to_yaml())
     if data.preprocess is not None:
         recipe["preprocess"] = data.preprocess.model_dump(mode="json", exclude_none=True)
     return Report(

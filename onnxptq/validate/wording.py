@@ -74,7 +74,9 @@ def _level(output: OutputMetrics) -> Literal["good", "fair", "poor"]:
     )
     if value >= bounds[0]:
         return "good"
-    return "fair" if value >= bounds[1] else "poor"
+    # A share of few samples says little: "poor" needs a distance of two standard errors.
+    doubt = 0.0 if fraction is None else 2.0 * math.sqrt(_FAIR[0] * (1.0 - _FAIR[0]) / max(1, output.rows))
+    return "fair" if value + doubt >= bounds[1] else "poor"
 
 
 def headline(output: OutputMetrics) -> str:
