@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,6 @@ def test_sessions_are_of_the_requested_kind(
             seen.append((model.name, options.get("exact", False)))
             super().__init__(model, **options)
 
-    monkeypatch.setattr("onnxptq.validate.compare.Session", Recorded)
+    monkeypatch.setattr(sys.modules["onnxptq.validate.compare"], "Session", Recorded)
     _compare(int8, tmp_path, exact=True)
     assert seen == [("network.onnx", False), ("ort-cpu.onnx", True)]
