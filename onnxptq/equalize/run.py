@@ -26,13 +26,12 @@ FACTOR_LIMIT = 64.0
 """Factors stay within 1/64 and 64."""
 
 EMPHASES = (
-    Emphasis(clipping=0.1, weights=4.0),
-    Emphasis(clipping=0.1, weights=1.0),
-    Emphasis(clipping=0.1, weights=16.0),
     Emphasis(clipping=1.0, weights=4.0),
+    Emphasis(clipping=0.1, weights=1.0),
+    Emphasis(clipping=0.1, weights=4.0),
+    Emphasis(clipping=0.1, weights=16.0),
 )
-"""What is tried, the most widely useful first. Each must beat the best before it, to begin with s = 1, on
-unseen samples; where there are none, the first is taken."""
+"""What is tried. The one that does best on unseen samples is taken if it beats s = 1; the first without any."""
 
 _GROUP_BYTES = 1 << 30
 _UNSEEN = 8
@@ -188,7 +187,7 @@ def _equalized(job: _Job, sample: Sample, progress: Progress | None) -> tuple[Ca
         solved = _solve(job, parts, emphasis)
         if solved and trial:
             scores = trial.score(_factors(solved))
-            if is_better(scores, after):
+            if is_better(scores, before) and scores.mean() > after.mean():
                 best, after = solved, scores
         elif solved:
             best = solved
