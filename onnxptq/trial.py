@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxptq.graph.save import save_graph
 from onnxptq.qdq import insert_quantizers
-from onnxptq.runtime import Provider, Session
+from onnxptq.runtime import Provider, Session, open_transient
 from onnxptq.types import Array, CanonicalModel, QuantPlan, Sample, Solution
 
 CEILING_DB = 100.0
@@ -72,12 +72,13 @@ class Trial:
         exact: bool,
         measure: Callable[[Array], tuple[float, Callable[[Array, Array], float]]],
     ) -> float:
-        try:
-            save_graph(insert_quantizers(self._model.graph, plan, solution), self._path)
-            session = Session(self._path, provider=self._provider, exact=exact, fused=exact)
-        finally:
-            self._path.unlink(missing_ok=True)
-            self._path.with_name(self._path.name + ".data").unlink(missing_ok=True)
+        session = open_transient(
+            self._path,
+            lambda path: save_graph(insert_quantizers(self._model.graph, plan, solution), path),
+            provider=self._provider,
+            exact=exact,
+            fused=exact,
+        )
         signal: dict[str, list[float]] = {}
         noise: dict[str, list[float]] = {}
         for sample, reference in zip(self._samples, self._references, strict=True):

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from onnxptq.graph.save import write_model
-from onnxptq.runtime import Provider, Session
+from onnxptq.runtime import Provider, Session, open_transient
 from onnxptq.types import CanonicalModel, Sample
 
 _ANCHOR = "/calibration anchor"
@@ -70,8 +70,4 @@ def _add_outputs(proto: onnx.ModelProto, names: Sequence[str], elem_type: int) -
 
 def _open(proto: onnx.ModelProto, path: Path, provider: Provider) -> Session:
     """A session of ``proto``, written beside the model whose external data it shares."""
-    try:
-        write_model(proto, path)
-        return Session(path, provider=provider)
-    finally:
-        path.unlink(missing_ok=True)
+    return open_transient(path, lambda place: write_model(proto, place), provider=provider)

@@ -20,7 +20,7 @@ import numpy as np
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import exposed_copy
 from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, symmetric_qparams
-from onnxptq.runtime import Provider, Session
+from onnxptq.runtime import Provider, open_transient
 from onnxptq.types import Array, CanonicalModel, PerTensor, Progress, QParams, Quantizer, QuantPlan, Sample
 
 _ENDS = tuple(2.0 ** (-k / 3) for k in range(22))
@@ -50,12 +50,11 @@ def choose_softmax_ranges(
     if not sites or not samples:
         return {}
     exposed = sorted({name for _, pair in sites.values() for name in pair})
-    path = model.path.with_name(f"products_{model.path.name}")
-    try:
-        exposed_copy(model.path, exposed, path)
-        session = Session(path, provider=provider)
-    finally:
-        path.unlink(missing_ok=True)
+    session = open_transient(
+        model.path.with_name(f"products_{model.path.name}"),
+        lambda path: exposed_copy(model.path, exposed, path),
+        provider=provider,
+    )
     losses: dict[str, list[list[float]]] = {i: [[] for _ in _ENDS] for i in sites}
     top = {i: float(_upper_end(ranges[i])) for i in sites}
     step = progress.start("softmax ranges", len(samples)) if progress else None

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from onnxptq.calibrate.exposing import measured_shapes, open_group
 from onnxptq.calibrate.statistics import StatisticsBuilder, TensorStatistics
 from onnxptq.errors import FeedError, MemoryBudgetError
-from onnxptq.runtime import Provider
+from onnxptq.runtime import Provider, group_within
 from onnxptq.types import Array, CanonicalModel, Feeds, Progress, Skip
 
 DEFAULT_GROUP_BYTES = 1 << 30
@@ -171,8 +171,7 @@ def _shapes(
 
 def _group(sizes: Mapping[str, int], limit: int, model: CanonicalModel) -> list[list[str]]:
     """Consecutive tensors in groups of at most ``limit`` bytes."""
-    groups: list[list[str]] = []
-    room = -1
+    names = list(sizes)
     for name, size in sizes.items():
         if size > limit:
             raise MemoryBudgetError(
@@ -180,9 +179,4 @@ def _group(sizes: Mapping[str, int], limit: int, model: CanonicalModel) -> list[
                 f"the budget leaves {limit / 2**20:.0f} MiB for activations.",
                 "Raise --max-memory, or use smaller inputs.",
             )
-        if size > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(name)
-        room -= size
-    return groups
+    return [[names[i] for i in members] for members in group_within([[name] for name in names], sizes, limit)]

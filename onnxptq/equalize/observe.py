@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import onnx
 from onnxptq.equalize.classes import Classes, Literals
 from onnxptq.graph.index import is_constant, is_float32
 from onnxptq.graph.save import exposed_copy, write_model
-from onnxptq.runtime import Provider, Session
+from onnxptq.runtime import Provider, Session, group_within, open_transient
 from onnxptq.types import Array, CanonicalModel, Feeds, Sample
 
 Floats = npt.NDArray[np.float64]
@@ -73,8 +73,8 @@ def concrete_shapes(
             if t.name and not is_constant(t) and not is_float32(t) and t.name not in sample
         }
     )
-    exposed = model.path.with_name(f"shapes_{model.path.name}")
-    try:
+
+    def write(exposed: Path) -> None:
         exposed_copy(model.path, parameters, exposed)
         proto = onnx.load(str(exposed), load_external_data=False)
         for name in names:
@@ -83,9 +83,8 @@ def concrete_shapes(
                 onnx.helper.make_tensor_value_info(name + _SHAPE_SUFFIX, onnx.TensorProto.INT64, None)
             )
         write_model(proto, exposed)
-        session = Session(exposed, provider=provider)
-    finally:
-        exposed.unlink(missing_ok=True)
+
+    session = open_transient(model.path.with_name(f"shapes_{model.path.name}"), write, provider=provider)
     wanted = [name + _SHAPE_SUFFIX for name in names]
     found = session.run(sample, [*wanted, *parameters])
     for name in names:
@@ -118,14 +117,14 @@ def observe(
     inputs = {spec.name for spec in model.inputs}
     groups = _groups([name for name in labels if name not in inputs], sizes, group_bytes)
     for number, group in enumerate(groups or [[]]):
-        with _opened(model, group, provider) as session:
-            for sample in drawn(feeds, positions):
-                values = dict(session.run(sample, group)) if session else {}
-                if number == 0:
-                    values |= {name: value for name, value in sample.items() if name in builders}
-                for name, value in values.items():
-                    builders[name].update(value)
-                tick()
+        session = _opened(model, group, provider)
+        for sample in drawn(feeds, positions):
+            values = dict(session.run(sample, group)) if session else {}
+            if number == 0:
+                values |= {name: value for name, value in sample.items() if name in builders}
+            for name, value in values.items():
+                builders[name].update(value)
+            tick()
     spreads = {name: builder.result(classes) for name, builder in builders.items()}
     return {name: spread for name, spread in spreads.items() if spread is not None}
 
@@ -136,30 +135,18 @@ def group_count(names: Collection[str], sizes: Mapping[str, tuple[int, ...]], gr
 
 
 def _groups(names: Sequence[str], sizes: Mapping[str, tuple[int, ...]], limit: int) -> list[list[str]]:
-    groups: list[list[str]] = []
-    room = -1
-    for name in names:
-        size = 4 * int(np.prod(sizes[name], dtype=np.int64))
-        if size > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(name)
-        room -= size
-    return groups
+    taken = {name: 4 * int(np.prod(sizes[name], dtype=np.int64)) for name in names}
+    return [[names[i] for i in members] for members in group_within([[name] for name in names], taken, limit)]
 
 
-@contextlib.contextmanager
-def _opened(model: CanonicalModel, names: Sequence[str], provider: Provider) -> Iterator[Session | None]:
+def _opened(model: CanonicalModel, names: Sequence[str], provider: Provider) -> Session | None:
     if not names:
-        yield None
-        return
-    exposed = model.path.with_name(f"exposed_{model.path.name}")
-    try:
-        exposed_copy(model.path, names, exposed)
-        session = Session(exposed, provider=provider)
-    finally:
-        exposed.unlink(missing_ok=True)
-    yield session
+        return None
+    return open_transient(
+        model.path.with_name(f"exposed_{model.path.name}"),
+        lambda path: exposed_copy(model.path, names, path),
+        provider=provider,
+    )
 
 
 class _Builder:

@@ -20,7 +20,7 @@ from onnxptq.equalize.tracing import Trace
 from onnxptq.graph.save import save_graph
 from onnxptq.graph.surgeon import new_constant, unique_tensor_name
 from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, symmetric_qparams
-from onnxptq.runtime import Provider, Session
+from onnxptq.runtime import Provider, open_transient
 from onnxptq.types import Array, CanonicalModel, PerAxis, PerTensor, QParams, QType, Sample
 
 Floats = npt.NDArray[np.float64]
@@ -50,14 +50,13 @@ class Trial:
 
         ``factors``: ln s by variable.
         """
-        path = self.model.path.with_name(f"trial_{self.model.path.name}")
-        try:
-            save_graph(self._imitation(factors), path)
-            # Otherwise onnxruntime moves Q/DQ pairs around and rounds tensors that are not meant to be.
-            session = Session(path, provider=self.provider, exact=True)
-        finally:
-            path.unlink(missing_ok=True)
-            path.with_name(path.name + ".data").unlink(missing_ok=True)
+        # Exact, or onnxruntime moves Q/DQ pairs around and rounds tensors that are not meant to be.
+        session = open_transient(
+            self.model.path.with_name(f"trial_{self.model.path.name}"),
+            lambda path: save_graph(self._imitation(factors), path),
+            provider=self.provider,
+            exact=True,
+        )
         return np.array(
             [_similarity(r, session.run(x)) for x, r in zip(self.samples, self.references, strict=True)]
         )

@@ -25,7 +25,7 @@ import onnx_graphsurgeon as gs
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear, find_linears
 from onnxptq.graph.save import save_graph
-from onnxptq.runtime import Provider, Session
+from onnxptq.runtime import Provider, open_transient
 from onnxptq.types import Array, CanonicalModel, FloatArray, Progress, QuantPlan, Sample, Site, Solution
 
 Insert = Callable[[gs.Graph, QuantPlan, Solution], gs.Graph]
@@ -60,13 +60,11 @@ def correct_biases(
         return solution
     graph, outputs = _error_graph(model, layers)
     twins = _redirected(plan, {layer.node.name for layer in layers})
-    path = work_dir / "bias_errors.onnx"
-    try:
-        save_graph(insert(graph, twins, solution), path)
-        session = Session(path, provider=provider)
-    finally:
-        path.unlink(missing_ok=True)
-        path.with_name(path.name + ".data").unlink(missing_ok=True)
+    session = open_transient(
+        work_dir / "bias_errors.onnx",
+        lambda path: save_graph(insert(graph, twins, solution), path),
+        provider=provider,
+    )
     step = progress.start("correct biases", len(samples)) if progress else None
     seen: dict[str, list[Array]] = {name: [] for name in outputs}
     for sample in samples:

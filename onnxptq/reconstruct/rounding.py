@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from onnxptq.graph.linear import Linear, find_linears
 from onnxptq.graph.save import exposed_copy
 from onnxptq.reconstruct.closed_form import round_weights
 from onnxptq.reconstruct.gram import Gram, layer_rows, weight_matrix, weight_tensor
-from onnxptq.runtime import Provider, Session
+from onnxptq.runtime import Provider, open_transient
 from onnxptq.types import CanonicalModel, Progress, QuantPlan, Sample, Solution
 
 _FINE_BITS = 8
@@ -46,7 +45,11 @@ def round_in_closed_form(
         return solution
     reads = {(s.consumer, s.input_index): q for q in plan.quantizers for s in q.sites}
     exposed = sorted({layer.input.name for layer in layers} - index.input_names)
-    session = _exposed_session(model, exposed, provider)
+    session = open_transient(
+        model.path.with_name(f"rows_{model.path.name}"),
+        lambda path: exposed_copy(model.path, exposed, path),
+        provider=provider,
+    )
     grams: dict[str, Gram] = {}
     declined: set[str] = set()
     step = progress.start("round weights", len(samples) + len(layers)) if progress else None
@@ -105,12 +108,3 @@ def _width(layer: Linear) -> int:
     size = int(np.prod(layer.weight.shape))
     channels = int(layer.weight.shape[layer.axis])
     return size // max(1, channels)
-
-
-def _exposed_session(model: CanonicalModel, names: Sequence[str], provider: Provider) -> Session:
-    path: Path = model.path.with_name(f"rows_{model.path.name}")
-    try:
-        exposed_copy(model.path, names, path)
-        return Session(path, provider=provider)
-    finally:
-        path.unlink(missing_ok=True)

@@ -9,13 +9,16 @@ from onnxptq.runtime.session import (
     require_runtime,
     runtime_version,
 )
+from onnxptq.runtime.transient import group_within, open_transient
 
 __all__ = [
     "Provider",
     "RunError",
     "Session",
     "count_kernels",
+    "group_within",
     "installed_runtimes",
+    "open_transient",
     "require_runtime",
     "runtime_version",
 ]

@@ -18,7 +18,7 @@ import onnx
 
 from onnxptq.graph import proto
 from onnxptq.graph.save import exposed_copy
-from onnxptq.runtime import Provider, Session
+from onnxptq.runtime import Provider, Session, open_transient
 from onnxptq.types import Sample
 
 DEFAULT_GROUP_BYTES = 1 << 28
@@ -54,12 +54,12 @@ def _link(source: Path, target: Path) -> None:
 
 def open_exposed(path: Path, tensors: Sequence[str], *, exact: bool, provider: Provider = "cpu") -> Session:
     """A session of ``path`` (staged) that can return ``tensors`` besides the graph outputs."""
-    variant = path.with_name("exposed.onnx")
-    try:
-        exposed_copy(path, tensors, variant)
-        return Session(variant, exact=exact, provider=provider)
-    finally:
-        variant.unlink(missing_ok=True)
+    return open_transient(
+        path.with_name("exposed.onnx"),
+        lambda variant: exposed_copy(path, tensors, variant),
+        exact=exact,
+        provider=provider,
+    )
 
 
 def sizes_of(path: Path, tensors: Sequence[str], sample: Sample, *, exact: bool) -> Mapping[str, int]:
@@ -104,23 +104,3 @@ def _bound_dimensions(model: onnx.ModelProto, sample: Sample) -> dict[str, int]:
                 if dim.dim_param:
                     bound[dim.dim_param] = size
     return bound
-
-
-def group(units: Sequence[Sequence[str]], sizes: Mapping[str, int], limit: int) -> list[list[int]]:
-    """Indices of consecutive ``units`` in groups whose tensors take at most ``limit`` bytes together.
-
-    A unit larger than the limit gets a group of its own: it cannot be split.
-    """
-    groups: list[list[int]] = []
-    present: set[str] = set()
-    used = 0
-    for i, unit in enumerate(units):
-        extra = sum(sizes[name] for name in set(unit) - present)
-        if not groups or used + extra > limit:
-            groups.append([])
-            present, used = set(), 0
-            extra = sum(sizes[name] for name in set(unit))
-        groups[-1].append(i)
-        present |= set(unit)
-        used += extra
-    return groups

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import onnx
 
+from onnxptq.runtime import group_within
 from onnxptq.types import Progress, Sample
-from onnxptq.validate.exposure import group, open_exposed, sizes_of
+from onnxptq.validate.exposure import open_exposed, sizes_of
 from onnxptq.validate.metrics import OutputMeter
 from onnxptq.validate.reading import WrittenModel
 
@@ -96,7 +97,7 @@ def compare_layers(
         found = sizes_of(path, names, feeds[0][side], exact=True)
         sizes |= {f"{side}{name}": size for name, size in found.items()}
     units = [[f"{side}{name}" for side, name in item.units] for item in shared]
-    groups = group(units, sizes, group_bytes)
+    groups = group_within(units, sizes, group_bytes)
     tick = progress.start("Comparing the layers", len(groups) * len(samples)) if progress else None
     meters = [_LayerMeter(item) for item in shared]
     for members in groups:

@@ -27,9 +27,9 @@ import numpy as np
 
 from onnxptq.errors import OutputCheckError
 from onnxptq.quantizers.affine import expand, fake_quantize
-from onnxptq.runtime import Provider, Session
+from onnxptq.runtime import Provider, Session, group_within
 from onnxptq.types import Array, CanonicalModel, QParams, Quantizer, QuantPlan, Sample, Solution
-from onnxptq.validate.exposure import DEFAULT_GROUP_BYTES, group, open_exposed, sizes_of, staged
+from onnxptq.validate.exposure import DEFAULT_GROUP_BYTES, open_exposed, sizes_of, staged
 from onnxptq.validate.metrics import OutputMeter, QualityMeter, sqnr_db
 from onnxptq.validate.reading import Pair, WrittenModel
 from onnxptq.validate.structure import constant_of, label, locate, row_blocks
@@ -176,7 +176,7 @@ def _compare_activations(
     units = [[name for name in (p.source, p.output) if name and name not in samples[0]] for p in pairs]
     names = sorted({name for unit in units for name in unit})
     sizes = sizes_of(path, names, samples[0], exact=True)
-    for members in group(units, sizes, group_bytes):
+    for members in group_within(units, sizes, group_bytes):
         fetched = sorted({name for i in members for name in units[i]})
         session = open_exposed(path, fetched, exact=True)
         for sample in samples:
@@ -200,7 +200,7 @@ def _compare_constants(
     """Weights and biases do not depend on the feed: one run shows them."""
     units = [[located[q.quantizer_id].output] for q in quantizers]
     sizes = sizes_of(path, [unit[0] for unit in units], sample, exact=True)
-    for members in group(units, sizes, group_bytes):
+    for members in group_within(units, sizes, group_bytes):
         fetched = [units[i][0] for i in members]
         values = open_exposed(path, fetched, exact=True).run(sample, fetched)
         for i in members:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from onnxptq.errors import OutputCheckError
-from onnxptq.runtime import Session
+from onnxptq.runtime import Session, group_within
 from onnxptq.types import Sample
 from onnxptq.validate import exposure, parity
 from onnxptq.validate.parity import Parity, check_parity
@@ -128,5 +128,5 @@ def test_sizes_come_from_shapes_or_from_a_run(int8: Written, tmp_path: Path) -> 
 def test_groups_cover_the_units_within_the_limit() -> None:
     sizes = {"a": 4, "b": 3, "c": 9, "d": 1}
     units = [["a"], ["a", "b"], ["c"], ["d"], ["d", "a"]]
-    groups = exposure.group(units, sizes, 8)
+    groups = group_within(units, sizes, 8)
     assert groups == [[0, 1], [2], [3, 4]]  # a is counted once; c alone exceeds the limit
