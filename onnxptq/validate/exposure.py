@@ -55,7 +55,7 @@ def _link(source: Path, target: Path) -> None:
 def open_exposed(path: Path, tensors: Sequence[str], *, exact: bool, provider: Provider = "cpu") -> Session:
     """A session of ``path`` (staged) that can return ``tensors`` besides the graph outputs."""
     return open_transient(
-        path.with_name("exposed.onnx"),
+        path.with_name(f"exposed_{path.name}"),
         lambda variant: exposed_copy(path, tensors, variant),
         exact=exact,
         provider=provider,

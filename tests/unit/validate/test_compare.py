@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -233,3 +234,13 @@ def test_sessions_are_of_the_requested_kind(
     monkeypatch.setattr(sys.modules["onnxptq.validate.compare"], "Session", Recorded)
     _compare(int8, tmp_path, exact=True)
     assert seen == [("network.onnx", False), ("ort-cpu.onnx", True)]
+
+
+@pytest.mark.parametrize("name", ["exposed.onnx", "model"])
+def test_models_of_any_name_are_compared_layer_by_layer(int8: Written, tmp_path: Path, name: str) -> None:
+    source, written = tmp_path / "a" / name, tmp_path / "b" / name
+    for place, original in ((source, int8.model.source), (written, int8.path)):
+        place.parent.mkdir()
+        shutil.copyfile(original, place)
+    found = compare(source, written, FEEDS, work_dir=tmp_path, layers=True, group_bytes=1)
+    assert found.layers == _compare(int8, tmp_path, layers=True).layers
