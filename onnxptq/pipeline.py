@@ -61,7 +61,7 @@ def quantize(
         float_model = steps.canonical_model(run, source)
         data = steps.open_data(run, float_model, calibration, evaluation, labels)
         form = steps.prepared(run, float_model, data)
-        plan, solution = steps.solved(run, form, data)
+        plan, solution = steps.solved(run, form)
         with staging(target) as staged:
             steps.write(run, form.model, plan, solution, staged)
             checks = steps.check(run, float_model, form.model, plan, solution, staged, data)

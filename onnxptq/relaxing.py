@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from onnxptq.types import Progress, QuantPlan, Solution
 
@@ -18,13 +18,6 @@ Score = Callable[[QuantPlan, Solution], float]
 
 LARGEST_SHARE = 0.2
 """Of the quantized nodes at most this share is taken out; a network that needs more is not rescued so."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Relaxation:
-    """Nodes to leave in float, with the reason of each; empty where the floor cannot be reached this way."""
-
-    declined: Mapping[str, str]
 
 
 def find_relaxation(
@@ -36,8 +29,10 @@ def find_relaxation(
     floor: float,
     reached: float,
     progress: Progress | None = None,
-) -> Relaxation:
-    """The nodes to leave in float so that the outputs reach ``floor`` dB.
+) -> Mapping[str, str]:
+    """The nodes to leave in float so that the outputs reach ``floor`` dB, each with its reason.
+
+    Empty where that would take too many of them.
 
     Args:
         plan_of: the plan that quantizes one node alone.
@@ -65,8 +60,8 @@ def find_relaxation(
         )
         left -= noise[node]
     if len(declined) > LARGEST_SHARE * len(nodes):
-        return Relaxation(declined={})
-    return Relaxation(declined=declined)
+        return {}
+    return declined
 
 
 def _restricted(plan: QuantPlan, solution: Solution) -> tuple[QuantPlan, Solution]:

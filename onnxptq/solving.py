@@ -46,6 +46,8 @@ WIDTH_AT_8_BITS = 1280
 WIDTH_BELOW = 8192
 """The same for narrower weights, where it decides between a working network and a broken one."""
 
+_PLAIN = "nearest rounding"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
@@ -63,7 +65,7 @@ class Samples:
 class Solver:
     """Finds the solution of one plan: ``begin`` once, then ``finish``.
 
-    ``notes`` collects what was measured and decided.
+    ``notes`` collects what was measured and decided. The float network is run once, at the first comparison.
     """
 
     model: CanonicalModel
@@ -71,12 +73,15 @@ class Solver:
     statistics: Calibration
     recipe: Recipe
     overrides: Mapping[str, Observer]
+    samples: Samples
     scratch: Path
     progress: Progress | None = None
     notes: list[str] = field(default_factory=list)
     start: Solution = field(default_factory=lambda: Solution(qparams={}))
+    _known_trial: Trial | None = None
+    _known_rank: float | None = None
 
-    def begin(self, samples: Samples) -> None:
+    def begin(self) -> None:
         """Choose ranges and round to nearest: ``start`` is then set."""
         if not self.plan.quantizers:
             return
@@ -84,25 +89,31 @@ class Solver:
         if self.recipe.method == "rtn":
             self.start = self._initial(self.statistics, _named(self.recipe), {}, grids)
             return
-        observer, focused = self._ranges(self._trial(samples), samples)
+        observer, focused = self._ranges()
         self.start = self._initial(self.statistics, observer, focused, grids)
 
-    def rank(self, samples: Samples) -> float:
+    def rank(self) -> float:
         """Quality of ``start``, to compare different forms of one model."""
-        return self._trial(samples).rank(self.plan, self.start)
+        if self._known_rank is None:
+            self._known_rank = self._trial().rank(self.plan, self.start)
+        return self._known_rank
 
-    def finish(self, samples: Samples) -> Solution:
+    def finish(self) -> Solution:
         """The best solution that the recipe's method allows."""
         if self.recipe.method == "rtn" or not self.plan.quantizers:
             return self.start
-        return self._best(self._trial(samples), self._alternatives(self.start, samples.correction))
+        return self._best(self._alternatives())
 
-    def _trial(self, samples: Samples) -> Trial:
-        return Trial(self.model, samples.trial, self.scratch, self.recipe.provider)
+    def replanned(self, plan: QuantPlan) -> Solver:
+        """A solver that has not begun, for another plan of the same model."""
+        return replace(self, plan=plan, notes=[], start=Solution(qparams={}), _known_rank=None)
 
-    def relax(
-        self, found: Solution, samples: Samples, plan_of: Callable[[str], QuantPlan]
-    ) -> Mapping[str, str]:
+    def _trial(self) -> Trial:
+        if self._known_trial is None:
+            self._known_trial = Trial(self.model, self.samples.trial, self.scratch, self.recipe.provider)
+        return self._known_trial
+
+    def relax(self, found: Solution, plan_of: Callable[[str], QuantPlan]) -> Mapping[str, str]:
         """Nodes to leave in float, with reasons, because the outputs stay below the recipe's floor.
 
         Args:
@@ -112,12 +123,12 @@ class Solver:
         floor = self.recipe.floor
         if floor is None or self.recipe.method == "rtn":
             return {}
-        trial = self._trial(samples)
+        trial = self._trial()
         reached = trial.score(self.plan, found)
         if reached >= floor:
             return {}
         readers = {s.consumer for q in self.plan.quantizers if q.role == "weight" for s in q.sites}
-        relaxation = find_relaxation(
+        declined = find_relaxation(
             plan_of,
             sorted(readers),
             found,
@@ -129,12 +140,12 @@ class Solver:
         self.notes.append(
             f"The outputs reached {reached:.2f} dB on calibration samples, below the floor of {floor:g} dB: "
             + (
-                f"{len(relaxation.declined)} of {len(readers)} weighted nodes are left in float."
-                if relaxation.declined
+                f"{len(declined)} of {len(readers)} weighted nodes are left in float."
+                if declined
                 else "too many nodes share in the noise for leaving some in float."
             )
         )
-        return relaxation.declined
+        return declined
 
     def _initial(
         self,
@@ -146,14 +157,14 @@ class Solver:
         ranges = choose_ranges(self.plan, statistics, observer, self.overrides)
         return initial_solution(self.model.graph, self.plan, {**ranges, **focused}, grids)
 
-    def _ranges(self, trial: Trial, samples: Samples) -> tuple[Observer, Mapping[str, QParams]]:
+    def _ranges(self) -> tuple[Observer, Mapping[str, QParams]]:
         if self.recipe.observer != "auto":
             return _named(self.recipe), {}
         focused = choose_softmax_ranges(
             self.model,
             self.plan,
             choose_ranges(self.plan, self.statistics, Observer(name="minmax"), self.overrides),
-            samples.correction[:FOCUS_SAMPLES],
+            self.samples.correction[:FOCUS_SAMPLES],
             provider=self.recipe.provider,
             progress=self.progress,
         )
@@ -166,21 +177,22 @@ class Solver:
 
         def quality(candidate: Observer) -> float:
             ranges = choose_ranges(activations, fitting, candidate, self.overrides)
-            return trial.rank(activations, Solution(qparams={**ranges, **focused}), exact=True)
+            return self._trial().rank(activations, Solution(qparams={**ranges, **focused}), exact=True)
 
         observer, scores = select_observer(quality, progress=self.progress)
         listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
         self.notes.append(f"Ranges by {label(observer)} (dB on calibration samples: {listed}).")
         return observer, focused
 
-    def _alternatives(self, start: Solution, samples: Sequence[Sample]) -> dict[str, Solution]:
+    def _alternatives(self) -> dict[str, Solution]:
         """Solutions worth trying, by name, the plain one first."""
-        found = {"nearest rounding": start}
+        samples = self.samples.correction
+        found = {_PLAIN: self.start}
         if self.recipe.compensate:
             found["compensated rounding"] = round_in_closed_form(
                 self.model,
                 self.plan,
-                start,
+                self.start,
                 samples,
                 max_width=WIDTH_AT_8_BITS if self.recipe.weight_bits == 8 else WIDTH_BELOW,
                 provider=self.recipe.provider,
@@ -200,10 +212,13 @@ class Solver:
                 )
         return found
 
-    def _best(self, trial: Trial, alternatives: Mapping[str, Solution]) -> Solution:
+    def _best(self, alternatives: Mapping[str, Solution]) -> Solution:
         if len(alternatives) == 1:
             return next(iter(alternatives.values()))
-        scores = {name: trial.rank(self.plan, solution) for name, solution in alternatives.items()}
+        scores = {
+            name: self.rank() if name == _PLAIN else self._trial().rank(self.plan, solution)
+            for name, solution in alternatives.items()
+        }
         chosen = max(scores, key=lambda name: scores[name])
         listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
         self.notes.append(f"Weights by {chosen} (dB on calibration samples: {listed}).")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,9 +50,6 @@ PARITY_SAMPLES = 2
 
 LAYER_SAMPLES = 8
 """Held-out samples on which every inner tensor is compared with the float network."""
-
-EQUALIZE_SAMPLES = 32
-"""Calibration samples whose ranges per channel decide the equalization."""
 
 
 @dataclass(slots=True)
@@ -202,10 +199,10 @@ def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
     with run.timed("equalize"):
         equalized, summary = equalize(
             model,
-            ListFeeds(data.samples.correction[:EQUALIZE_SAMPLES]),
+            ListFeeds(data.samples.correction),
             work_dir=run.scratch,
             tensors=candidate_tensors(GraphIndex(model.graph)),
-            samples=EQUALIZE_SAMPLES,
+            samples=len(data.samples.correction),
             provider=run.recipe.provider,
             group_bytes=run.group_bytes,
             progress=run.progress,
@@ -215,7 +212,7 @@ def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
         return plain
     rescaled = _prepared(run, equalized, data)
     with run.timed("solve"):
-        before, after = plain.solver.rank(data.samples), rescaled.solver.rank(data.samples)
+        before, after = plain.solver.rank(), rescaled.solver.rank()
     kept = "kept" if after > before else "dropped"
     run.note(f"The rescaled channels were {kept}: {before:.2f} dB without, {after:.2f} dB with them.")
     return rescaled if after > before else plain
@@ -224,9 +221,19 @@ def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
 def _prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
     statistics = calibration(run, model, data)
     placed = plan(run, model, statistics)
-    solver = _solver(run, model, statistics, placed)
+    tensors = frozenset(q.tensor for q in placed.quantizers if q.role == "activation")
+    solver = Solver(
+        model=model,
+        plan=placed,
+        statistics=statistics,
+        recipe=run.recipe,
+        overrides=observer_overrides(model, GraphIndex(model.graph), run.recipe, tensors),
+        samples=data.samples,
+        scratch=run.scratch,
+        progress=run.progress,
+    )
     with run.timed("solve"):
-        solver.begin(data.samples)
+        solver.begin()
     return Prepared(model=model, statistics=statistics, plan=placed, solver=solver)
 
 
@@ -266,63 +273,48 @@ def calibration(run: Run, model: CanonicalModel, data: Data) -> Calibration:
     return result
 
 
-def plan(
-    run: Run, model: CanonicalModel, statistics: Calibration, declined: Mapping[str, str] | None = None
-) -> QuantPlan:
+def plan(run: Run, model: CanonicalModel, statistics: Calibration) -> QuantPlan:
     """Where quantizers go for the recipe's target.
-
-    Args:
-        declined: nodes to leave in float beyond those that the recipe names, with reasons.
 
     Raises:
         SelectorError: a pattern matches nothing. Also see :func:`onnxptq.placing.require_quantizers`.
     """
     with run.timed("place"):
-        index = GraphIndex(model.graph)
-        request = placement_request(model, index, run.recipe, statistics.uncalibrated)
-        request = replace(request, declined={**request.declined, **(declined or {})})
-        placed = TARGETS[run.recipe.target](index, request)
-        if declined is None:
-            require_quantizers(placed, model, run.recipe)
+        placed = _placing(run, model, statistics)({})
+        require_quantizers(placed, model, run.recipe)
         return placed
 
 
-def solved(run: Run, form: Prepared, data: Data) -> tuple[QuantPlan, Solution]:
+def _placing(
+    run: Run, model: CanonicalModel, statistics: Calibration
+) -> Callable[[Mapping[str, str]], QuantPlan]:
+    """The plan as a function of the nodes to leave in float beyond those that the recipe names, with reasons."""
+    index = GraphIndex(model.graph)
+    request = placement_request(model, index, run.recipe, statistics.uncalibrated)
+    place = TARGETS[run.recipe.target]
+    return lambda declined: place(index, replace(request, declined={**request.declined, **declined}))
+
+
+def solved(run: Run, form: Prepared) -> tuple[QuantPlan, Solution]:
     """The parameters of every quantizer of the plan, or of one that leaves in float what spoils the outputs."""
-    model, statistics, solver = form.model, form.statistics, form.solver
+    model, solver = form.model, form.solver
     with run.timed("solve"):
-        found = solver.finish(data.samples)
+        found = solver.finish()
+        placed = _placing(run, model, form.statistics)
         nodes = [node.name for node in model.graph.nodes]
-
-        def alone(kept: str) -> QuantPlan:
-            return plan(run, model, statistics, {name: "set aside" for name in nodes if name != kept})
-
-        declined = solver.relax(found, data.samples, alone)
+        declined = solver.relax(
+            found, lambda kept: placed({name: "set aside" for name in nodes if name != kept})
+        )
         for note in solver.notes:
             run.note(note)
         if not declined:
             return form.plan, found
-        relaxed = plan(run, model, statistics, declined)
-        solver = _solver(run, model, statistics, relaxed)
-        solver.begin(data.samples)
-        found = solver.finish(data.samples)
-        for note in solver.notes:
+        relaxed = solver.replanned(placed(declined))
+        relaxed.begin()
+        found = relaxed.finish()
+        for note in relaxed.notes:
             run.note(f"After that: {note}")
-        return relaxed, found
-
-
-def _solver(run: Run, model: CanonicalModel, statistics: Calibration, placed: QuantPlan) -> Solver:
-    index = GraphIndex(model.graph)
-    tensors = frozenset(q.tensor for q in placed.quantizers if q.role == "activation")
-    return Solver(
-        model=model,
-        plan=placed,
-        statistics=statistics,
-        recipe=run.recipe,
-        overrides=observer_overrides(model, index, run.recipe, tensors),
-        scratch=run.scratch,
-        progress=run.progress,
-    )
+        return relaxed.plan, found
 
 
 def write(run: Run, model: CanonicalModel, plan: QuantPlan, solution: Solution, path: Path) -> None:
