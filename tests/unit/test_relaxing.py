@@ -1,0 +1,76 @@
+"""Which nodes are left in float, on made-up noises."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from onnxptq.relaxing import find_relaxation
+from onnxptq.types import PerTensor, QParams, QType, Quantizer, QuantPlan, Solution
+
+NOISE = {
+    "a": 1e-2,
+    "b": 4e-2,
+    "c": 1e-4,
+    "d": 2e-4,
+    "e": 1e-4,
+    "f": 1e-5,
+    "g": 1e-5,
+    "h": 1e-5,
+    "i": 1e-5,
+    "j": 1e-5,
+}
+
+
+def _plan(node: str) -> QuantPlan:
+    quantizer = Quantizer(
+        quantizer_id=node, tensor=node, role="weight", qtype=QType.signed(8), granularity=PerTensor(),
+        symmetric=True, sites=(), scale_group=node,
+    )  # fmt: skip
+    return QuantPlan(target="t", quantizers=(quantizer,))
+
+
+def _solution() -> Solution:
+    qparams = QParams(
+        scale=np.ones((), np.float32),
+        zero_point=np.zeros((), np.int32),
+        qtype=QType.signed(8),
+        granularity=PerTensor(),
+    )
+    return Solution(
+        qparams=dict.fromkeys(NOISE, qparams), weights={n: np.full(1, i) for i, n in enumerate(NOISE)}
+    )
+
+
+def _score(plan: QuantPlan, solution: Solution) -> float:
+    (quantizer,) = plan.quantizers
+    assert set(solution.weights) == {quantizer.tensor}, "the other nodes must keep their float weights"
+    return -10 * math.log10(NOISE[quantizer.tensor])
+
+
+def _relaxed(floor: float) -> dict[str, str]:
+    reached = -10 * math.log10(sum(NOISE.values()))
+    return dict(find_relaxation(_plan, sorted(NOISE), _solution(), _score, floor=floor, reached=reached))
+
+
+def test_the_worst_nodes_go_until_the_rest_fits() -> None:
+    assert list(_relaxed(18.0)) == ["b"]
+    assert list(_relaxed(25.0)) == ["b", "a"]
+    assert "14.0 dB" in _relaxed(18.0)["b"]
+
+
+def test_nothing_goes_where_the_floor_is_met_or_too_many_would() -> None:
+    assert _relaxed(10.0) == {}
+    assert _relaxed(40.0) == {}
+
+
+@pytest.mark.parametrize("factor", [0.25, 3.0])
+def test_noises_that_do_not_add_up_are_scaled(factor: float) -> None:
+    total = sum(NOISE.values())
+    reached = -10 * math.log10(total * factor)
+    # Without b a fifth of the noise is left, whatever the whole amounts to.
+    left = -10 * math.log10((total - NOISE["b"]) * factor)
+    found = find_relaxation(_plan, sorted(NOISE), _solution(), _score, floor=left - 0.01, reached=reached)
+    assert list(found) == ["b"]

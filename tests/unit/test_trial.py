@@ -1,0 +1,69 @@
+"""Scores of quantized networks against numpy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxptq.graph.save import save_graph
+from onnxptq.qdq import insert_quantizers
+from onnxptq.quantizers.affine import asymmetric_qparams
+from onnxptq.reconstruct.initial import initial_solution
+from onnxptq.runtime import Session
+from onnxptq.trial import Trial
+from onnxptq.types import CanonicalModel, QuantPlan, Solution
+from tests.unit.small_nets import Net, canonical, planned, random_samples
+
+
+def _scores_net() -> Any:
+    net = Net()
+    hidden = net.op("Relu", "hidden", net.linear("first", "x", 12, 16))
+    scores = net.linear("scores", hidden, 16, 5)
+    return net.proto({"x": ["n", 12]}, [scores])
+
+
+def _solved(model: CanonicalModel, step: float) -> tuple[QuantPlan, Solution]:
+    plan = planned(model, "simulate", activation_bits=4)
+    wide = asymmetric_qparams(-8 * step, 7 * step, plan.quantizers[0].qtype)
+    ranges = {q.quantizer_id: wide for q in plan.quantizers if q.role == "activation"}
+    return plan, initial_solution(model.graph, plan, ranges)
+
+
+def _outputs(model: CanonicalModel, plan: QuantPlan, solution: Solution, folder: Path, samples: Any) -> Any:
+    path = folder / "written.onnx"
+    save_graph(insert_quantizers(model.graph, plan, solution), path)
+    pairs = [[Session(p).run(s)["scores"] for s in samples] for p in (model.path, path)]
+    return np.concatenate(pairs[0]).astype(float), np.concatenate(pairs[1]).astype(float)
+
+
+def test_score_is_the_signal_to_noise_ratio_and_rank_weighs_by_probability(tmp_path: Path) -> None:
+    model = canonical(_scores_net(), tmp_path)
+    samples = random_samples(model, 6)
+    plan, solution = _solved(model, 0.4)
+    trial = Trial(model, samples, tmp_path, "cpu")
+    z, q = _outputs(model, plan, solution, tmp_path, samples)
+    # Sums in another order.
+    assert trial.score(plan, solution) == pytest.approx(
+        10 * np.log10((z**2).sum() / ((z - q) ** 2).sum()), abs=1e-4
+    )
+
+    def softmax(v: np.ndarray) -> np.ndarray:
+        e = np.exp(v - v.max(axis=1, keepdims=True))
+        return e / e.sum(axis=1, keepdims=True)
+
+    p, p_q = softmax(z), softmax(q)
+    variance = ((p * z**2).sum(axis=1) - (p * z).sum(axis=1) ** 2).sum()
+    divergence = (p * np.log(p / p_q)).sum()
+    assert trial.rank(plan, solution) == pytest.approx(10 * np.log10(variance / (2 * divergence)), abs=1e-3)
+    assert list(tmp_path.glob("trial*")) == []
+
+
+def test_finer_grids_score_higher(tmp_path: Path) -> None:
+    model = canonical(_scores_net(), tmp_path)
+    trial = Trial(model, random_samples(model, 6), tmp_path, "cpu")
+    scores = [trial.rank(*_solved(model, step)) for step in (4.0, 1.0, 0.4)]
+    assert scores == sorted(scores)
+    assert scores[0] < scores[2]
