@@ -14,6 +14,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 MODEL = click.Path(path_type=Path)
 
+PICTURE_FLAGS = ("size", "resize", "color", "layout", "scale", "mean", "std")
+"""The parameters that ``image_options`` adds besides ``preprocess``."""
+
 
 def image_options(command: Command) -> Command:
     """How pictures become model inputs."""

@@ -11,10 +11,8 @@ from rich.console import Console
 
 from onnxptq.recipe import Recipe
 
-from .options import MODEL, image_options, output_options, picture_options
+from .options import MODEL, PICTURE_FLAGS, image_options, output_options, picture_options
 from .progress import TerminalProgress
-
-_PICTURES = ("size", "resize", "color", "layout", "scale", "mean", "std")
 
 
 @click.command()
@@ -135,7 +133,7 @@ def quantize(
     from onnxptq.pipeline import quantize as run
     from onnxptq.validate.summary import render_summary
 
-    pictures = picture_options(preprocess, {name: settings.pop(name) for name in _PICTURES})
+    pictures = picture_options(preprocess, {name: settings.pop(name) for name in PICTURE_FLAGS})
     recipe = _recipe(recipe_path, settings, pictures)
     target = output or model.with_name(f"{model.stem}.int8.onnx")
     folder = None if no_report else report_dir or target.with_name(f"{target.stem}.report")

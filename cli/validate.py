@@ -13,10 +13,8 @@ from rich.table import Table
 
 from onnxptq.errors import QualityGateError
 
-from .options import MODEL, image_options, output_options, picture_options
+from .options import MODEL, PICTURE_FLAGS, image_options, output_options, picture_options
 from .progress import TerminalProgress
-
-_PICTURES = ("size", "resize", "color", "layout", "scale", "mean", "std")
 
 
 @click.command()
@@ -67,7 +65,7 @@ def validate(
     from onnxptq.comparison import validate as run
     from onnxptq.validate.report import plain
 
-    pictures = picture_options(preprocess, {name: settings.pop(name) for name in _PICTURES})
+    pictures = picture_options(preprocess, {name: settings.pop(name) for name in PICTURE_FLAGS})
     with TerminalProgress(quiet=quiet or as_json, verbose=verbose) as progress:
         found = run(
             reference, quantized, data=data, labels=labels, preprocess=pictures, progress=progress, **settings

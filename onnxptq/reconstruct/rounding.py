@@ -57,15 +57,13 @@ def round_in_closed_form(
         values = {**sample, **session.run(sample, exposed)}
         for layer in layers:
             name = layer.node.name
+            if name in declined:
+                continue
             quantizer = reads.get((name, 1 - layer.weight_index))
             qparams = solution.qparams[quantizer.quantizer_id] if quantizer else None
             if qparams is not None and qparams.qtype.bits >= _FINE_BITS:
                 qparams = None
-            rows = (
-                None
-                if name in declined
-                else layer_rows(layer, values[layer.input.name], qparams, _rows(layer, len(samples)))
-            )
+            rows = layer_rows(layer, values[layer.input.name], qparams, _rows(layer, len(samples)))
             if rows is None:
                 declined.add(name)
                 continue
