@@ -29,13 +29,12 @@ _BLOCK = 64
 Matrix = npt.NDArray[np.float64]
 
 
-def round_weights(matrix: FloatArray, gram: Gram, qparams: QParams, *, ridge: bool = True) -> FloatArray:
+def round_weights(matrix: FloatArray, gram: Gram, qparams: QParams) -> FloatArray:
     """Weights on the grid of ``qparams`` for which the layer's output is closest to the float one.
 
     Args:
         matrix: (groups, channels, K) float weights.
         qparams: one scale per output channel, in the order of groups and channels.
-        ridge: start from the ridge solution instead of the float weights.
     """
     groups, channels, width = matrix.shape
     g, c = gram.quantized, gram.mixed
@@ -45,7 +44,7 @@ def round_weights(matrix: FloatArray, gram: Gram, qparams: QParams, *, ridge: bo
     damping = DAMPING * strength[:, None, None] * np.eye(width)
     damped = g + damping
     weight = matrix.astype(np.float64)
-    if ridge and gram.mixed is not gram.quantized:
+    if gram.mixed is not gram.quantized:
         # The damping pulls towards the float weight, not towards zero.
         right = (c + damping) @ np.swapaxes(weight, 1, 2)
         weight = np.swapaxes(np.linalg.solve(damped, right), 1, 2)
