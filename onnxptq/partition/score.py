@@ -26,7 +26,7 @@ import onnx_graphsurgeon as gs
 import torch
 
 from onnxptq.errors import UsageError
-from onnxptq.partition.network import BlockNetwork, Values
+from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.partition.output_loss import LossKind, OutputLoss, choose_loss, probability_outputs
 from onnxptq.quantizers.torch_affine import fake_quantize, fake_quantizer
 from onnxptq.types import (

@@ -12,9 +12,9 @@ import torch
 
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.lowering import lower
+from onnxptq.lowering.network import BlockNetwork
 from onnxptq.partition.blocks import find_blocks, verify_blocks
 from onnxptq.partition.describe import describe_blocks
-from onnxptq.partition.network import BlockNetwork
 from onnxptq.types import CanonicalModel
 
 # Blocks by kind, in order of their first letters: stem, units, head.

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxptq.lowering import lower
+from onnxptq.lowering.network import BlockNetwork
 from onnxptq.partition.blocks import find_blocks, verify_blocks
-from onnxptq.partition.network import BlockNetwork
 from onnxptq.partition.pack import pack_blocks
 from onnxptq.types import Block, Sensitivity
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from onnxptq.lowering import lower
+from onnxptq.lowering.network import BlockNetwork
 from onnxptq.partition.blocks import find_blocks, join_halves, merge_blocks, verify_blocks
 from onnxptq.partition.describe import describe_blocks
-from onnxptq.partition.network import BlockNetwork
 from onnxptq.types import GRAPH_OUTPUT, Block, Site
 from tests.unit.partition import small_networks
 from tests.unit.partition.small_networks import KNOWN, OTHERS, Net, image_net

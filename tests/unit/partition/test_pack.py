@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from onnxptq.graph.index import GraphIndex
 from onnxptq.lowering import lower
+from onnxptq.lowering.network import BlockNetwork
 from onnxptq.partition.blocks import find_blocks
-from onnxptq.partition.network import BlockNetwork
 from onnxptq.partition.pack import pack_blocks, pack_memory, pack_starts
 from onnxptq.targets import simulate
 from onnxptq.targets.placement import PlacementRequest

@@ -1,4 +1,4 @@
-"""A network as its blocks, each lowered on its own, run one after the other.
+"""A network as its blocks (or packs of them), each lowered on its own, run one after the other.
 
 Values pass between blocks by tensor name. Where a block needs only the shape of a tensor, a stand-in of
 that shape without memory of its own takes its place.
@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 import onnx_graphsurgeon as gs
 import torch
 
-from onnxptq.lowering import LoweredModule, lower
-from onnxptq.types import Block
+from onnxptq.lowering.module import LoweredModule, lower
+from onnxptq.types import Block, Pack
 
 Values = dict[str, torch.Tensor]
 
@@ -24,7 +24,7 @@ class BlockNetwork:
         UnsupportedOperatorError: a node cannot be lowered.
     """
 
-    def __init__(self, graph: gs.Graph, blocks: Sequence[Block], *, device: str = "cpu") -> None:
+    def __init__(self, graph: gs.Graph, blocks: Sequence[Block | Pack], *, device: str = "cpu") -> None:
         self.blocks = tuple(blocks)
         self.inputs = tuple(t.name for t in graph.inputs)
         written = {name for block in blocks for name in block.outputs}
@@ -115,7 +115,7 @@ def is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bool(torch.equal(a, b))
 
 
-def _shape_sources(graph: gs.Graph, blocks: Sequence[Block]) -> Sequence[tuple[str, ...]]:
+def _shape_sources(graph: gs.Graph, blocks: Sequence[Block | Pack]) -> Sequence[tuple[str, ...]]:
     """Per block, the tensors inside it of which other blocks read the shape."""
     wanted = {name for block in blocks for name in block.shape_inputs}
     owner = {name: i for i, block in enumerate(blocks) for name in block.nodes}
