@@ -17,7 +17,7 @@ values it reads, and only blocks behind it that read something changed run again
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,10 +27,9 @@ import torch
 
 from onnxptq.errors import UsageError
 from onnxptq.lowering.network import BlockNetwork, Values
+from onnxptq.lowering.quantized import SiteHook, quantizing_hooks
 from onnxptq.partition.output_loss import LossKind, OutputLoss, choose_loss, probability_outputs
-from onnxptq.quantizers.torch_affine import fake_quantize, fake_quantizer
 from onnxptq.types import (
-    Array,
     Block,
     CanonicalModel,
     Progress,
@@ -44,8 +43,6 @@ MEMORY = 512 << 20
 """Bytes that the values of one batch may take."""
 
 _LARGEST_BATCH = 64
-
-Hook = tuple[str, str, int, Callable[[torch.Tensor], torch.Tensor]]
 
 
 @dataclass(slots=True)
@@ -122,34 +119,7 @@ def score_blocks(
     )
 
 
-def quantizing_hooks(graph: gs.Graph, block: Block, plan: QuantPlan, solution: Solution) -> Sequence[Hook]:
-    """What makes the lowered ``block`` compute with quantized weights and activations: arguments of
-    ``LoweredModule.set_hook``."""
-    quantizer_at = {(s.consumer, s.input_index, s.tensor): q for q in plan.quantizers for s in q.sites}
-    tensors = graph.tensors()
-    hooks: list[Hook] = []
-    for site in block.sites:
-        quantizer = quantizer_at.get((site.consumer, site.input_index, site.tensor))
-        replacement: Array | None = solution.weights.get(site.tensor) if site.is_weight else None
-        if quantizer is None and replacement is None:
-            continue
-        qparams = None if quantizer is None else solution.qparams[quantizer.quantizer_id]
-        if site.is_weight:
-            value = tensors[site.tensor].values if replacement is None else replacement
-            weight = torch.from_numpy(np.array(value, dtype=np.float32))
-            read = _constantly(weight if qparams is None else fake_quantize(weight, qparams))
-        else:
-            assert qparams is not None
-            read = fake_quantizer(qparams)
-        hooks.append((site.tensor, site.consumer, site.input_index, read))
-    return hooks
-
-
-def _constantly(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: weight.to(x.device)
-
-
-def _run_quantized(network: BlockNetwork, index: int, values: Values, hooks: Sequence[Hook]) -> Values:
+def _run_quantized(network: BlockNetwork, index: int, values: Values, hooks: Sequence[SiteHook]) -> Values:
     module = network.modules[index]
     for hook in hooks:
         module.set_hook(*hook)
