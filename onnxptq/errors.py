@@ -8,6 +8,7 @@
     │   ├── SelectorError                 a name or op pattern matches nothing
     │   ├── FeedError                     calibration or evaluation data cannot be used
     │   ├── OutputPathError               the output cannot be written
+    │   ├── BudgetError                   a budget of bits, bytes or loss is out of reach
     │   └── EnvironmentMismatchError      a needed runtime or provider is absent
     ├── UnsupportedModelError         3   the model cannot be processed
     │   ├── InvalidModelError             unreadable, truncated, or failing the ONNX checker
@@ -65,6 +66,10 @@ class FeedError(UsageError):
 
 class OutputPathError(UsageError):
     """The output, report or work folder cannot be written."""
+
+
+class BudgetError(UsageError):
+    """A budget of bits, bytes or loss cannot be reached with the bits that may be chosen."""
 
 
 class EnvironmentMismatchError(UsageError):

@@ -1,0 +1,1 @@
+"""How many bits each pack gets: budgets, an exact solver, and the greedy one of the Pack-PTQ paper."""
