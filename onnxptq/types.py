@@ -239,6 +239,21 @@ class Pack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PackOutcome:
+    """What reconstruction did to a pack of ``blocks`` blocks.
+
+    ``before`` and ``after`` are noise over signal of the pack's outputs, on the samples that judge: with weights
+    rounded to nearest, and at the end. ``steps`` gradient steps were taken.
+    """
+
+    pack: int
+    blocks: int
+    before: float
+    after: float
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InputSpec:
     """One graph input: an unknown dimension is None, a symbolic one its name."""
 

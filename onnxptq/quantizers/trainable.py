@@ -18,6 +18,8 @@ all. ``hardened`` gives what reaches the file: parameters in single precision an
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -150,10 +152,11 @@ LearnedWeight = StraightThroughWeight | AdaRoundWeight
 
 
 class LearnedActivation(torch.nn.Module):
-    """A per-tensor activation quantizer with a learnt scale."""
+    """A per-tensor activation quantizer with a learnt scale of at most ``largest``."""
 
-    def __init__(self, qparams: QParams) -> None:
+    def __init__(self, qparams: QParams, largest: float = math.inf) -> None:
         super().__init__()
+        self._largest = largest
         self.scale = LearnedScale(qparams, (1,), is_learned=True)
         self._low, self._high = qparams.qtype.qmin, qparams.qtype.qmax
         self.zero_point = torch.nn.Buffer(torch.tensor([float(qparams.zero_point)]))
@@ -161,13 +164,15 @@ class LearnedActivation(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` on the grid, differentiable."""
         # Multiplies by 1 / s where the file divides by s: rounding ties apart, the same values.
+        scale = self.scale().clamp_max(self._largest).reshape(1)
         return torch._fake_quantize_learnable_per_tensor_affine(
-            x, self.scale(), self.zero_point, self._low, self._high, 1.0
+            x, scale, self.zero_point, self._low, self._high, 1.0
         )
 
     def hardened(self) -> QParams:
         """Parameters as the file will hold them."""
-        return self.scale.hardened()
+        found = self.scale.hardened()
+        return replace(found, scale=np.minimum(found.scale, np.float32(self._largest)))
 
 
 def _quotients(weight: FloatArray, start: FloatArray, qparams: QParams) -> tuple[Array, Array]:

@@ -22,31 +22,34 @@ from onnxptq.reconstruct.gram import Gram
 from onnxptq.types import FloatArray, QParams
 
 DAMPING = 0.01
-"""lam as a share of the mean diagonal of G: keeps directions that the samples do not show near the float weight."""
+"""Keeps directions that the samples do not show near the float weight."""
 
 _BLOCK = 64
 
 Matrix = npt.NDArray[np.float64]
 
 
-def round_weights(matrix: FloatArray, gram: Gram, qparams: QParams) -> FloatArray:
+def round_weights(
+    matrix: FloatArray, gram: Gram, qparams: QParams, *, damping: float = DAMPING
+) -> FloatArray:
     """Weights on the grid of ``qparams`` for which the layer's output is closest to the float one.
 
     Args:
         matrix: (groups, channels, K) float weights.
         qparams: one scale per output channel, in the order of groups and channels.
+        damping: lam as a share of the mean diagonal of G.
     """
     groups, channels, width = matrix.shape
     g, c = gram.quantized, gram.mixed
     strength = np.trace(g, axis1=1, axis2=2) / width
     # A group that saw nothing but zeros keeps the nearest grid points: its damped G is a multiple of the identity.
     strength = np.where(strength > 0.0, strength, 1.0)
-    damping = DAMPING * strength[:, None, None] * np.eye(width)
-    damped = g + damping
+    ridge = damping * strength[:, None, None] * np.eye(width)
+    damped = g + ridge
     weight = matrix.astype(np.float64)
     if gram.mixed is not gram.quantized:
         # The damping pulls towards the float weight, not towards zero.
-        right = (c + damping) @ np.swapaxes(weight, 1, 2)
+        right = (c + ridge) @ np.swapaxes(weight, 1, 2)
         weight = np.swapaxes(np.linalg.solve(damped, right), 1, 2)
     diagonal = np.einsum("gkk->gk", g)
     order = np.argsort(-diagonal, axis=1, kind="stable")

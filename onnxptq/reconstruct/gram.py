@@ -2,9 +2,11 @@
 
 For a layer y = W x with rows x (patches, for a convolution) and their quantized versions x' = Q(x):
 
-    G = sum x' x'^T        C = sum x' x^T
+    G = sum x' x'^T        C = sum x' x^T        m' = mean x'        m = mean x
 
 summed over samples and positions, per group. Sums run over a fixed selection of positions, in float64.
+A layer with a bias is best served by the centred sums G - n m' m'^T and C - n m' m^T, and by the bias
+b + W m - W_new m': together they are the least-squares solution in weight and bias.
 """
 
 from __future__ import annotations
@@ -16,26 +18,29 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxptq.graph.linear import Linear
-from onnxptq.quantizers.affine import fake_quantize
-from onnxptq.types import Array, FloatArray, QParams
+from onnxptq.types import Array, FloatArray
 
 
 @dataclass(slots=True)
 class Gram:
     """The sums of one layer: ``quantized`` is G and ``mixed`` is C, both (groups, K, K); ``rows`` counts rows.
 
-    Where the inputs stay as they are C equals G and is the same array.
+    ``float_total`` and ``quantized_total`` are the sums of x and x', (groups, K). Where the inputs stay as they
+    are C equals G and is the same array.
     """
 
     quantized: npt.NDArray[np.float64]
     mixed: npt.NDArray[np.float64]
+    float_total: npt.NDArray[np.float64]
+    quantized_total: npt.NDArray[np.float64]
     rows: int = 0
 
     @staticmethod
     def empty(groups: int, width: int, *, is_mixed: bool = True) -> Gram:
         """Zero sums; ``is_mixed`` unless all rows will be added as their own quantized form."""
         sums = np.zeros((groups, width, width))
-        return Gram(sums, np.zeros_like(sums) if is_mixed else sums)
+        mixed = np.zeros_like(sums) if is_mixed else sums
+        return Gram(sums, mixed, np.zeros((groups, width)), np.zeros((groups, width)))
 
     def add(self, rows: FloatArray, quantized: FloatArray) -> None:
         """Add rows of shape (groups, n, K)."""
@@ -44,7 +49,17 @@ class Gram:
             self.quantized += transposed @ quantized
             if self.mixed is not self.quantized:
                 self.mixed += transposed @ rows
+            self.float_total += rows.sum(axis=1, dtype=np.float64)
+            self.quantized_total += quantized.sum(axis=1, dtype=np.float64)
         self.rows += rows.shape[1]
+
+    def centred(self) -> Gram:
+        """The same sums about the means of the rows."""
+        product = self.quantized_total[:, :, None] / max(1, self.rows)
+        quantized = self.quantized - product * self.quantized_total[:, None, :]
+        is_mixed = self.mixed is not self.quantized
+        mixed = self.mixed - product * self.float_total[:, None, :] if is_mixed else quantized
+        return Gram(quantized, mixed, self.float_total, self.quantized_total, self.rows)
 
     @property
     def is_finite(self) -> bool:
@@ -53,18 +68,18 @@ class Gram:
 
 
 def layer_rows(
-    layer: Linear, value: Array, qparams: QParams | None, limit: int
+    layer: Linear, value: Array, changed: Array | None, limit: int
 ) -> tuple[FloatArray, FloatArray] | None:
     """Rows that the layer multiplies, float and quantized, each (groups, n, K); None where that is not supported.
 
-    ``value`` is the layer's input in the float network; ``qparams`` quantizes it (None: it stays float);
-    of its rows about ``limit`` are taken, evenly spread.
+    ``value`` is the layer's input in the float network, ``changed`` in the quantized one (None: the same); of
+    the rows about ``limit`` are taken, evenly spread.
     """
     value = np.asarray(value, np.float32)
-    changed = value if qparams is None else fake_quantize(value, qparams)
+    changed = value if changed is None else np.asarray(changed, np.float32)
     if layer.node.op == "Conv":
         rows = _patches(layer, value, limit)
-        return None if rows is None else (rows, rows if qparams is None else _patches(layer, changed, limit))  # type: ignore[return-value]
+        return None if rows is None else (rows, rows if changed is value else _patches(layer, changed, limit))  # type: ignore[return-value]
     if layer.node.op in ("MatMul", "Gemm") and layer.weight_index == 1 and len(layer.weight.shape) == 2:
         if layer.node.attrs.get("transA", 0):
             return None

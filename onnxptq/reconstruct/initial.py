@@ -41,21 +41,32 @@ def initial_solution(
         activations: parameters of the activation quantizers, by id.
         weights: those of the weight quantizers (see ``weight_grids``); computed here where they are not given.
     """
-    constants = graph.tensors()
     qparams: dict[str, QParams] = {
         **activations,
         **(weight_grids(graph, plan) if weights is None else weights),
     }
     by_id = {q.quantizer_id: q for q in plan.quantizers}
+    found = with_bias_grids(graph, plan, Solution(qparams=qparams))
+    assert set(found.qparams) == set(by_id)
+    return found
+
+
+def with_bias_grids(graph: gs.Graph, plan: QuantPlan, solution: Solution) -> Solution:
+    """``solution`` with parameters for the biases that inherit theirs.
+
+    A weight scale is raised where the bias would not fit its integers otherwise.
+    """
+    constants = graph.tensors()
+    qparams = dict(solution.qparams)
     biases = [q for q in plan.quantizers if q.role == "bias"]
     for quantizer in biases:
         assert quantizer.derived_from is not None
         activation, weight = quantizer.derived_from
-        qparams[weight] = _widened(qparams[weight], qparams[activation], constants[quantizer.tensor].values)
+        bias = solution.weights.get(quantizer.tensor, constants[quantizer.tensor].values)
+        qparams[weight] = _widened(qparams[weight], qparams[activation], np.asarray(bias))
     for quantizer in biases:
         qparams[quantizer.quantizer_id] = bias_qparams(quantizer, qparams)
-    assert set(qparams) == set(by_id)
-    return Solution(qparams=qparams)
+    return Solution(qparams=qparams, weights=solution.weights)
 
 
 def bias_qparams(quantizer: Quantizer, qparams: Mapping[str, QParams]) -> QParams:

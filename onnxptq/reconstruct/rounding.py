@@ -9,6 +9,7 @@ import numpy as np
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear, find_linears
 from onnxptq.graph.save import exposed_copy
+from onnxptq.quantizers.affine import fake_quantize
 from onnxptq.reconstruct.closed_form import round_weights
 from onnxptq.reconstruct.gram import Gram, layer_rows, weight_matrix, weight_tensor
 from onnxptq.runtime import Provider, open_transient
@@ -40,7 +41,7 @@ def round_in_closed_form(
     read values too large for their squares, keep the nearest grid points.
     """
     index = GraphIndex(model.graph)
-    layers = _candidates(index, plan, max_width)
+    layers = compensable_layers(index, plan, max_width)
     if not layers or not samples:
         return solution
     reads = {(s.consumer, s.input_index): q for q in plan.quantizers for s in q.sites}
@@ -63,7 +64,9 @@ def round_in_closed_form(
             qparams = solution.qparams[quantizer.quantizer_id] if quantizer else None
             if qparams is not None and qparams.qtype.bits >= _FINE_BITS:
                 qparams = None
-            rows = layer_rows(layer, values[layer.input.name], qparams, _rows(layer, len(samples)))
+            value = np.asarray(values[layer.input.name], np.float32)
+            changed = None if qparams is None else fake_quantize(value, qparams)
+            rows = layer_rows(layer, value, changed, _rows(layer, len(samples)))
             if rows is None:
                 declined.add(name)
                 continue
@@ -88,21 +91,23 @@ def round_in_closed_form(
 
 def _rows(layer: Linear, samples: int) -> int:
     """Rows to take of each sample, so that the sums are well determined and no better."""
-    return -(-max(_ROWS_PER_LAYER, _ROWS_PER_INPUT * _width(layer)) // samples)
+    return -(-max(_ROWS_PER_LAYER, _ROWS_PER_INPUT * width_of(layer)) // samples)
 
 
-def _candidates(index: GraphIndex, plan: QuantPlan, max_width: int) -> list[Linear]:
+def compensable_layers(index: GraphIndex, plan: QuantPlan, max_width: int) -> list[Linear]:
+    """Layers, in graph order, whose quantized weight has one reader and at most ``max_width`` inputs."""
     quantized: Collection[str] = {q.tensor for q in plan.quantizers if q.role == "weight"}
     return [
         layer
         for layer in find_linears(index)
         if layer.weight.name in quantized
         and len(index.uses(layer.weight.name)) == 1
-        and _width(layer) <= max_width
+        and width_of(layer) <= max_width
     ]
 
 
-def _width(layer: Linear) -> int:
+def width_of(layer: Linear) -> int:
+    """Inputs that one output of the layer sums over."""
     size = int(np.prod(layer.weight.shape))
     channels = int(layer.weight.shape[layer.axis])
     return size // max(1, channels)

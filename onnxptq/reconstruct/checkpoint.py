@@ -1,0 +1,92 @@
+"""Finished packs on disk, so that an interrupted run goes on behind the last of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxptq.types import Array, PackOutcome, QParams, Solution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Finished:
+    """The state behind a pack: everything solved so far, and the quantizers that are not to move any more."""
+
+    solution: Solution
+    settled: frozenset[str]
+    outcome: PackOutcome | None
+
+
+class Checkpoints:
+    """One file per finished pack in a folder of its own; the folder's name stands for everything that matters.
+
+    A file appears whole or not at all. What cannot be read is as good as absent.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self, pack: int, before: Solution, settled: Collection[str]) -> Finished | None:
+        """The state behind ``pack``, given the one before it; None if there is none."""
+        try:
+            with np.load(self._path(pack), allow_pickle=False) as stored:
+                header = json.loads(str(stored["header"]))
+                qparams, weights = dict(before.qparams), dict(before.weights)
+                for i, name in enumerate(header["qparams"]):
+                    known = qparams[name]
+                    qparams[name] = QParams(
+                        scale=stored[f"scale_{i}"],
+                        zero_point=stored[f"zero_point_{i}"],
+                        qtype=known.qtype,
+                        granularity=known.granularity,
+                    )
+                for i, name in enumerate(header["weights"]):
+                    weights[name] = stored[f"weight_{i}"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None
+        outcome = header["outcome"]
+        return Finished(
+            solution=Solution(qparams=qparams, weights=weights),
+            settled=frozenset(settled) | frozenset(header["settled"]),
+            outcome=None if outcome is None else PackOutcome(**outcome),
+        )
+
+    def save(self, pack: int, before: Solution, settled: Collection[str], found: Finished) -> None:
+        """Store what ``pack`` changed.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        qparams = [n for n, value in found.solution.qparams.items() if value is not before.qparams[n]]
+        weights = [n for n, value in found.solution.weights.items() if value is not before.weights.get(n)]
+        header: dict[str, Any] = {
+            "qparams": qparams,
+            "weights": weights,
+            "settled": sorted(found.settled - frozenset(settled)),
+            "outcome": None if found.outcome is None else asdict(found.outcome),
+        }
+        arrays: dict[str, Array] = {"header": np.asarray(json.dumps(header))}
+        for i, name in enumerate(qparams):
+            arrays[f"scale_{i}"] = found.solution.qparams[name].scale
+            arrays[f"zero_point_{i}"] = found.solution.qparams[name].zero_point
+        arrays.update({f"weight_{i}": found.solution.weights[name] for i, name in enumerate(weights)})
+        self._folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self._folder, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            Path(name).replace(self._path(pack))
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    def _path(self, pack: int) -> Path:
+        return self._folder / f"pack_{pack:04d}.npz"

@@ -1,0 +1,59 @@
+"""How packs are learnt: one frozen value per preset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learning:
+    """Settings of the reconstruction loop.
+
+    Attributes:
+        weights: ``straight-through`` latents, or ``adaround`` (see :mod:`onnxptq.quantizers.trainable`).
+        is_closed_form_first: whether layers are rounded with error compensation before anything is learnt.
+        steps: gradient steps per pack.
+        batch: samples per step.
+        mixing: probability with which an element of the pack's input is the float one instead of the one that
+            the quantized network in front computes (QDrop).
+        held_out: share of the samples that only judge; with some, the best state seen wins and a pack whose
+            judgement stays flat for ``patience`` of the ``checks`` stops early. 0 trains on all samples, to
+            the end.
+        latent_rate: Adam's rate for latents: in steps of the grid, or of a for AdaRound.
+        weight_scale_rate, activation_scale_rate: the same for logarithms of scales; 0 keeps them.
+        bias_rate: the same for biases, relative to the root mean square of each; 0 keeps them.
+        warm_up: share of the steps before AdaRound's indecision counts.
+        decision: its weight.
+    """
+
+    weights: Literal["straight-through", "adaround"] = "straight-through"
+    is_closed_form_first: bool = True
+    steps: int = 300
+    batch: int = 32
+    mixing: float = 0.0
+    held_out: float = 0.125
+    checks: int = 10
+    patience: int = 3
+    latent_rate: float = 1e-2
+    weight_scale_rate: float = 1e-3
+    activation_scale_rate: float = 1e-3
+    bias_rate: float = 1e-3
+    warm_up: float = 0.2
+    decision: float = 0.01
+
+
+FAST = Learning(steps=0)
+BALANCED = Learning()
+PAPER = Learning(
+    weights="adaround",
+    is_closed_form_first=False,
+    steps=20_000,
+    batch=16,
+    mixing=0.5,
+    held_out=0.0,
+    latent_rate=3e-3,
+    weight_scale_rate=0.0,
+    activation_scale_rate=4e-5,
+    bias_rate=0.0,
+)

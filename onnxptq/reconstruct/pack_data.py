@@ -1,0 +1,159 @@
+"""What one pack reads and should write, for every sample, and running it on many samples at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from onnxptq.lowering import LoweredModule
+from onnxptq.lowering.network import BlockNetwork, Values
+from onnxptq.lowering.quantized import SiteHook
+
+_SAME = 1e-3
+"""By how much, relative to the largest value, running samples together may change a result: summation order
+changes the last digits, a mix-up of samples changes everything."""
+
+Keep = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackData:
+    """One pack with its data: ``floats`` and ``quants`` hold the values of each sample at the pack's ends, in
+    the float network and behind the quantized packs in front of it; ``targets_of`` its float outputs.
+
+    ``together`` samples run in one pass: 1 where the pack does not treat the first axis as a batch.
+    """
+
+    network: BlockNetwork
+    position: int
+    floats: Sequence[Values]
+    quants: Sequence[Values]
+    targets_of: Sequence[Values]
+    together: int
+
+    def __len__(self) -> int:
+        return len(self.floats)
+
+    @property
+    def module(self) -> LoweredModule:
+        """The lowered pack."""
+        return self.network.modules[self.position]
+
+    def chunks(self, chosen: Sequence[int]) -> list[Sequence[int]]:
+        """``chosen`` in parts that run in one pass each."""
+        return [chosen[i : i + self.together] for i in range(0, len(chosen), self.together)]
+
+    def quantized(self, chosen: Sequence[int]) -> Values:
+        """What the quantized network in front computes for these samples."""
+        return self._joined(self.quants, chosen, self._names)
+
+    def float_inputs(self, chosen: Sequence[int]) -> Values:
+        """What the float network computes there."""
+        return self._joined(self.floats, chosen, self._names)
+
+    def targets(self, chosen: Sequence[int]) -> Values:
+        """The pack's float outputs."""
+        return self._joined(self.targets_of, chosen, self.network.blocks[self.position].outputs)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        pack = self.network.blocks[self.position]
+        return (*pack.inputs, *pack.shape_inputs)
+
+    def _joined(self, values: Sequence[Values], chosen: Sequence[int], names: Sequence[str]) -> Values:
+        parts = [values[i] for i in chosen]
+        return _on(self.network.device, joined(parts, names))
+
+    @torch.no_grad()
+    def inner(
+        self, tensor: str, hooks: Sequence[SiteHook], chosen: Sequence[int]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A tensor inside the pack: in the float network, and with ``hooks`` behind quantized packs."""
+        for part in self.chunks(chosen):
+            found = []
+            for feed, applied in ((self.float_inputs(part), ()), (self.quantized(part), hooks)):
+                set_hooks(self.module, applied)
+                value = feed[tensor] if tensor in feed else self.module(feed, fetch=(tensor,))[tensor]
+                found.append(value.cpu())
+            self.module.clear_hooks()
+            yield found[0], found[1]
+
+
+def set_hooks(module: LoweredModule, hooks: Sequence[SiteHook]) -> None:
+    """Put ``hooks``, and only these, on ``module``."""
+    module.clear_hooks()
+    for hook in hooks:
+        module.set_hook(*hook)
+
+
+def joined(parts: Sequence[Values], names: Sequence[str]) -> Values:
+    """Values of several samples along the first axis."""
+    if len(parts) == 1:
+        return {name: parts[0][name] for name in names}
+    return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+
+def most_together(network: BlockNetwork, position: int, values: Sequence[Values], limit: int) -> int:
+    """How many samples the block at ``position`` may run on at once: ``limit``, or 1 where running two together
+    is not the same as running them one after the other."""
+    block = network.blocks[position]
+    names = (*block.inputs, *block.shape_inputs)
+    if limit <= 1 or len(values) < 2 or not names:
+        return 1
+    pair = values[:2]
+    if any(part[name].ndim == 0 for part in pair for name in names):
+        return 1
+    try:
+        apart = [network.run_block(position, _on(network.device, part)) for part in pair]
+        at_once = network.run_block(position, _on(network.device, joined(pair, names)))
+    except RuntimeError:
+        # Shapes that hold for one sample only, such as a Reshape to [1, 3, ...].
+        return 1
+    for name, value in at_once.items():
+        if any(part[name].ndim == 0 for part in apart):
+            return 1
+        expected = torch.cat([part[name] for part in apart])
+        if expected.shape != value.shape or not _is_close(expected, value):
+            return 1
+    return limit
+
+
+def run_all(
+    network: BlockNetwork, position: int, values: Sequence[Values], together: int, keep: Keep
+) -> list[Values]:
+    """What the block at ``position`` writes for every sample, with whatever hooks are on it."""
+    block = network.blocks[position]
+    names = (*block.inputs, *block.shape_inputs)
+    found: list[Values] = []
+    for start in range(0, len(values), together):
+        parts = values[start : start + together]
+        out = network.run_block(position, _on(network.device, joined(parts, names)))
+        if len(parts) == 1:
+            found.append({name: _kept(value, keep) for name, value in out.items()})
+            continue
+        rows = [len(part[names[0]]) for part in parts]
+        split = {
+            name: torch.split(value, [row * len(value) // sum(rows) for row in rows])
+            for name, value in out.items()
+        }
+        # A view would hold all samples of the pass.
+        found.extend({name: _kept(split[name][i].clone(), keep) for name in split} for i in range(len(parts)))
+    return found
+
+
+def _kept(value: torch.Tensor, keep: Keep) -> torch.Tensor:
+    # A stand-in for a shape has no memory of its own.
+    return value if 0 in value.stride() and value.numel() > 1 else keep(value.cpu())
+
+
+def _on(device: torch.device, values: Values) -> Values:
+    return values if device.type == "cpu" else {name: value.to(device) for name, value in values.items()}
+
+
+def _is_close(expected: torch.Tensor, value: torch.Tensor) -> bool:
+    if not value.is_floating_point():
+        return bool(torch.equal(expected, value))
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    return bool(torch.allclose(expected, value, rtol=0.0, atol=_SAME * max(largest, 1e-30)))

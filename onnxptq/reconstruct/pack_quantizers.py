@@ -1,0 +1,189 @@
+"""Everything that is learnt in one pack, hooked into its lowered form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.linear import find_linears
+from onnxptq.lowering import LoweredModule
+from onnxptq.lowering.quantized import quantizing_hooks
+from onnxptq.quantizers.affine import asymmetric_qparams
+from onnxptq.quantizers.trainable import (
+    AdaRoundWeight,
+    LearnedActivation,
+    LearnedWeight,
+    StraightThroughWeight,
+)
+from onnxptq.reconstruct.learning import Learning
+from onnxptq.types import FloatArray, Pack, PerTensor, QParams, Quantizer, QuantPlan, Solution
+
+
+@dataclass(slots=True)
+class _Bias:
+    """A bias b + u d, with u its root mean square and d learnt from 0."""
+
+    start: torch.Tensor
+    unit: float
+    change: torch.nn.Parameter
+
+    def value(self) -> torch.Tensor:
+        return self.start + self.unit * self.change
+
+
+class PackQuantizers:
+    """The trainable quantizers and biases of one pack. Making it puts hooks on ``module``.
+
+    What several packs share (a weight read in both, a scale group with members in both) is learnt in the
+    first of them: ``settled`` names the quantizers that are not to move any more.
+    """
+
+    def __init__(
+        self,
+        index: GraphIndex,
+        pack: Pack,
+        module: LoweredModule,
+        plan: QuantPlan,
+        solution: Solution,
+        settings: Learning,
+        *,
+        settled: Collection[str],
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self._plan, self._solution = plan, solution
+        self.weights: dict[str, LearnedWeight] = {}
+        self.activations: dict[str, LearnedActivation] = {}
+        self._biases: dict[str, _Bias] = {}
+        self._ids: dict[str, str] = {}
+        tensors = index.graph.tensors()
+        quantizer_at = {(s.consumer, s.input_index, s.tensor): q for q in plan.quantizers for s in q.sites}
+        module.clear_hooks()
+        for hook in quantizing_hooks(index.graph, pack, plan, solution):
+            module.set_hook(*hook)
+        for site in pack.sites:
+            edge = (site.tensor, site.consumer, site.input_index)
+            quantizer = quantizer_at.get((site.consumer, site.input_index, site.tensor))
+            if quantizer is None or quantizer.role == "bias" or quantizer.quantizer_id in settled:
+                continue
+            qparams = solution.qparams[quantizer.quantizer_id]
+            if quantizer.role == "weight":
+                if quantizer.quantizer_id not in self._ids:
+                    value = np.asarray(tensors[site.tensor].values, np.float32)
+                    start = np.asarray(solution.weights.get(site.tensor, value), np.float32)
+                    self.weights[site.tensor] = _weight(value, start, qparams, settings).to(device)
+                    self._ids[quantizer.quantizer_id] = site.tensor
+                module.set_hook(*edge, _instead(self.weights[site.tensor]))
+            elif isinstance(qparams.granularity, PerTensor) and settings.activation_scale_rate > 0.0:
+                activation = self.activations.get(quantizer.scale_group)
+                if activation is None:
+                    activation = LearnedActivation(qparams, _largest_scale(quantizer, qparams)).to(device)
+                    self.activations[quantizer.scale_group] = activation
+                module.set_hook(*edge, activation)
+        if settings.bias_rate > 0.0:
+            self._add_biases(index, pack, module, device)
+
+    def _add_biases(
+        self, index: GraphIndex, pack: Pack, module: LoweredModule, device: str | torch.device
+    ) -> None:
+        own = set(pack.nodes)
+        for layer in find_linears(index):
+            bias, node = layer.bias, layer.bias_node
+            if bias is None or node is None or layer.bias_index is None or node.name not in own:
+                continue
+            if layer.weight.name not in self.weights or len(index.uses(bias.name)) != 1:
+                continue
+            start = np.asarray(self._solution.weights.get(bias.name, bias.values), np.float32)
+            unit = float(np.sqrt(np.mean(np.square(start, dtype=np.float64))))
+            if unit == 0.0 or not np.isfinite(unit):
+                continue
+            learned = _Bias(
+                torch.from_numpy(np.array(start)).to(device),
+                unit,
+                torch.nn.Parameter(torch.zeros(start.shape, device=device)),
+            )
+            self._biases[bias.name] = learned
+            module.set_hook(bias.name, node.name, layer.bias_index, _instead(learned.value))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to learn."""
+        return not self.weights and not self.activations
+
+    def groups(self, settings: Learning) -> list[dict[str, object]]:
+        """Parameters with their learning rates, as a torch optimizer takes them."""
+        weights = list(self.weights.values())
+        scales = [w.scale.log for w in weights if isinstance(w, StraightThroughWeight)]
+        found: Iterable[tuple[list[torch.nn.Parameter], float]] = (
+            ([w.latent for w in weights], settings.latent_rate),
+            (scales, settings.weight_scale_rate),
+            ([a.scale.log for a in self.activations.values()], settings.activation_scale_rate),
+            ([b.change for b in self._biases.values()], settings.bias_rate),
+        )
+        return [{"params": params, "lr": rate} for params, rate in found if params and rate > 0.0]
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All that is learnt, in a fixed order."""
+        weights = [p for w in self.weights.values() for p in w.parameters() if p.requires_grad]
+        scales = [a.scale.log for a in self.activations.values()]
+        return [*weights, *scales, *(b.change for b in self._biases.values())]
+
+    def state(self) -> list[torch.Tensor]:
+        """A copy of all that is learnt."""
+        return [p.detach().clone() for p in self.parameters()]
+
+    @torch.no_grad()
+    def restore(self, state: Sequence[torch.Tensor]) -> None:
+        """Go back to a former ``state``."""
+        for parameter, value in zip(self.parameters(), state, strict=True):
+            parameter.copy_(value)
+
+    def indecision(self, beta: float) -> torch.Tensor:
+        """AdaRound's regulariser, summed over the weights; zero without any."""
+        parts = [w.indecision(beta) for w in self.weights.values() if isinstance(w, AdaRoundWeight)]
+        return torch.stack(parts).sum() if parts else torch.zeros(())
+
+    def hardened(self) -> Solution:
+        """The solution with what was learnt here in it; biases that inherit their scale follow."""
+        qparams: dict[str, QParams] = dict(self._solution.qparams)
+        weights = dict(self._solution.weights)
+        by_tensor: Mapping[str, str] = {tensor: i for i, tensor in self._ids.items()}
+        for tensor, learned in self.weights.items():
+            qparams[by_tensor[tensor]], weights[tensor] = learned.hardened()
+        for quantizer in self._plan.quantizers:
+            activation = self.activations.get(quantizer.scale_group)
+            if quantizer.role == "activation" and activation is not None:
+                qparams[quantizer.quantizer_id] = activation.hardened()
+        for name, bias in self._biases.items():
+            weights[name] = bias.value().detach().cpu().numpy()
+        return Solution(qparams=qparams, weights=weights)
+
+    def learned_ids(self) -> set[str]:
+        """Quantizers that are settled once this pack is learnt."""
+        groups = set(self.activations)
+        return set(self._ids) | {q.quantizer_id for q in self._plan.quantizers if q.scale_group in groups}
+
+
+def _largest_scale(quantizer: Quantizer, qparams: QParams) -> float:
+    """The scale at which the grid ends where the tensor does: beyond it a runtime keeps the Relu or Clip that
+    bounds the tensor, because the grid no longer stands in for it."""
+    if quantizer.bounds is None or not np.isfinite(quantizer.bounds[1]):
+        return math.inf
+    if int(qparams.zero_point) != qparams.qtype.qmin:
+        return math.inf
+    return float(asymmetric_qparams(0.0, quantizer.bounds[1], qparams.qtype).scale)
+
+
+def _instead(value: Callable[[], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A hook that reads ``value()`` in place of the constant."""
+    return lambda _: value()
+
+
+def _weight(value: FloatArray, start: FloatArray, qparams: QParams, settings: Learning) -> LearnedWeight:
+    if settings.weights == "adaround":
+        return AdaRoundWeight(value, start, qparams)
+    return StraightThroughWeight(value, start, qparams, learn_scale=settings.weight_scale_rate > 0.0)

@@ -1,0 +1,148 @@
+"""The stage that solves pack after pack, each on what the finished packs in front of it compute.
+
+For one pack: its layers are rounded in closed form (:mod:`onnxptq.reconstruct.sequential`), then weights,
+scales and biases are learnt together (:mod:`onnxptq.reconstruct.training`), then everything is hardened and
+the samples move on. The next pack sees hard weights only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from onnxptq.graph.index import GraphIndex
+from onnxptq.lowering.network import BlockNetwork, Values
+from onnxptq.lowering.quantized import quantizing_hooks
+from onnxptq.reconstruct.checkpoint import Checkpoints, Finished
+from onnxptq.reconstruct.initial import with_bias_grids
+from onnxptq.reconstruct.learning import Learning
+from onnxptq.reconstruct.pack_data import PackData, most_together, run_all, set_hooks
+from onnxptq.reconstruct.pack_quantizers import PackQuantizers
+from onnxptq.reconstruct.sequential import round_pack
+from onnxptq.reconstruct.training import train
+from onnxptq.reconstruct.vault import Vault
+from onnxptq.types import CanonicalModel, Pack, PackOutcome, Progress, QuantPlan, Sample, Solution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """Where and within what the work is done.
+
+    Attributes:
+        together: per pack, the most samples that run in one pass.
+        cache_bytes: values of samples at the ends of packs that stay in memory; more goes to files.
+        scratch: folder of these files.
+        checkpoints: where finished packs are kept, None for nowhere.
+        device: of torch.
+    """
+
+    together: Sequence[int]
+    cache_bytes: int
+    scratch: Path
+    checkpoints: Checkpoints | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconstruction:
+    """The solved network, and what happened to each pack that had something to learn."""
+
+    solution: Solution
+    outcomes: tuple[PackOutcome, ...]
+
+
+def reconstruct(
+    model: CanonicalModel,
+    plan: QuantPlan,
+    solution: Solution,
+    packs: Sequence[Pack],
+    samples: Sequence[Sample],
+    settings: Learning,
+    resources: Resources,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Reconstruction:
+    """Solve all packs in order. Same arguments, same result.
+
+    Args:
+        solution: where to start; rounding to nearest will do.
+        settings: with 0 steps, rounding in closed form is all that is done.
+
+    Raises:
+        UnsupportedOperatorError: a node cannot be lowered; raised before any work.
+    """
+    network = BlockNetwork(model.graph, packs, device=resources.device)
+    index = GraphIndex(model.graph)
+    vault = Vault(resources.scratch, resources.cache_bytes)
+    floats: list[Values] = [
+        {name: torch.from_numpy(np.array(sample[name])) for name in network.inputs} for sample in samples
+    ]
+    quants = [dict(values) for values in floats]
+    state = Finished(solution=solution, settled=frozenset(), outcome=None)
+    outcomes: list[PackOutcome] = []
+    tick = progress.start("solve packs", len(packs)) if progress else None
+    for position, pack in enumerate(packs):
+        together = most_together(network, position, floats, resources.together[position])
+        after = run_all(network, position, floats, together, vault.keep)
+        store = resources.checkpoints
+        known = None if store is None else store.load(position, state.solution, state.settled)
+        if known is None:
+            data = PackData(network, position, floats, quants, after, together)
+            generator = torch.Generator().manual_seed((seed << 20) + position)
+            known = _solved(index, pack, plan, state, data, settings, generator)
+            if store is not None:
+                store.save(position, state.solution, state.settled, known)
+        state = known
+        if state.outcome is not None:
+            outcomes.append(state.outcome)
+        set_hooks(network.modules[position], quantizing_hooks(model.graph, pack, plan, state.solution))
+        moved = run_all(network, position, quants, together, vault.keep)
+        network.modules[position].clear_hooks()
+        later = {name for p in packs[position + 1 :] for name in (*p.inputs, *p.shape_inputs)}
+        for values, new in ((floats, after), (quants, moved)):
+            for held, found in zip(values, new, strict=True):
+                held.update(found)
+                for name in [name for name in held if name not in later]:
+                    vault.forget(held.pop(name))
+        if tick is not None:
+            tick()
+    solution = with_bias_grids(model.graph, plan, state.solution)
+    return Reconstruction(solution=solution, outcomes=tuple(outcomes))
+
+
+def _solved(
+    index: GraphIndex,
+    pack: Pack,
+    plan: QuantPlan,
+    state: Finished,
+    data: PackData,
+    settings: Learning,
+    generator: torch.Generator,
+) -> Finished:
+    solution = state.solution
+    if settings.is_closed_form_first:
+        solution = round_pack(index, pack, plan, solution, data, settled=state.settled)
+    learned = PackQuantizers(
+        index,
+        pack,
+        data.module,
+        plan,
+        solution,
+        settings,
+        settled=state.settled,
+        device=data.network.device,
+    )
+    outcome = None
+    if settings.steps and not learned.is_empty:
+        before, after, steps = train(data, learned, settings, generator)
+        outcome = PackOutcome(
+            pack=pack.index, blocks=len(pack.blocks), before=before, after=after, steps=steps
+        )
+        solution = learned.hardened()
+    data.module.clear_hooks()
+    return Finished(solution=solution, settled=state.settled | learned.learned_ids(), outcome=outcome)

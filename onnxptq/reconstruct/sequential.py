@@ -1,0 +1,109 @@
+"""Closed-form rounding inside one pack, layer after layer, on what the quantized layers in front compute.
+
+For a layer y = W x + b that reads x in the float network and x' in the quantized one (its own activation
+quantizer included), weight and bias are chosen for
+
+    min E|| W x + b - (W_new x' + b_new) ||^2,     W_new on its grid
+
+with the sums of :mod:`onnxptq.reconstruct.gram` and the rounding of :mod:`onnxptq.reconstruct.closed_form`.
+So every layer makes up for the errors of all that came before it, not for its own alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.linear import Linear
+from onnxptq.lowering.quantized import SiteHook, quantizing_hooks
+from onnxptq.quantizers.affine import fake_quantize
+from onnxptq.reconstruct.closed_form import round_weights
+from onnxptq.reconstruct.gram import Gram, layer_rows, weight_matrix, weight_tensor
+from onnxptq.reconstruct.pack_data import PackData
+from onnxptq.reconstruct.rounding import compensable_layers, width_of
+from onnxptq.types import FloatArray, Pack, QParams, QuantPlan, Solution
+
+MAX_WIDTH = 8192
+"""Layers with more inputs keep the nearest grid points: solving for them takes minutes."""
+
+DAMPING = 0.1
+"""More than where a layer reads float values: what it is to make up for differs from sample to sample."""
+
+SAMPLES = 512
+"""Most samples that sums are taken over: beyond it they only become more exact."""
+
+_ROWS_PER_INPUT = 64
+"""Rows over all samples, per input of the layer. With 8, solving for the errors of the layers in front learns
+them by heart: ResNet-20 at 3 bits then agrees with its float network on 74 % of unseen samples instead of 82."""
+
+_ROWS_PER_LAYER = 16_384
+"""Rows over all samples, at least."""
+
+
+def round_pack(
+    index: GraphIndex,
+    pack: Pack,
+    plan: QuantPlan,
+    solution: Solution,
+    data: PackData,
+    *,
+    settled: Collection[str],
+) -> Solution:
+    """``solution`` with new weights and biases of the pack's layers; those with ``settled`` quantizers stay."""
+    own = set(pack.nodes)
+    reads = {(s.consumer, s.input_index): q for q in plan.quantizers for s in q.sites}
+    for layer in compensable_layers(index, plan, MAX_WIDTH):
+        if layer.node.name not in own:
+            continue
+        quantizer = reads.get((layer.node.name, 1 - layer.weight_index))
+        qparams = None if quantizer is None else solution.qparams[quantizer.quantizer_id]
+        weight = reads[layer.node.name, layer.weight_index].quantizer_id
+        if weight in settled:
+            continue
+        hooks = quantizing_hooks(index.graph, pack, plan, solution)
+        gram = _sums(layer, qparams, data, hooks)
+        if gram is not None and gram.is_finite:
+            solution = _solved(index, layer, gram, solution, weight)
+    return solution
+
+
+def _sums(layer: Linear, qparams: QParams | None, data: PackData, hooks: Sequence[SiteHook]) -> Gram | None:
+    chosen = range(0, len(data), -(-len(data) // SAMPLES))
+    wanted = max(_ROWS_PER_LAYER, _ROWS_PER_INPUT * width_of(layer))
+    limit = -(-wanted // len(chosen)) * min(len(chosen), data.together)
+    gram: Gram | None = None
+    for value, changed in data.inner(layer.input.name, hooks, chosen):
+        read = changed.numpy() if qparams is None else fake_quantize(changed.numpy(), qparams)
+        rows = layer_rows(layer, value.numpy(), read, limit)
+        if rows is None:
+            return None
+        if gram is None:
+            gram = Gram.empty(rows[0].shape[0], rows[0].shape[2])
+        gram.add(*rows)
+    return gram
+
+
+def _solved(index: GraphIndex, layer: Linear, gram: Gram, solution: Solution, weight: str) -> Solution:
+    value = np.asarray(layer.weight.values, np.float32)
+    matrix = weight_matrix(layer, value)
+    has_bias = layer.bias is not None and len(index.uses(layer.bias.name)) == 1
+    sums = gram.centred() if has_bias else gram
+    rounded = round_weights(matrix, sums, solution.qparams[weight], damping=DAMPING)
+    weights = {**solution.weights, layer.weight.name: weight_tensor(layer, rounded)}
+    if has_bias:
+        assert layer.bias is not None
+        bias = np.asarray(layer.bias.values, np.float32)
+        shift = _shift(matrix, rounded, gram)
+        if bias.size == shift.size and np.isfinite(shift).all():
+            weights[layer.bias.name] = (bias + shift.reshape(bias.shape)).astype(np.float32)
+    return Solution(qparams=solution.qparams, weights=weights)
+
+
+def _shift(matrix: FloatArray, rounded: FloatArray, gram: Gram) -> FloatArray:
+    """W m - W_new m' per output channel."""
+    rows = max(1, gram.rows)
+    before = np.einsum("gck,gk->gc", matrix.astype(np.float64), gram.float_total / rows)
+    after = np.einsum("gck,gk->gc", rounded.astype(np.float64), gram.quantized_total / rows)
+    return np.asarray((before - after).reshape(-1), np.float32)

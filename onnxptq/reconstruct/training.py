@@ -1,0 +1,136 @@
+"""Learning one pack: its quantized outputs are drawn to the float ones.
+
+    loss = sum over outputs o of  E||o_q - o_fp||^2 / V_o,     V_o = E||o_fp - mean(o_fp)||^2
+           + decision / P * indecision(beta)                   AdaRound only; P = sum over o of channels * V_o
+
+so that the loss is noise over signal for a pack of any size, and AdaRound's second term weighs as much as
+beside the published sum of squares over channels. beta falls from 20 to 2 after the warm-up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from onnxptq.lowering.network import Values
+from onnxptq.reconstruct.learning import Learning
+from onnxptq.reconstruct.pack_data import PackData
+from onnxptq.reconstruct.pack_quantizers import PackQuantizers
+
+_LOWEST_GAIN = 0.005
+"""A judgement that improves by less counts as flat."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Norms:
+    """V of each output, and P."""
+
+    variance: dict[str, float]
+    positions: float
+
+
+def train(
+    data: PackData, learned: PackQuantizers, settings: Learning, generator: torch.Generator
+) -> tuple[float, float, int]:
+    """Learn in place; the state that was judged best remains.
+
+    Returns:
+        The loss before and after, and the steps that were taken.
+    """
+    order = torch.randperm(len(data), generator=generator).tolist()
+    held_out = math.ceil(settings.held_out * len(data)) if len(data) > 1 else 0
+    judges, pupils = order[:held_out], order[held_out:]
+    norms = _norms(data, judges or pupils)
+    before = _judged(data, judges or pupils, norms)
+    best, best_state, stale, done = before, learned.state(), 0, 0
+    optimizer = torch.optim.Adam(learned.groups(settings))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    every = max(1, settings.steps // settings.checks)
+    for chosen in _draws(pupils, settings, generator):
+        optimizer.zero_grad(set_to_none=True)
+        for part in data.chunks(chosen):
+            found = data.module(_mixed(data, part, settings.mixing, generator))
+            loss = _relative(found, data.targets(part), norms) * (len(part) / len(chosen))
+            loss.backward()  # type: ignore[no-untyped-call]
+        beta = _sharpness(done / settings.steps, settings)
+        if beta is not None:
+            undecided = learned.indecision(beta) * (settings.decision / norms.positions)
+            undecided.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        done += 1
+        if judges and done % every == 0:
+            seen = _judged(data, judges, norms)
+            stale = 0 if seen < (1.0 - _LOWEST_GAIN) * best else stale + 1
+            if seen < best:
+                best, best_state = seen, learned.state()
+            if stale >= settings.patience:
+                break
+    if not judges:
+        return before, _judged(data, pupils, norms), done
+    learned.restore(best_state)
+    return before, best, done
+
+
+def _draws(pupils: Sequence[int], settings: Learning, generator: torch.Generator) -> list[list[int]]:
+    """The samples of every step: each pass takes all of them, in a new order."""
+    size = min(settings.batch, len(pupils))
+    queue: list[int] = []
+    while len(queue) < size * settings.steps:
+        queue.extend(pupils[i] for i in torch.randperm(len(pupils), generator=generator).tolist())
+    return [queue[i * size : (i + 1) * size] for i in range(settings.steps)]
+
+
+def _sharpness(progress: float, settings: Learning) -> float | None:
+    if settings.weights != "adaround" or progress < settings.warm_up:
+        return None
+    return 20.0 - 18.0 * (progress - settings.warm_up) / (1.0 - settings.warm_up)
+
+
+@torch.no_grad()
+def _judged(data: PackData, chosen: Sequence[int], norms: _Norms) -> float:
+    total = 0.0
+    for part in data.chunks(chosen):
+        total += float(_relative(data.module(data.quantized(part)), data.targets(part), norms)) * len(part)
+    return total / len(chosen)
+
+
+def _mixed(data: PackData, chosen: Sequence[int], probability: float, generator: torch.Generator) -> Values:
+    quantized = data.quantized(chosen)
+    if probability <= 0.0:
+        return quantized
+    floats = data.float_inputs(chosen)
+    mixed = {}
+    for name, value in quantized.items():
+        is_float = torch.rand(value.shape, generator=generator) < probability
+        mixed[name] = torch.where(is_float.to(value.device), floats[name], value)
+    return mixed
+
+
+def _norms(data: PackData, chosen: Sequence[int]) -> _Norms:
+    """Sums over all of ``chosen``; integers among the outputs (indices, masks) have no part in the loss."""
+    sums: dict[str, list[float]] = {}
+    channels: dict[str, int] = {}
+    for part in data.chunks(chosen):
+        for name, value in data.targets(part).items():
+            if value.is_floating_point():
+                wide = value.double()
+                entry = sums.setdefault(name, [0.0, 0.0, 0.0])
+                for i, term in enumerate(
+                    (float(value.numel()), float(wide.sum()), float(wide.square().sum()))
+                ):
+                    entry[i] += term
+                channels[name] = value.shape[1] if value.ndim > 1 else 1
+    variance = {name: max(q / n - (s / n) ** 2, 1e-30) for name, (n, s, q) in sums.items() if n}
+    return _Norms(variance, sum(v * channels[name] for name, v in variance.items()) or 1.0)
+
+
+def _relative(found: Values, targets: Values, norms: _Norms) -> torch.Tensor:
+    parts = [
+        torch.nn.functional.mse_loss(found[name], targets[name]) / variance
+        for name, variance in norms.variance.items()
+    ]
+    return torch.stack(parts).sum()

@@ -1,0 +1,50 @@
+"""Tensors that are needed again and again, in memory as far as a budget goes and in files beyond it."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+
+class Vault:
+    """Hands back every tensor that it is given, or a copy of it that lives in a file.
+
+    A file has no name any more once its tensor exists: its space is free as soon as nobody holds the tensor.
+
+    Args:
+        budget: bytes of tensors to leave in memory. They are counted when they come and not when they go, so
+            call ``forget`` for what is no longer held.
+    """
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self._folder = folder
+        self._budget = budget
+        self._held = 0
+
+    def keep(self, value: torch.Tensor) -> torch.Tensor:
+        """``value``, or its equal in a file.
+
+        Raises:
+            OSError: the folder has no room.
+        """
+        size = value.numel() * value.element_size()
+        if self._held + size <= self._budget or size == 0:
+            self._held += size
+            return value
+        with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".values", delete=False) as file:
+            name = Path(file.name)
+        try:
+            value.contiguous().numpy().tofile(name)
+            stored = torch.from_file(str(name), shared=True, size=value.numel(), dtype=value.dtype)
+        finally:
+            # Some systems keep the names of files in use; the folder goes at the end of the run.
+            with suppress(OSError):
+                name.unlink()
+        return stored.reshape(value.shape)
+
+    def forget(self, value: torch.Tensor) -> None:
+        """Take a tensor that was in memory off the account."""
+        self._held = max(0, self._held - value.numel() * value.element_size())
