@@ -52,9 +52,17 @@ from .progress import TerminalProgress
 )
 @click.option(
     "--method",
-    type=click.Choice(["auto", "rtn"]),
-    help="auto, or rtn: plain round-to-nearest. [default: auto]",
+    type=click.Choice(["auto", "rtn", "pack-ptq", "brecq", "qdrop", "adaround"]),
+    help="auto; pack-ptq: reconstruct packs of blocks; brecq, qdrop, adaround: as published; rtn: plain "
+    "round-to-nearest. [default: auto]",
 )
+@click.option(
+    "--effort",
+    type=click.Choice(["fast", "balanced", "paper"]),
+    help="How packs are solved: in closed form, with a few hundred gradient steps each, or with 20 000. "
+    "Left out: fast for auto, else balanced.",
+)
+@click.option("--max-pack-blocks", type=int, help="Blocks in a pack, at most. [default: 4]")
 @click.option("-w", "--weight-bits", type=int, help="2 to 8. [default: 8]")
 @click.option("-a", "--activation-bits", type=int, help="2 to 8. [default: 8]")
 @click.option(
@@ -83,7 +91,8 @@ from .progress import TerminalProgress
     "--floor",
     type=float,
     metavar="DB",
-    help="Leave nodes in float until the outputs reach this; 0 for never. [default: 20.0]",
+    help="Leave nodes in float until the outputs reach this; 0 for never. Below 8 bits only where it is "
+    "given. [default: 20.0]",
 )
 @click.option("--samples", type=int, help="At most this many calibration samples. [default: 256]")
 @click.option("--holdout", type=float, help="Share held out where --eval is absent. [default: 0.2]")

@@ -17,7 +17,8 @@ from onnxptq.errors import RecipeError
 
 Target = Literal["ort-cpu", "tensorrt", "simulate"]
 ObserverChoice = Literal["auto", "mse", "minmax", "percentile", "entropy"]
-Method = Literal["auto", "rtn"]
+Method = Literal["auto", "rtn", "pack-ptq", "brecq", "qdrop", "adaround"]
+Effort = Literal["fast", "balanced", "paper"]
 
 
 class TensorRule(BaseModel):
@@ -36,8 +37,13 @@ class Recipe(BaseModel):
 
     Args:
         target: where the file will run.
-        method: ``auto`` equalizes channels, corrects biases and picks ranges by measuring the output;
-            ``rtn`` is plain round-to-nearest with one observer, the baseline.
+        method: ``auto`` equalizes channels, corrects biases and picks ranges by measuring the output, and with
+            fewer than 8 bits solves the network pack by pack; ``rtn`` is plain round-to-nearest with one
+            observer, the baseline. ``pack-ptq`` reconstructs packs of blocks; ``brecq`` and ``qdrop`` single
+            blocks, ``adaround`` single layers, as published.
+        effort: how packs are solved. ``fast`` takes no gradient step, ``balanced`` a few hundred per pack,
+            ``paper`` 20 000. None is ``fast`` for ``auto`` and ``balanced`` for the other methods.
+        max_pack_blocks: blocks in a pack at most.
         weight_bits, activation_bits: grid sizes, 2 to 8. A deployment target maps what it cannot run to 8.
         observer: how activation ranges are chosen; ``auto`` measures several on calibration samples.
         percentile: percent of values kept by the percentile observer.
@@ -54,7 +60,7 @@ class Recipe(BaseModel):
         preprocess: how pictures become inputs (the fields of ImagePreprocess); what is absent is guessed.
         min_sqnr, min_agreement: quality gates on held-out samples (dB; share of equal top-1).
         floor: where the outputs stay below this many dB on calibration samples, the nodes that spoil them
-            are left in float and reported; None turns this off.
+            are left in float and reported; None turns this off. With fewer than 8 bits it is off unless set.
         seed: for random calibration data, where that was asked for.
     """
 
@@ -62,6 +68,8 @@ class Recipe(BaseModel):
 
     target: Target = "ort-cpu"
     method: Method = "auto"
+    effort: Effort | None = None
+    max_pack_blocks: int | None = Field(default=4, ge=1)
     weight_bits: int = Field(default=8, ge=2, le=8)
     activation_bits: int = Field(default=8, ge=2, le=8)
     observer: ObserverChoice = "auto"
@@ -88,7 +96,33 @@ class Recipe(BaseModel):
     def _baseline_is_plain(self) -> Self:
         if self.method == "rtn" and self.observer == "auto":
             object.__setattr__(self, "observer", "mse")
+        if self.method == "rtn" and self.effort is not None:
+            raise ValueError("method rtn learns nothing, so it takes no effort")
         return self
+
+    @property
+    def is_low_bit(self) -> bool:
+        """Whether anything gets fewer than 8 bits."""
+        bits = [self.weight_bits, self.activation_bits]
+        bits += [b for rule in self.rules for b in (rule.weight_bits, rule.activation_bits) if b is not None]
+        return min(bits) < 8
+
+    @property
+    def is_solved_by_packs(self) -> bool:
+        """Whether the network is solved pack by pack."""
+        if self.method in ("auto", "rtn"):
+            return self.method == "auto" and (self.is_low_bit or self.effort is not None)
+        return True
+
+    @property
+    def reconstruction_effort(self) -> Effort:
+        """The effort, or the method's own."""
+        return self.effort or ("fast" if self.method == "auto" else "balanced")
+
+    @property
+    def least_db(self) -> float | None:
+        """The floor, where it holds: few bits rarely reach what 8 bits do, so there it must be asked for."""
+        return self.floor if not self.is_low_bit or "floor" in self.model_fields_set else None
 
     @classmethod
     def create(cls, values: dict[str, Any], where: str = "recipe") -> Recipe:

@@ -15,6 +15,8 @@ from onnxptq.calibrate.products import choose_softmax_ranges
 from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.select import label, select_observer
+from onnxptq.lowering import check_supported
+from onnxptq.packing import PackSolution, solve_by_packs
 from onnxptq.qdq import insert_quantizers
 from onnxptq.recipe import Recipe
 from onnxptq.reconstruct.bias import correct_biases
@@ -65,7 +67,8 @@ class Samples:
 class Solver:
     """Finds the solution of one plan: ``begin`` once, then ``finish``.
 
-    ``notes`` collects what was measured and decided. The float network is run once, at the first comparison.
+    ``notes`` collects what was measured and decided; ``packed`` is how packs were solved, where they were. The
+    float network is run once, at the first comparison.
     """
 
     model: CanonicalModel
@@ -74,10 +77,13 @@ class Solver:
     recipe: Recipe
     overrides: Mapping[str, Observer]
     samples: Samples
+    everything: Feeds
     scratch: Path
+    work_dir: Path
     progress: Progress | None = None
     notes: list[str] = field(default_factory=list)
     start: Solution = field(default_factory=lambda: Solution(qparams={}))
+    packed: PackSolution | None = None
     _known_trial: Trial | None = None
     _known_rank: float | None = None
 
@@ -102,11 +108,13 @@ class Solver:
         """The best solution that the recipe's method allows."""
         if self.recipe.method == "rtn" or not self.plan.quantizers:
             return self.start
+        if self.recipe.is_solved_by_packs and self._can_be_lowered():
+            return self._best({_PLAIN: self.start, "packs": self._by_packs()})
         return self._best(self._alternatives())
 
     def replanned(self, plan: QuantPlan) -> Solver:
         """A solver that has not begun, for another plan of the same model."""
-        return replace(self, plan=plan, notes=[], start=Solution(qparams={}), _known_rank=None)
+        return replace(self, plan=plan, notes=[], start=Solution(qparams={}), packed=None, _known_rank=None)
 
     def _trial(self) -> Trial:
         if self._known_trial is None:
@@ -120,7 +128,7 @@ class Solver:
             found: what ``finish`` returned.
             plan_of: the plan that quantizes one node alone.
         """
-        floor = self.recipe.floor
+        floor = self.recipe.least_db
         if floor is None or self.recipe.method == "rtn":
             return {}
         trial = self._trial()
@@ -183,6 +191,29 @@ class Solver:
         listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
         self.notes.append(f"Ranges by {label(observer)} (dB on calibration samples: {listed}).")
         return observer, focused
+
+    def _can_be_lowered(self) -> bool:
+        """Whether torch can run the network; only ``auto`` has another way where it cannot."""
+        gaps = check_supported(self.model.graph)
+        if gaps and self.recipe.method == "auto":
+            self.notes.append(
+                f"Layers are rounded one by one and not pack by pack: {gaps[0].node}: {gaps[0].reason}"
+            )
+            return False
+        return True
+
+    def _by_packs(self) -> Solution:
+        self.packed = solve_by_packs(
+            self.model,
+            self.plan,
+            self.start,
+            Draw(self.everything).take(0, len(self.everything)),
+            self.recipe,
+            scratch=self.scratch,
+            work_dir=self.work_dir,
+            progress=self.progress,
+        )
+        return self.packed.solution
 
     def _alternatives(self) -> dict[str, Solution]:
         """Solutions worth trying, by name, the plain one first."""

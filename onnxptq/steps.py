@@ -229,7 +229,9 @@ def _prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
         recipe=run.recipe,
         overrides=observer_overrides(model, GraphIndex(model.graph), run.recipe, tensors),
         samples=data.samples,
+        everything=data.calibration,
         scratch=run.scratch,
+        work_dir=run.work_dir,
         progress=run.progress,
     )
     with run.timed("solve"):

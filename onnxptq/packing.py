@@ -1,0 +1,264 @@
+"""From a plan to its solution by packs: cut the network, score its blocks, pack them, reconstruct pack by pack.
+
+Nothing here is heavy by itself: the stages do the work, this joins them within a memory budget.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from onnxptq.errors import MemoryBudgetError
+from onnxptq.graph.index import is_constant
+from onnxptq.lowering.network import BlockNetwork
+from onnxptq.partition.blocks import find_blocks
+from onnxptq.partition.pack import PackMemory, pack_blocks, pack_memory
+from onnxptq.partition.score import score_blocks
+from onnxptq.recipe import Effort, Recipe
+from onnxptq.reconstruct.checkpoint import Checkpoints
+from onnxptq.reconstruct.learning import BALANCED, FAST, PAPER, Learning
+from onnxptq.reconstruct.packwise import Resources, reconstruct
+from onnxptq.types import (
+    Block,
+    CanonicalModel,
+    Pack,
+    PackOutcome,
+    Progress,
+    QuantPlan,
+    Sample,
+    Sensitivity,
+    Solution,
+)
+from onnxptq.version import __version__
+
+SCORING_SAMPLES = 32
+"""Calibration samples on which blocks are scored."""
+
+DEFAULT_MEMORY = 2 << 30
+"""Bytes for activations where the user states no budget; half of it may hold samples between packs."""
+
+MOST_TOGETHER = 64
+"""Samples in one pass, at most: beyond it nothing runs faster."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """How the network was packed: ``sensitivities`` are empty where packs were not chosen by them."""
+
+    blocks: tuple[Block, ...]
+    sensitivities: tuple[Sensitivity, ...]
+    packs: tuple[Pack, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackSolution:
+    """A network solved by packs; ``checkpoints`` may be deleted once its file is written."""
+
+    packing: Packing
+    solution: Solution
+    outcomes: tuple[PackOutcome, ...]
+    checkpoints: Path
+
+
+def learning(recipe: Recipe) -> Learning:
+    """The settings of the reconstruction that a recipe asks for."""
+    chosen: Mapping[Effort, Learning] = {"fast": FAST, "balanced": BALANCED, "paper": PAPER}
+    found = chosen[recipe.reconstruction_effort]
+    if recipe.method == "brecq":
+        return replace(found, weights="adaround", mixing=0.0, **_ADAROUND)
+    if recipe.method == "qdrop":
+        return replace(found, weights="adaround", mixing=0.5, **_ADAROUND)
+    if recipe.method == "adaround":
+        return replace(found, weights="adaround", mixing=0.0, activation_scale_rate=0.0, **_ADAROUND)
+    return found
+
+
+_ADAROUND: Mapping[str, Any] = {
+    "is_closed_form_first": False,
+    "latent_rate": 3e-2,
+    "weight_scale_rate": 0.0,
+    "bias_rate": 0.0,
+}
+
+
+def find_packing(
+    model: CanonicalModel,
+    plan: QuantPlan,
+    start: Solution,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    *,
+    device: str,
+    progress: Progress | None = None,
+) -> Packing:
+    """Blocks, their scores, and packs that follow from them.
+
+    Packs are single blocks, unscored, where nothing is learnt or the method has it so.
+    """
+    if recipe.method == "adaround":
+        blocks = find_blocks(model.graph, max_linears=1, max_live=_ANY, join=False)
+    else:
+        blocks = find_blocks(model.graph)
+    if recipe.method in ("brecq", "qdrop", "adaround") or recipe.reconstruction_effort == "fast":
+        return Packing(blocks=blocks, sensitivities=(), packs=_singles(blocks))
+    scores = score_blocks(
+        model,
+        blocks,
+        plan,
+        start,
+        samples[:SCORING_SAMPLES],
+        memory=_memory(recipe) // 2,
+        device=device,
+        progress=progress,
+    )
+    ends = (0, len(blocks) - 1) if len(blocks) > 2 else ()
+    packs = pack_blocks(blocks, scores, max_pack_blocks=recipe.max_pack_blocks, alone=ends)
+    return Packing(blocks=blocks, sensitivities=scores, packs=packs)
+
+
+def solve_by_packs(
+    model: CanonicalModel,
+    plan: QuantPlan,
+    start: Solution,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    *,
+    scratch: Path,
+    work_dir: Path,
+    progress: Progress | None = None,
+) -> PackSolution:
+    """Reconstruct the network pack by pack. An interrupted call goes on behind its last finished pack.
+
+    Args:
+        start: ranges, and weights rounded to nearest.
+        samples: all calibration samples; their order has no effect as long as it is the same.
+        work_dir: keeps finished packs.
+
+    Raises:
+        UnsupportedOperatorError: a node cannot be lowered; raised before any long work.
+        MemoryBudgetError: a single block needs more than ``recipe.max_memory``.
+    """
+    device = "cuda" if torch.cuda.is_available() and recipe.provider != "cpu" else "cpu"
+    packing = find_packing(model, plan, start, samples, recipe, device=device, progress=progress)
+    settings = learning(recipe)
+    packing, needs = _within(model, plan, packing, samples, settings, recipe)
+    spare = _memory(recipe) // 2
+    together = [
+        max(1, min(MOST_TOGETHER, (spare - need.parameters) // max(1, need.activations))) for need in needs
+    ]
+    folder = work_dir / "packs" / _key(model, plan, start, samples, packing, settings, recipe, device)
+    found = reconstruct(
+        model,
+        plan,
+        start,
+        packing.packs,
+        samples,
+        settings,
+        Resources(
+            together=together,
+            cache_bytes=spare,
+            scratch=scratch,
+            checkpoints=Checkpoints(folder),
+            device=device,
+        ),
+        seed=recipe.seed,
+        progress=progress,
+    )
+    return PackSolution(packing=packing, solution=found.solution, outcomes=found.outcomes, checkpoints=folder)
+
+
+_ANY = 1_000
+
+
+def _memory(recipe: Recipe) -> int:
+    return DEFAULT_MEMORY if recipe.max_memory is None else recipe.max_memory << 20
+
+
+def _singles(blocks: Sequence[Block]) -> tuple[Pack, ...]:
+    unscored = [
+        Sensitivity(
+            block=block.index, loss=0.0, squared_error=0.0, absolute_error=0.0, curvature=0.0, omega=0.0
+        )
+        for block in blocks
+    ]
+    return pack_blocks(blocks, unscored, max_pack_blocks=1)
+
+
+def _within(
+    model: CanonicalModel,
+    plan: QuantPlan,
+    packing: Packing,
+    samples: Sequence[Sample],
+    settings: Learning,
+    recipe: Recipe,
+) -> tuple[Packing, list[PackMemory]]:
+    """The packing, or one of smaller packs, whose every pack runs on one sample within the budget."""
+    network = BlockNetwork(model.graph, packing.blocks)
+    sizes = network.measure({name: torch.from_numpy(np.array(samples[0][name])) for name in network.inputs})
+    weights = {
+        tensor.name: int(np.prod(tensor.shape))
+        for node in model.graph.nodes
+        for tensor in node.inputs
+        if is_constant(tensor)
+    }
+    budget = _memory(recipe) // 2
+    longest = max(len(pack.blocks) for pack in packing.packs)
+    for limit in range(longest, 0, -1):
+        packs = packing.packs if limit == longest else _shortened(packing, limit)
+        needs = [pack_memory(pack, plan, sizes, weights, samples=len(samples), batch=1) for pack in packs]
+        worst = max(range(len(packs)), key=lambda i: needs[i].activations + needs[i].parameters)
+        need = needs[worst].activations + needs[worst].parameters
+        if need <= budget or not settings.steps:
+            return replace(packing, packs=packs), needs
+    ends = " to ".join(
+        model.user_name(names[0]) for names in (packs[worst].inputs, packs[worst].outputs) if names
+    )
+    raise MemoryBudgetError(
+        f"The block from {ends} alone needs {need / 2**20:.0f} MiB to be reconstructed, "
+        f"and half of the budget is {budget / 2**20:.0f} MiB.",
+        f"Give --max-memory {int(2 * need / 2**20) + 1} or more, or choose --effort fast.",
+    )
+
+
+def _shortened(packing: Packing, limit: int) -> tuple[Pack, ...]:
+    ends = (0, len(packing.blocks) - 1) if len(packing.blocks) > 2 else ()
+    return pack_blocks(packing.blocks, packing.sensitivities, max_pack_blocks=limit, alone=ends)
+
+
+def _key(
+    model: CanonicalModel,
+    plan: QuantPlan,
+    start: Solution,
+    samples: Sequence[Sample],
+    packing: Packing,
+    settings: Learning,
+    recipe: Recipe,
+    device: str,
+) -> str:
+    """A hash of all that the result depends on."""
+    hasher = hashlib.sha256()
+
+    def add(*parts: object) -> None:
+        hasher.update(repr(parts).encode())
+
+    add(__version__, torch.__version__, device, model.fingerprint, settings, recipe.seed, _memory(recipe))
+    add([pack.nodes for pack in packing.packs], plan.target)
+    for quantizer in plan.quantizers:
+        qparams = start.qparams[quantizer.quantizer_id]
+        add(quantizer, qparams.qtype, qparams.granularity)
+        hasher.update(qparams.scale.tobytes() + qparams.zero_point.tobytes())
+    # An equalized form of a model has the model's fingerprint and other weights.
+    tensors = model.graph.tensors()
+    for name in sorted({q.tensor for q in plan.quantizers if q.role != "activation"}):
+        value = start.weights.get(name, tensors[name].values)
+        hasher.update(np.ascontiguousarray(value).tobytes())
+    for sample in samples:
+        for name in sorted(sample):
+            hasher.update(np.ascontiguousarray(sample[name]).tobytes())
+    return hasher.hexdigest()[:24]
