@@ -61,13 +61,13 @@ def quantize(
         float_model = steps.canonical_model(run, source)
         data = steps.open_data(run, float_model, calibration, evaluation, labels)
         form = steps.prepared(run, float_model, data)
-        plan, solution = steps.solved(run, form)
+        solved = steps.solved(run, form)
+        plan, solution = solved.plan, solved.solution
         with staging(target) as staged:
             steps.write(run, form.model, plan, solution, staged)
             checks = steps.check(run, float_model, form.model, plan, solution, staged, data)
-            report = steps.report(
-                run, form.model, plan, solution, form.statistics, staged, target, data, checks
-            )
+            report = steps.report(run, form.model, solved, form.statistics, staged, target, data, checks)
             folder = steps.write_report(report, report_dir)
             steps.require_quality(run, report, folder)
+        steps.forget_packs(solved)
     return Result(output=target, report=report, report_dir=folder)

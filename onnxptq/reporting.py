@@ -16,11 +16,12 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.statistics import TensorStatistics
+from onnxptq.packing import Packing
 from onnxptq.quantizers.affine import range_of
 from onnxptq.runtime import runtime_version
 from onnxptq.types import CanonicalModel, PerAxis, PerTensor, QParams, Quantizer, QuantPlan, Skip, Solution
 from onnxptq.validate.compare import LayerQuality
-from onnxptq.validate.report import Histogram, QuantizedRow, SizeRow, TensorQuality
+from onnxptq.validate.report import BlockScore, Histogram, QuantizedRow, SizeRow, TensorQuality
 from onnxptq.version import __version__
 
 _HISTOGRAM_BINS = 64
@@ -43,6 +44,23 @@ def _row(model: CanonicalModel, quantizer: Quantizer, qparams: QParams) -> Quant
         scale=(float(qparams.scale.min()), float(qparams.scale.max())),
         zero_point=(int(qparams.zero_point.min()), int(qparams.zero_point.max())),
         readers=tuple(dict.fromkeys(site.consumer for site in quantizer.sites)),
+    )
+
+
+def block_scores(model: CanonicalModel, packing: Packing) -> tuple[BlockScore, ...]:
+    """One row per block."""
+    pack_of = {block.index: pack.index for pack in packing.packs for block in pack.blocks}
+    scores = {score.block: score for score in packing.sensitivities}
+    return tuple(
+        BlockScore(
+            block=block.index,
+            pack=pack_of[block.index],
+            start=", ".join(map(model.user_name, block.inputs)),
+            end=", ".join(map(model.user_name, block.outputs)),
+            curvature=scores[block.index].curvature if block.index in scores else None,
+            omega=scores[block.index].omega if block.index in scores else None,
+        )
+        for block in packing.blocks
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from onnxptq.errors import FeedError, OutputPathError, QualityGateError
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import save_graph
+from onnxptq.packing import PackSolution
 from onnxptq.placing import observer_overrides, placement_request, require_quantizers
 from onnxptq.publish import claimed_folder, space_errors, write_texts
 from onnxptq.qdq import insert_quantizers
@@ -102,6 +104,15 @@ class Prepared:
     statistics: Calibration
     plan: QuantPlan
     solver: Solver
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solved:
+    """The final plan with its parameters, and how packs were solved, where they were."""
+
+    plan: QuantPlan
+    solution: Solution
+    packed: PackSolution | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,7 +308,7 @@ def _placing(
     return lambda declined: place(index, replace(request, declined={**request.declined, **declined}))
 
 
-def solved(run: Run, form: Prepared) -> tuple[QuantPlan, Solution]:
+def solved(run: Run, form: Prepared) -> Solved:
     """The parameters of every quantizer of the plan, or of one that leaves in float what spoils the outputs."""
     model, solver = form.model, form.solver
     with run.timed("solve"):
@@ -310,13 +321,13 @@ def solved(run: Run, form: Prepared) -> tuple[QuantPlan, Solution]:
         for note in solver.notes:
             run.note(note)
         if not declined:
-            return form.plan, found
+            return Solved(plan=form.plan, solution=found, packed=solver.packed)
         relaxed = solver.replanned(placed(declined))
         relaxed.begin()
         found = relaxed.finish()
         for note in relaxed.notes:
             run.note(f"After that: {note}")
-        return relaxed.plan, found
+        return Solved(plan=relaxed.plan, solution=found, packed=relaxed.packed)
 
 
 def write(run: Run, model: CanonicalModel, plan: QuantPlan, solution: Solution, path: Path) -> None:
@@ -395,8 +406,7 @@ def check(
 def report(
     run: Run,
     model: CanonicalModel,
-    plan: QuantPlan,
-    solution: Solution,
+    solved: Solved,
     statistics: Calibration,
     written: Path,
     target: Path,
@@ -404,6 +414,7 @@ def report(
     checks: Checks,
 ) -> Report:
     """Everything that was done, declined and measured."""
+    plan, solution, packed = solved.plan, solved.solution, solved.packed
     size = sum(part.stat().st_size for part in written.parent.iterdir())
     sizes = reporting.size_rows(model, plan, model.source_bytes, size)
     note = reporting.larger_note(model.source_bytes, size, sizes)
@@ -446,6 +457,8 @@ def report(
         peak_memory_bytes=reporting.peak_memory_bytes(),
         versions=reporting.versions(hashlib.sha256(run.recipe.to_yaml().encode()).hexdigest()),
         notes=tuple(run.notes),
+        blocks=() if packed is None else reporting.block_scores(model, packed.packing),
+        packs=() if packed is None else packed.outcomes,
     )
 
 
@@ -461,6 +474,12 @@ def write_report(report: Report, folder: str | Path | None) -> Path | None:
     written = json.dumps(report.to_json(), indent=2) + "\n"
     write_texts(place, {"report.json": written, "report.html": render_html(report)})
     return place
+
+
+def forget_packs(solved: Solved) -> None:
+    """Remove the packs that were kept for the case of an interruption."""
+    if solved.packed is not None:
+        shutil.rmtree(solved.packed.checkpoints, ignore_errors=True)
 
 
 def require_quality(run: Run, report: Report, folder: Path | None) -> None:

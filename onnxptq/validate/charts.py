@@ -12,8 +12,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from onnxptq.validate.report import TensorQuality
+from onnxptq.validate.report import BlockScore, TensorQuality
 
 # Placeholders for the variables of the page's style sheet, so that pictures follow light and dark mode.
 _INK, _MUTED, _LINE, _ACCENT, _WARN = "#010203", "#020304", "#030405", "#040506", "#050607"
@@ -82,6 +83,31 @@ def range_chart(tensor: TensorQuality, key: str, title: str) -> str:
         axes.set_xlim(low - margin, high + margin)
         _few_ticks(axes)
         return _svg(figure, key, title)
+
+
+def curvature_chart(blocks: Sequence[BlockScore], title: str) -> str:
+    """S of each block, logarithmic, with the boundaries of packs. Empty where no S is finite and positive."""
+    known = [(b.block, b.curvature) for b in blocks if b.curvature is not None]
+    shown = [(i, value) for i, value in known if math.isfinite(value) and value > 0.0]
+    if not shown:
+        return ""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.0, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        packs = sorted({b.pack for b in blocks})
+        for pack in packs:
+            members = [b.block for b in blocks if b.pack == pack]
+            shade = 0.10 if pack % 2 else 0.03
+            axes.axvspan(min(members) - 0.5, max(members) + 0.5, color=_ACCENT, alpha=shade, linewidth=0)
+        axes.plot(*zip(*shown, strict=True), color=_ACCENT, linewidth=1.0, alpha=0.6)
+        axes.plot(*zip(*shown, strict=True), "o", color=_ACCENT, markersize=4.5)
+        axes.set_yscale("log")
+        axes.minorticks_off()
+        axes.set_xlim(-0.5, len(blocks) - 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("block; shades are packs")
+        axes.set_ylabel("S")
+        return _svg(figure, "curvature", title)
 
 
 def _few_ticks(axes: Axes) -> None:

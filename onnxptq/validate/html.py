@@ -13,7 +13,7 @@ import yaml
 from markupsafe import Markup
 
 from onnxptq.validate import wording
-from onnxptq.validate.charts import network_chart, range_chart
+from onnxptq.validate.charts import curvature_chart, network_chart, range_chart
 from onnxptq.validate.report import Report, TensorQuality, plain
 
 WORST = 10
@@ -38,6 +38,7 @@ def render_html(report: Report) -> str:
         verdict=wording.verdict(report),
         # Safe: made by matplotlib from numbers, without any text of the report.
         network=Markup(network_chart(report.tensors, worst, "SQNR of each tensor along the network")),
+        curvature=Markup(curvature_chart(report.blocks, "S of each block, with the packs")),
         worst=[
             (tensor, Markup(range_chart(tensor, f"range{i}", "histogram and chosen range")))
             for i, tensor in enumerate(worst)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from onnxptq.types import Skip
+from onnxptq.types import PackOutcome, Skip
 from onnxptq.validate.latency import Latency
 from onnxptq.validate.metrics import OutputMetrics
 from onnxptq.validate.parity import Parity
@@ -111,6 +111,19 @@ class StageTime:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockScore:
+    """A block, the pack that it is in, and its scores (see :class:`~onnxptq.types.Sensitivity`), None where
+    packs were not chosen by scores. ``start`` and ``end`` are the tensors at its ends, in the user's names."""
+
+    block: int
+    pack: int
+    start: str
+    end: str
+    curvature: float | None = None
+    omega: float | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Report:
     """One run of ``quantize``.
@@ -118,7 +131,8 @@ class Report:
     ``outputs`` are measured on ``heldout`` (never the calibration samples) in onnxruntime's default session;
     they are empty where there was no held-out data. ``kernels`` are the operators that onnxruntime executes
     after its own optimizations, with their counts; ``recipe`` is the request as plain types; ``versions``
-    holds versions and hashes by name.
+    holds versions and hashes by name. ``blocks`` and ``packs`` tell how a network was solved pack by pack;
+    a pack whose weights were rounded in closed form alone has no outcome.
     """
 
     model: ModelFacts
@@ -140,6 +154,8 @@ class Report:
     peak_memory_bytes: int | None = None
     versions: Mapping[str, str] | None = None
     notes: tuple[str, ...] = ()
+    blocks: tuple[BlockScore, ...] = ()
+    packs: tuple[PackOutcome, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Dicts, lists, strings, booleans and finite numbers, under ``schema_version``."""

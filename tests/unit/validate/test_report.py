@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from onnxptq.types import Skip
+from onnxptq.types import PackOutcome, Skip
 from onnxptq.validate import wording
 from onnxptq.validate.html import render_html, worst_tensors
 from onnxptq.validate.latency import Latency
@@ -22,6 +22,7 @@ from onnxptq.validate.metrics import OutputMetrics
 from onnxptq.validate.parity import EdgeParity, OutputParity, Parity
 from onnxptq.validate.report import (
     SCHEMA_VERSION,
+    BlockScore,
     DataFacts,
     Histogram,
     ModelFacts,
@@ -182,7 +183,7 @@ def test_json_is_plain_and_complete() -> None:
     assert list(content) == [
         *("schema_version", "model", "output", "target", "method", "recipe", "calibration", "heldout"),
         *("quantized", "skips", "tensors", "outputs", "parity", "latency", "kernels", "sizes", "stages"),
-        *("peak_memory_bytes", "versions", "notes"),
+        *("peak_memory_bytes", "versions", "notes", "blocks", "packs"),
     ]
     assert content["tensors"][-1]["sqnr_db"] == "inf"
     assert content["parity"]["outputs"][0]["fast_sqnr_db"] == "inf"
@@ -273,6 +274,24 @@ def test_pictures_survive_extreme_values() -> None:
         _tensor("empty", 5, 2.0, histogram=Histogram(low=0.0, high=1.0, counts=(0, 0))),
     )
     _parsed(render_html(_report(tensors=tensors)))
+
+
+def test_packs_are_shown_with_the_curvature_of_their_blocks() -> None:
+    scores = [1e-9, math.inf, 3.0, 0.0, 1e6]
+    blocks = tuple(
+        BlockScore(block=i, pack=i // 2, start="<a>", end="b & c", curvature=score, omega=0.5)
+        for i, score in enumerate(scores)
+    )
+    packs = tuple(PackOutcome(pack=i, blocks=2, before=0.5, after=0.25, steps=300) for i in range(3))
+    shown = render_html(_report(blocks=blocks, packs=packs))
+    text = "".join(_parsed(shown).text)
+    assert "Blocks and packs" in text
+    assert "0.25" in text
+    assert shown.count("<svg") == render_html(_report()).count("<svg") + 1
+    unscored = tuple(replace(block, curvature=None, omega=None) for block in blocks)
+    shown = render_html(_report(blocks=unscored))
+    assert "Blocks and packs" in "".join(_parsed(shown).text)
+    assert shown.count("<svg") == render_html(_report()).count("<svg")
 
 
 def test_the_worst_are_quantized_finite_and_in_order() -> None:
