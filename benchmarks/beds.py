@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 ROOT = Path(__file__).resolve().parent.parent
 
-Split = Literal["calibration", "evaluation"]
+Split = Literal["calibration", "learning", "evaluation"]
 Metric = Literal["top1", "map50"]
 
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -50,7 +50,8 @@ _MODELNET40 = {
 class Bed:
     """A model with its data; paths are relative to the testbed folder.
 
-    ``preprocess`` is what ``Recipe.preprocess`` takes. ``labels`` is what ``onnxptq.quantize`` takes (a path is
+    ``learning_samples`` is for methods that solve weights, from
+    the same folder. ``preprocess`` is what ``Recipe.preprocess`` takes. ``labels`` is what ``onnxptq.quantize`` takes (a path is
     relative to the testbed), None where the ground truth is boxes. ``classes`` names a JSON list with
     the name of each label, and ``model_classes`` the model's number of each name, where the two differ.
     """
@@ -62,6 +63,7 @@ class Bed:
     calibration: str
     evaluation: str
     calibration_samples: int
+    learning_samples: int
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     labels: str | None = None
     classes: str | None = None
@@ -81,6 +83,7 @@ BEDS: Mapping[str, Bed] = {
             calibration="data/imagenet/calib",
             evaluation="data/imagenet/val",
             calibration_samples=125,
+            learning_samples=125,
             preprocess={
                 "resize": "none",
                 "size": [224, 224],
@@ -99,6 +102,7 @@ BEDS: Mapping[str, Bed] = {
             calibration="data/cifar10_jpeg/train.npz",
             evaluation="data/cifar10_jpeg/test.npz",
             calibration_samples=256,
+            learning_samples=500,
             preprocess=_IMAGENET,
             labels="data/cifar10_jpeg/test.npz",
         ),
@@ -110,6 +114,7 @@ BEDS: Mapping[str, Bed] = {
             calibration="data/flowers/calib",
             evaluation="data/flowers/test",
             calibration_samples=64,
+            learning_samples=128,
             preprocess={"resize": "none", **_IMAGENET},
             labels="folders",
         ),
@@ -121,6 +126,7 @@ BEDS: Mapping[str, Bed] = {
             calibration="data/modelnet10/train.npz",
             evaluation="data/modelnet10/test.npz",
             calibration_samples=128,
+            learning_samples=500,
             labels="data/modelnet10/test.npz",
             classes="data/modelnet10/classes.json",
             model_classes=_MODELNET40,
@@ -133,6 +139,7 @@ BEDS: Mapping[str, Bed] = {
             calibration="data/coco/calib/images",
             evaluation="data/coco/val/images",
             calibration_samples=64,
+            learning_samples=64,
             preprocess={
                 "resize": "exact",
                 "size": [352, 352],
@@ -206,18 +213,19 @@ def model_path(bed: Bed) -> Path:
 
 def source_path(bed: Bed, split: Split) -> Path:
     """The calibration or evaluation data as a user would give them to ``onnxptq.quantize``."""
-    return testbed() / (bed.calibration if split == "calibration" else bed.evaluation)
+    return testbed() / (bed.evaluation if split == "evaluation" else bed.calibration)
 
 
 def decoded(bed: Bed, split: Split, limit: int | None = None) -> Decoded:
     """The samples of one split, decoded into the cache if they are not there yet.
 
     Args:
-        limit: at most this many, spread evenly over the source; for calibration never more than the bed's own
-            number.
+        limit: at most this many, spread evenly over the source; for calibration and learning never more than
+            the bed's own number.
     """
-    if split == "calibration":
-        limit = bed.calibration_samples if limit is None else min(limit, bed.calibration_samples)
+    if split != "evaluation":
+        most = bed.calibration_samples if split == "calibration" else bed.learning_samples
+        limit = most if limit is None else min(limit, most)
     settings = json.dumps(
         [bed.preprocess, bed.labels, bed.classes, str(source_path(bed, split))], sort_keys=True
     )

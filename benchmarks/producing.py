@@ -32,7 +32,7 @@ def prepare(bed: Bed, limit: int | None = None) -> None:
     """Decode a bed's samples and expand its model in a process of its own, so that this one stays small."""
     code = (
         "import sys; from benchmarks.beds import BEDS, decoded; limit = int(sys.argv[2]) or None; "
-        "[decoded(BEDS[sys.argv[1]], split, limit) for split in ('calibration', 'evaluation')]"
+        "[decoded(BEDS[sys.argv[1]], split, limit) for split in ('calibration', 'learning', 'evaluation')]"
     )
     subprocess.run([sys.executable, "-c", code, bed.name, str(limit or 0)], check=True, cwd=ROOT)
 
@@ -46,7 +46,7 @@ def produce(
         limit: at most this many calibration samples.
         fresh: make it again.
     """
-    samples = decoded(bed, "calibration", limit)
+    samples = decoded(bed, setting.split, limit)
     version = source_id() if setting.tool == OURS else _version(setting.tool)
     stem = f"{bed.name}-{setting.tool}-{setting.name}-{samples.count}-{version}"
     folder = cache_folder("files")

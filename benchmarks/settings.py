@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.beds import BEDS, cache_folder
 
@@ -26,6 +26,7 @@ class Setting:
     beds: tuple[str, ...]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     peer_setting: str = ""
+    split: Literal["calibration", "learning"] = "calibration"
 
     @property
     def label(self) -> str:
@@ -59,6 +60,20 @@ PEERS: Mapping[str, Peer] = {
     "modelopt": Peer(script="modelopt_ptq", distribution="nvidia-modelopt", module="modelopt"),
 }
 
+
+def _few_bits(weights: int, activations: int, method: str, beds: tuple[str, ...]) -> Setting:
+    """Every product of the network at these bits, first and last layer included."""
+    chosen = {"method": "rtn"} if method == "rtn" else {"method": "pack-ptq", "effort": method}
+    bits = {"weight_bits": weights, "activation_bits": activations}
+    return Setting(
+        tool=OURS,
+        name=f"w{weights}a{activations}-{method}",
+        beds=beds,
+        recipe={"target": "simulate", "samples": 1024, **bits, **chosen},
+        split="learning",
+    )
+
+
 SETTINGS: tuple[Setting, ...] = (
     Setting(tool=OURS, name="default", beds=ALL),
     Setting(tool=OURS, name="rtn", beds=ALL, recipe={"method": "rtn"}),
@@ -68,6 +83,15 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(tool=OURS, name="tensorrt", beds=("vit",), recipe={"target": "tensorrt"}),
     Setting(tool=OURS, name="tensorrt-rtn", beds=("vit",), recipe={"target": "tensorrt", "method": "rtn"}),
+    *(
+        _few_bits(weights, activations, method, beds)
+        for weights, activations, beds in (
+            (4, 8, ("resnet20", "efficientnet", "vit")),
+            (4, 4, ("resnet20", "efficientnet", "vit", "pointnet")),
+            (3, 3, ("resnet20", "pointnet")),
+        )
+        for method in ("rtn", "fast", "balanced")
+    ),
     Setting(tool="onnxruntime", name="default", beds=ALL, peer_setting="default"),
     Setting(tool="onnxruntime", name="minmax", beds=ALL, peer_setting="minmax"),
     Setting(tool="onnxruntime", name="minmax-linear", beds=("vit",), peer_setting="minmax-linear"),
@@ -90,6 +114,15 @@ FLOORS: Mapping[tuple[str, str], Floor] = {
     ("vit", "onnxptq:tensorrt"): Floor(agreement=0.99, sqnr_db=24.5),
     ("pointnet", "onnxptq:default"): Floor(agreement=0.97),
     ("fastestdet", "onnxptq:default"): Floor(sqnr_db=20.0, map50_loss=1.0),
+    ("resnet20", "onnxptq:w4a8-balanced"): Floor(agreement=0.96, top1_loss=0.55),
+    ("resnet20", "onnxptq:w4a4-balanced"): Floor(agreement=0.90, top1_loss=0.55),
+    ("resnet20", "onnxptq:w3a3-balanced"): Floor(agreement=0.84, top1_loss=3.35),
+    ("efficientnet", "onnxptq:w4a8-balanced"): Floor(top1_loss=2.5),
+    ("efficientnet", "onnxptq:w4a4-balanced"): Floor(top1_loss=8.0),
+    ("vit", "onnxptq:w4a8-fast"): Floor(top1_loss=1.0),
+    ("vit", "onnxptq:w4a4-fast"): Floor(top1_loss=5.0),
+    ("pointnet", "onnxptq:w4a4-balanced"): Floor(top1_loss=2.0),
+    ("pointnet", "onnxptq:w3a3-balanced"): Floor(top1_loss=6.0),
 }
 
 
