@@ -50,10 +50,10 @@ _MODELNET40 = {
 class Bed:
     """A model with its data; paths are relative to the testbed folder.
 
-    ``learning_samples`` is for methods that solve weights, from
-    the same folder. ``preprocess`` is what ``Recipe.preprocess`` takes. ``labels`` is what ``onnxptq.quantize`` takes (a path is
-    relative to the testbed), None where the ground truth is boxes. ``classes`` names a JSON list with
-    the name of each label, and ``model_classes`` the model's number of each name, where the two differ.
+    ``learning_samples`` is for methods that solve weights, from the same folder. ``preprocess`` is what
+    ``Recipe.preprocess`` takes. ``labels`` is what ``onnxptq.quantize`` takes (a path is relative to the
+    testbed), None where the ground truth is boxes. ``classes`` names a JSON list with the name of each label,
+    and ``model_classes`` the model's number of each name, where the two differ.
     """
 
     name: str
