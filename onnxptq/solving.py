@@ -67,8 +67,9 @@ class Samples:
 class Solver:
     """Finds the solution of one plan: ``begin`` once, then ``finish``.
 
-    ``notes`` collects what was measured and decided; ``packed`` is how packs were solved, where they were. The
-    float network is run once, at the first comparison.
+    Outputs are compared with those of the model at ``reference``, of which ``model`` may be another form (None:
+    it is the same). ``notes`` collects what was measured and decided; ``packed`` is how packs were solved, where
+    they were. The float network is run once, at the first comparison.
     """
 
     model: CanonicalModel
@@ -80,12 +81,14 @@ class Solver:
     everything: Feeds
     scratch: Path
     work_dir: Path
+    reference: Path | None = None
     progress: Progress | None = None
     notes: list[str] = field(default_factory=list)
     start: Solution = field(default_factory=lambda: Solution(qparams={}))
     packed: PackSolution | None = None
     _known_trial: Trial | None = None
     _known_rank: float | None = None
+    _float_rank: float | None = None
 
     def begin(self) -> None:
         """Choose ranges and round to nearest: ``start`` is then set."""
@@ -104,6 +107,14 @@ class Solver:
             self._known_rank = self._trial().rank(self.plan, self.start)
         return self._known_rank
 
+    def prospect(self) -> float:
+        """What forms of one model are compared by: the mean of ``rank`` and of the rank with float weights.
+
+        Weights rounded to nearest make noise that a later compensation removes for the most part; by itself it
+        would hide what the activations gain.
+        """
+        return self.rank() if self._float_rank is None else (self.rank() + self._float_rank) / 2
+
     def finish(self) -> Solution:
         """The best solution that the recipe's method allows."""
         if self.recipe.method == "rtn" or not self.plan.quantizers:
@@ -114,11 +125,21 @@ class Solver:
 
     def replanned(self, plan: QuantPlan) -> Solver:
         """A solver that has not begun, for another plan of the same model."""
-        return replace(self, plan=plan, notes=[], start=Solution(qparams={}), packed=None, _known_rank=None)
+        return replace(
+            self,
+            plan=plan,
+            notes=[],
+            start=Solution(qparams={}),
+            packed=None,
+            _known_rank=None,
+            _float_rank=None,
+        )
 
     def _trial(self) -> Trial:
         if self._known_trial is None:
-            self._known_trial = Trial(self.model, self.samples.trial, self.scratch, self.recipe.provider)
+            self._known_trial = Trial(
+                self.model, self.samples.trial, self.scratch, self.recipe.provider, reference=self.reference
+            )
         return self._known_trial
 
     def relax(self, found: Solution, plan_of: Callable[[str], QuantPlan]) -> Mapping[str, str]:
@@ -188,6 +209,7 @@ class Solver:
             return self._trial().rank(activations, Solution(qparams={**ranges, **focused}), exact=True)
 
         observer, scores = select_observer(quality, progress=self.progress)
+        self._float_rank = max(scores.values())
         listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
         self.notes.append(f"Ranges by {label(observer)} (dB on calibration samples: {listed}).")
         return observer, focused

@@ -22,6 +22,7 @@ class Trial:
 
     Args:
         samples: inputs on which outputs are compared; chosen among the calibration samples.
+        reference: the float model whose outputs are wanted; None for ``model`` itself.
     """
 
     def __init__(
@@ -30,12 +31,14 @@ class Trial:
         samples: Sequence[Sample],
         scratch: Path,
         provider: Provider,
+        *,
+        reference: Path | None = None,
     ) -> None:
         self._model = model
         self._samples = samples
         self._path = scratch / "trial.onnx"
         self._provider = provider
-        session = Session(model.path, provider=provider)
+        session = Session(reference or model.path, provider=provider)
         self._references = [session.run(sample) for sample in samples]
 
     def score(self, plan: QuantPlan, solution: Solution) -> float:

@@ -31,13 +31,13 @@ class Choice:
     after: float
 
 
-def choose(terms: Sequence[Term], size: int, *, limit: float, snap: bool) -> Choice:
-    """The best x of ``size`` variables with |x| <= ln(limit).
+def choose(terms: Sequence[Term], low: Floats, high: Floats, *, snap: bool) -> Choice:
+    """The best x with low <= x <= high, which must include x = 0.
 
     Args:
         snap: only powers of two, which rescale floats without rounding.
     """
-    bound = np.log(limit)
+    size = low.size
     ranges, weights = _log_ranges(terms, size), _log_weights(terms, size)
     alive = np.isfinite(ranges)
     zero = np.zeros(size)
@@ -47,31 +47,30 @@ def choose(terms: Sequence[Term], size: int, *, limit: float, snap: bool) -> Cho
     ranges = np.where(alive, ranges, 0.0)
     weights = np.where(np.isfinite(weights), weights, 0.0)
     candidates = [zero]
-    anchored = any(bool((term.index < 0).any()) for term in terms)
+    anchored = any(bool((term.index < 0).any()) for term in terms) or bool(low.max() > low.min())
     for alpha in _ALPHAS:
         x = alpha * ranges - (1 - alpha) * weights
         shifts = [float(x[alive].mean())] + ([float(ranges[alive].max())] if anchored else [])
-        candidates += [np.clip(np.where(alive, x - shift, 0.0), -bound, bound) for shift in shifts]
+        candidates += [np.clip(np.where(alive, x - shift, 0.0), low, high) for shift in shifts]
     # The search needs no more than a fair sample of the output channels; what is chosen is judged by all.
     rough = [term.thinned(_ROWS) if isinstance(term, WeightTerm) else term for term in terms]
     x = min(candidates, key=lambda x: total_noise(rough, x)[0])
     found = [x]
     for p in _SMOOTHNESS:
-        x = _descend(rough, x, alive, bound, p)
+        x = _descend(rough, x, alive, (low, high), p)
         found.append(x)
     if snap:
-        found = [
-            np.clip(np.rint(x / np.log(2)), -np.floor(bound / np.log(2)), np.floor(bound / np.log(2)))
-            * np.log(2)
-            for x in found
-        ]
+        ends = np.ceil(low / np.log(2)), np.floor(high / np.log(2))
+        found = [np.clip(np.rint(x / np.log(2)), *ends) * np.log(2) for x in found]
     found.append(zero)
     best = min(found, key=lambda x: total_noise(terms, x)[0])
     after, _ = total_noise(terms, best)
     return Choice(x=best, before=before, after=after)
 
 
-def _descend(terms: Sequence[Term], start: Floats, alive: np.ndarray, bound: float, p: int) -> Floats:
+def _descend(
+    terms: Sequence[Term], start: Floats, alive: np.ndarray, ends: tuple[Floats, Floats], p: int
+) -> Floats:
     scale, _ = total_noise(terms, start, p)
     if scale <= 0:
         return start
@@ -85,7 +84,7 @@ def _descend(terms: Sequence[Term], start: Floats, alive: np.ndarray, bound: flo
         start,
         jac=True,
         method="L-BFGS-B",
-        bounds=[(-bound, bound)] * start.size,
+        bounds=list(zip(*ends, strict=True)),
         options={"maxiter": _ITERATIONS},
     )
     found: Floats = result.x

@@ -5,9 +5,9 @@ element of class c of tensor T, with noise taken as uncorrelated. Backwards thro
 
     gain[x][c] = sum_o gain[y][o] sum_{j in c} W_oj^2
 
-(sums over kernel taps included); operators that pass factors pass gains, Relu for the fraction of elements
-that it lets through. Means do not lessen them: what quantization does to neighbouring elements is too much
-alike. Where the factors of y are pinned the pass ends and starts anew with the ratio at y itself,
+(sums over kernel taps included); operators that pass factors pass gains, Relu and Clip for the fraction of
+elements that is not 0 behind them. Means do not lessen them: what quantization does to neighbouring elements
+is too much alike. Where the factors of y are pinned the pass ends and starts anew with the ratio at y itself,
 1 / sum_o E[y_o^2]: what follows is not linear, and every such tensor is taken to matter alike.
 """
 
@@ -28,13 +28,16 @@ Floats = npt.NDArray[np.float64]
 Gains = Mapping[str, Mapping[int, float]]
 
 
+_GATES = ("Relu", "Clip")
+
+
 def tensors_behind(index: GraphIndex, trace: Trace) -> set[str]:
-    """Tensors whose spread :func:`channel_gains` needs: where gains start anew, or pass a Relu."""
+    """Tensors whose spread :func:`channel_gains` needs: where gains start anew, or pass a Relu or Clip."""
     names = {name for c in trace.contractions for name in (c.left, c.right)}
     names |= {
         node.outputs[0].name
         for node in index.nodes
-        if node.op == "Relu" and node.outputs[0].name in trace.labels
+        if node.op in _GATES and node.outputs[0].name in trace.labels
     }
     for product in trace.products:
         roots = np.unique(trace.classes.roots(product.over)).tolist()
@@ -127,7 +130,7 @@ def _pass_on(
             labels = trace.labels.get(source.name)
             if labels is None or source.name not in shapes:
                 continue
-            spread = spreads.get(target.name) if node.op == "Relu" else None
+            spread = spreads.get(target.name) if node.op in _GATES else None
             density = dict(zip(spread.roots.tolist(), spread.density.tolist(), strict=True)) if spread else {}
             for root in np.unique(trace.classes.roots(labels)).tolist():
                 if root in known:

@@ -3,6 +3,7 @@
 With x' = x / s_x and y' = y / s_y:
 
 - homogeneous operators (Relu, MaxPool, Add, ReduceMean...) keep s_y = s_x along everything they mix;
+- Clip does so too for the channels that stay inside its bounds;
 - ``W x + b`` becomes ``(W s_x / s_y) x' + b / s_y`` for any s_x and s_y, as does ``c * x`` for a vector c;
 - a normalization's scale and bias absorb 1 / s_y; its input stays (its epsilon is not scaled);
 - ``A B`` of two activations keeps the rows' factors of A or the columns' of B where the other operand is
@@ -19,7 +20,7 @@ import onnx_graphsurgeon as gs
 from onnxptq.equalize import layouts
 from onnxptq.equalize.classes import Literals
 from onnxptq.equalize.movements import MOVEMENTS
-from onnxptq.equalize.tracing import Contraction, Declined, Rule, Tracer
+from onnxptq.equalize.tracing import Bounds, Contraction, Declined, Rule, Tracer
 from onnxptq.graph.index import is_constant
 
 
@@ -41,12 +42,18 @@ def _ignore(t: Tracer, node: gs.Node) -> None:
 
 
 def _clip(t: Tracer, node: gs.Node) -> None:
-    low = t.constant(node, 1) if t.has_input(node, 1) else np.float32(-np.inf)
-    high = t.constant(node, 2) if t.has_input(node, 2) else np.float32(np.inf)
-    limits = [node.attrs.get("min"), node.attrs.get("max")]
-    if any(v is not None for v in limits) or not all(float(v) in (0.0, np.inf, -np.inf) for v in (low, high)):
-        raise Declined("Clip has a bound that does not scale")
+    """Finite bounds other than 0 leave limits on the factors (:mod:`onnxptq.equalize.limits`)."""
+    if any(node.attrs.get(name) is not None for name in ("min", "max")):
+        raise Declined("Clip has its bounds as attributes")
+    low, high = (
+        t.constant(node, i) if t.has_input(node, i) else np.asarray(end)
+        for i, end in ((1, -np.inf), (2, np.inf))
+    )
+    if low.size != 1 or high.size != 1 or not low.item() <= 0 <= high.item():
+        raise Declined("Clip has bounds that exclude 0")
     _same(t, node)
+    if not {low.item(), high.item()} <= {0.0, np.inf, -np.inf}:
+        t.trace.bounds.append(Bounds(tensor=node.outputs[0].name, low=low.item(), high=high.item()))
 
 
 def _homogeneous(first: int, count: int | None = None) -> Rule:

@@ -12,6 +12,7 @@ from onnxptq.equalize.apply import TOLERANCE, apply_factors, difference
 from onnxptq.equalize.classes import variable_of
 from onnxptq.equalize.factors import Choice, choose
 from onnxptq.equalize.gains import channel_gains, tensors_behind
+from onnxptq.equalize.limits import Limits, factor_limits
 from onnxptq.equalize.observe import Spread, concrete_shapes, drawn, group_count, observe
 from onnxptq.equalize.rules import RULES
 from onnxptq.equalize.terms import Component, Emphasis, build_terms, components
@@ -32,6 +33,9 @@ EMPHASES = (
     Emphasis(clipping=0.1, weights=16.0),
 )
 """What is tried. The one that does best on unseen samples is taken if it beats s = 1; the first without any."""
+
+CLIP_EMPHASIS = Emphasis(clipping=1.0, weights=4.0)
+"""The same for channels that pass a Clip, whose factors hold within the samples seen only."""
 
 _GROUP_BYTES = 1 << 30
 _UNSEEN = 8
@@ -55,11 +59,14 @@ class Equalization:
     """What :func:`equalize` did.
 
     ``before_db`` and ``after_db`` are the mean signal-to-noise ratios of the outputs, over samples set apart, of
-    an imitation that rounds the rescalable activations and their weights to 8 bits; NaN where there were too
-    few samples to set any apart. ``skips`` names the tensors that were left alone, and why.
+    an imitation that rounds the rescalable activations and their weights; NaN where there were too
+    few samples to set any apart. ``clipped`` counts the tensors behind a Clip, some of whose channels now saturate
+    at a value between the calibrated extreme and the old bound. ``skips`` names the tensors that were left alone,
+    and why.
     """
 
     tensors: tuple[RescaledTensor, ...] = ()
+    clipped: int = 0
     before_db: float = float("nan")
     after_db: float = float("nan")
     skips: tuple[Skip, ...] = ()
@@ -76,8 +83,13 @@ class Equalization:
             if np.isfinite(self.after_db)
             else ""
         )
+        clipped = (
+            f"{self.clipped} Clips now saturate some channels below the old bound, beyond all calibrated values; "
+            if self.clipped
+            else ""
+        )
         return (
-            f"{len(self.tensors)} activations rescaled per channel by {low:.3g} to {high:.3g}{tried}; "
+            f"{len(self.tensors)} activations rescaled per channel by {low:.3g} to {high:.3g}{tried}; {clipped}"
             f"{len(self.skips)} cannot be."
         )
 
@@ -93,6 +105,7 @@ class _Job:
     shapes: Shapes
     wanted: tuple[str, ...]
     symmetric: bool
+    weight_bits: int
     seen: tuple[int, ...]
     unseen: tuple[int, ...]
     path: Path
@@ -115,6 +128,7 @@ def equalize(
     work_dir: Path,
     tensors: Collection[str] | None = None,
     symmetric: bool = False,
+    weight_bits: int = 8,
     samples: int = 16,
     limit: float = FACTOR_LIMIT,
     snap: bool = False,
@@ -124,6 +138,8 @@ def equalize(
 ) -> tuple[CanonicalModel, Equalization]:
     """Rescale channels of activations so that quantizing them per tensor costs least; the function stays.
 
+    Behind a Clip it stays for all values that were observed (:mod:`onnxptq.equalize.limits`).
+
     Args:
         model: left as it is.
         feeds: up to ``samples`` of them, evenly spread, are used; a quarter of those, at most eight,
@@ -131,6 +147,7 @@ def equalize(
         work_dir: an existing folder for the new model.
         tensors: the activations that will be quantized per tensor; None for every input of a product.
         symmetric: whether their grids are symmetric about 0.
+        weight_bits: grid of the weights in the imitation that judges.
         limit: factors stay within [1 / limit, limit].
         snap: only powers of two, which change no rounding in the float model.
         group_bytes: activations of one sample held at once, in bytes.
@@ -161,6 +178,7 @@ def equalize(
         shapes=shapes,
         wanted=tuple(name for name in dict.fromkeys(tensors) if name in trace.labels),
         symmetric=symmetric,
+        weight_bits=weight_bits,
         seen=seen,
         unseen=unseen,
         path=work_dir / "equalized.onnx",
@@ -178,24 +196,35 @@ def _equalized(job: _Job, sample: Sample, progress: Progress | None) -> tuple[Ca
     if not free:
         return job.model, Equalization(skips=skips)
     spreads = _observe(job, free, progress)
+    limits = factor_limits(job.trace, spreads)
+    skips += _bounded(job, limits)
     gains = channel_gains(job.index, job.trace, spreads, job.shapes)
     parts = components(build_terms(job.trace, job.wanted, spreads, gains, symmetric=job.symmetric))
+    exact = [part for part in parts if not limits.keys() & set(part.variables)]
+    clipped = [part for part in parts if limits.keys() & set(part.variables)]
     trial = _trial(job, spreads) if job.unseen else None
     best: Solved = ()
     before = after = trial.score({}) if trial else np.full(1, np.nan)
     for emphasis in EMPHASES if trial else EMPHASES[:1]:
-        solved = _solve(job, parts, emphasis)
+        solved = _solve(job, exact, limits, emphasis)
         if solved and trial:
             scores = trial.score(_factors(solved))
             if is_better(scores, before) and scores.mean() > after.mean():
                 best, after = solved, scores
         elif solved:
             best = solved
+    # What does not hold for every input needs unseen samples that speak for it.
+    solved = _solve(job, clipped, limits, CLIP_EMPHASIS) if trial else ()
+    if solved and trial:
+        scores = trial.score(_factors([*best, *solved]))
+        if is_better(scores, after):
+            best, after = [*best, *solved], scores
     result, kept, failed = _apply(job, best, sample)
     if failed and trial:
         after = trial.score(_factors(kept))
     return result, Equalization(
         tensors=_rescaled(job, _factors(kept)),
+        clipped=_count_clipped(job, _factors(kept)),
         before_db=float(before.mean()),
         after_db=float(after.mean()),
         skips=(*skips, *failed),
@@ -217,6 +246,7 @@ def _observe(job: _Job, free: set[int], progress: Progress | None) -> dict[str, 
     sources = (product.source for product in job.trace.products if product.rows is not None)
     names += [name for name in sources if free & job.free_variables(name)]
     names += sorted(tensors_behind(job.index, job.trace))
+    names += [bounds.tensor for bounds in job.trace.bounds]
     labels = {name: job.trace.labels[name] for name in dict.fromkeys(names)}
     count = group_count(labels, job.shapes, job.group_bytes) * len(job.seen)
     tick = progress.start("equalize", count) if progress else lambda: None
@@ -241,16 +271,16 @@ def _trial(job: _Job, spreads: Mapping[str, Spread]) -> Trial:
         trace=job.trace,
         spreads={name: spreads[name] for name in job.wanted if name in spreads and job.free_variables(name)},
         symmetric=job.symmetric,
+        weight_bits=job.weight_bits,
         samples=samples,
         references=[session.run(sample) for sample in samples],
         provider=job.provider,
     )
 
 
-def _solve(job: _Job, parts: Sequence[Component], emphasis: Emphasis) -> Solved:
+def _solve(job: _Job, parts: Sequence[Component], limits: Limits, emphasis: Emphasis) -> Solved:
     chosen = [
-        (part, choose(part.weighed(emphasis), len(part.variables), limit=job.limit, snap=job.snap))
-        for part in parts
+        (part, choose(part.weighed(emphasis), *part.ends(limits, job.limit), snap=job.snap)) for part in parts
     ]
     return [(part, choice) for part, choice in chosen if choice.after < choice.before]
 
@@ -263,6 +293,15 @@ def _pinned(job: _Job) -> tuple[Skip, ...]:
             reason = f"not rescaled: {job.trace.classes.reason(root)}"
             skips.append(Skip(site=job.model.user_name(name), reason=reason))
     return tuple(skips)
+
+
+def _bounded(job: _Job, limits: Limits) -> tuple[Skip, ...]:
+    reason = "not rescaled: all of its channels come to the bounds of a Clip that reads or writes them"
+    return tuple(
+        Skip(site=job.model.user_name(name), reason=reason)
+        for name in job.wanted
+        if (free := job.free_variables(name)) and all(limits.get(v) == (0.0, 0.0) for v in free)
+    )
 
 
 def _factors(solved: Solved) -> dict[int, float]:
@@ -301,6 +340,11 @@ def _sound(
     middle = len(solved) // 2
     halves = [_sound(half, holds, model) for half in (solved[:middle], solved[middle:])]
     return [*halves[0][0], *halves[1][0]], halves[0][1] + halves[1][1]
+
+
+def _count_clipped(job: _Job, factors: Mapping[int, float]) -> int:
+    names = {bounds.tensor for bounds in job.trace.bounds}
+    return sum((job.trace.classes.factors(job.trace.labels[n], factors) != 1.0).any() for n in names)
 
 
 def _rescaled(job: _Job, factors: Mapping[int, float]) -> tuple[RescaledTensor, ...]:

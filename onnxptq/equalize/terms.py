@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from onnxptq.equalize.classes import variable_of
 from onnxptq.equalize.gains import Gains, row_gains
+from onnxptq.equalize.limits import Limits
 from onnxptq.equalize.noise import ActivationTerm, Floats, Indices, Term, WeightTerm
 from onnxptq.equalize.observe import Spread
 from onnxptq.equalize.tracing import Product, Trace
@@ -33,6 +35,13 @@ class Component:
 
     variables: tuple[int, ...]
     terms: tuple[Term, ...]
+
+    def ends(self, limits: Limits, limit: float) -> tuple[Floats, Floats]:
+        """Least and greatest ln s of every variable: within ``limits``, and s within [1 / limit, limit]."""
+        bound = math.log(limit)
+        ends = [limits.get(variable, (-bound, bound)) for variable in self.variables]
+        low, high = np.clip(np.array(ends).reshape(-1, 2), -bound, bound).T
+        return low, high
 
     def weighed(self, emphasis: Emphasis) -> tuple[Term, ...]:
         """The terms with their clipping and weight noise multiplied by ``emphasis``."""

@@ -61,6 +61,18 @@ class Contraction:
     right: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """A Clip to [``low``, ``high``], low <= 0 <= high, whose output ``tensor`` passes factors while it stays inside.
+
+    A bound that is 0 or infinite scales with any factor.
+    """
+
+    tensor: str
+    low: float
+    high: float
+
+
 Shapes = Mapping[str, tuple[int, ...]]
 Rule = Callable[["Tracer", gs.Node], None]
 
@@ -74,6 +86,7 @@ class Trace:
     edits: list[Edit] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
+    bounds: list[Bounds] = field(default_factory=list)
     declined: dict[str, str] = field(default_factory=dict)
 
 

@@ -1,7 +1,7 @@
 """Whether factors help: the outputs of a quantized imitation on samples that the factors have not seen.
 
 The imitation rounds every rescalable activation to 8 bits over its observed range and every weight that
-reads one to 8 bits per output channel. It needs no plan and no target, and stands for all of them.
+reads one to ``weight_bits`` per output channel. It needs no plan and no target, and stands for all of them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Trial:
 
     Attributes:
         spreads: ranges of the activations to round, in the units of the model before rescaling.
+        weight_bits: grid of the weights, 8 or finer.
         samples: unseen inputs; ``references`` are the float outputs for them.
     """
 
@@ -41,6 +42,7 @@ class Trial:
     trace: Trace
     spreads: Mapping[str, Spread]
     symmetric: bool
+    weight_bits: int
     samples: Sequence[Sample]
     references: Sequence[Mapping[str, Array]]
     provider: Provider
@@ -71,7 +73,9 @@ class Trial:
             if product.rows is not None and product.source in self.spreads:
                 node = nodes[product.node.name]
                 old = node.inputs[product.index]
-                node.inputs[product.index] = new_constant(graph, old.name, _rounded(old.values, product.rows))
+                node.inputs[product.index] = new_constant(
+                    graph, old.name, _rounded(old.values, product.rows, self.weight_bits)
+                )
         return graph.toposort()
 
     def _qparams(self, spread: Spread, factors: Mapping[int, float]) -> QParams:
@@ -97,9 +101,9 @@ def _round(graph: gs.Graph, tensor: gs.Tensor, qparams: QParams) -> None:
         node.inputs[i] = result
 
 
-def _rounded(weight: Array, axis: int) -> Array:
+def _rounded(weight: Array, axis: int, bits: int) -> Array:
     peaks = np.abs(weight).max(axis=tuple(a for a in range(weight.ndim) if a != axis % weight.ndim))
-    return fake_quantize(weight, symmetric_qparams(peaks, QType.signed(8), PerAxis(axis)))
+    return fake_quantize(weight, symmetric_qparams(peaks, QType.signed(bits, "int32"), PerAxis(axis)))
 
 
 def _similarity(expected: Mapping[str, Array], found: Mapping[str, Array]) -> float:

@@ -39,26 +39,33 @@ def round_weights(
         qparams: one scale per output channel, in the order of groups and channels.
         damping: lam as a share of the mean diagonal of G.
     """
-    groups, channels, width = matrix.shape
+    groups, channels, _ = matrix.shape
     g, c = gram.quantized, gram.mixed
-    strength = np.trace(g, axis1=1, axis2=2) / width
-    # A group that saw nothing but zeros keeps the nearest grid points: its damped G is a multiple of the identity.
-    strength = np.where(strength > 0.0, strength, 1.0)
-    ridge = damping * strength[:, None, None] * np.eye(width)
-    damped = g + ridge
+    h = damped(gram, damping)
     weight = matrix.astype(np.float64)
     if gram.mixed is not gram.quantized:
         # The damping pulls towards the float weight, not towards zero.
-        right = (c + ridge) @ np.swapaxes(weight, 1, 2)
-        weight = np.swapaxes(np.linalg.solve(damped, right), 1, 2)
+        right = (c + (h - g)) @ np.swapaxes(weight, 1, 2)
+        weight = np.swapaxes(np.linalg.solve(h, right), 1, 2)
     diagonal = np.einsum("gkk->gk", g)
     order = np.argsort(-diagonal, axis=1, kind="stable")
-    permuted = np.take_along_axis(np.take_along_axis(damped, order[:, :, None], 1), order[:, None, :], 2)
+    permuted = np.take_along_axis(np.take_along_axis(h, order[:, :, None], 1), order[:, None, :], 2)
     factor = _inverse_factor(permuted)
     work = np.ascontiguousarray(np.take_along_axis(weight, order[:, None, :], 2).transpose(2, 0, 1))
     done = _compensated(work, factor, qparams, groups * channels)
     result = np.empty(matrix.shape, np.float32)
     np.put_along_axis(result, np.broadcast_to(order[:, None, :], matrix.shape), done.transpose(1, 2, 0), 2)
+    return result
+
+
+def damped(gram: Gram, share: float) -> Matrix:
+    """G + lam I with lam = ``share`` of G's mean diagonal, (groups, K, K)."""
+    g = gram.quantized
+    width = g.shape[1]
+    strength = np.trace(g, axis1=1, axis2=2) / width
+    # A group that saw nothing but zeros keeps the nearest grid points: its damped G is a multiple of the identity.
+    strength = np.where(strength > 0.0, strength, 1.0)
+    result: Matrix = g + share * strength[:, None, None] * np.eye(width)
     return result
 
 

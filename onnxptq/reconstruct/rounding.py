@@ -12,6 +12,8 @@ from onnxptq.graph.save import exposed_copy
 from onnxptq.quantizers.affine import fake_quantize
 from onnxptq.reconstruct.closed_form import round_weights
 from onnxptq.reconstruct.gram import Gram, layer_rows, weight_matrix, weight_tensor
+from onnxptq.reconstruct.initial import bias_qparams
+from onnxptq.reconstruct.narrow import NARROW, round_narrow
 from onnxptq.runtime import Provider, open_transient
 from onnxptq.types import CanonicalModel, Progress, QuantPlan, Sample, Solution
 
@@ -37,6 +39,7 @@ def round_in_closed_form(
 ) -> Solution:
     """``solution`` with weights moved to the grid points that serve the layers' outputs best.
 
+    Layers of few inputs get new scales as well, and their biases with them (:mod:`onnxptq.reconstruct.narrow`).
     Layers whose weight is shared, of an unsupported form, or wider than ``max_width`` inputs, and those that
     read values too large for their squares, keep the nearest grid points.
     """
@@ -75,18 +78,22 @@ def round_in_closed_form(
             grams[name].add(*rows)
         if step:
             step()
-    weights = dict(solution.weights)
+    weights, grids = dict(solution.weights), dict(solution.qparams)
     for layer in layers:
         if layer.node.name not in declined and grams[layer.node.name].is_finite:
             quantizer = reads[layer.node.name, layer.weight_index]
             value = np.asarray(weights.get(layer.weight.name, layer.weight.values), np.float32)
-            rounded = round_weights(
-                weight_matrix(layer, value), grams[layer.node.name], solution.qparams[quantizer.quantizer_id]
-            )
+            matrix, gram = weight_matrix(layer, value), grams[layer.node.name]
+            grid = grids[quantizer.quantizer_id]
+            if width_of(layer) <= NARROW and gram.mixed is gram.quantized:
+                rounded, grids[quantizer.quantizer_id] = round_narrow(matrix, gram, grid)
+            else:
+                rounded = round_weights(matrix, gram, grid)
             weights[layer.weight.name] = weight_tensor(layer, rounded)
         if step:
             step()
-    return Solution(qparams=solution.qparams, weights=weights)
+    biases = {q.quantizer_id: bias_qparams(q, grids) for q in plan.quantizers if q.role == "bias"}
+    return Solution(qparams={**grids, **biases}, weights=weights)
 
 
 def _rows(layer: Linear, samples: int) -> int:

@@ -10,7 +10,8 @@ import onnx
 
 from onnxptq.equalize.apply import apply_factors
 from onnxptq.equalize.classes import variable_of
-from onnxptq.equalize.observe import concrete_shapes
+from onnxptq.equalize.limits import Limits, factor_limits
+from onnxptq.equalize.observe import concrete_shapes, observe
 from onnxptq.equalize.rules import RULES
 from onnxptq.equalize.tracing import Trace, Tracer
 from onnxptq.graph.index import GraphIndex
@@ -70,12 +71,27 @@ def traced(model: CanonicalModel, sample: Sample) -> Trace:
     return Tracer(GraphIndex(model.graph), shapes, values).run(RULES)
 
 
-def random_factors(trace: Trace, seed: int) -> dict[int, float]:
+def observed_limits(model: CanonicalModel, trace: Trace, sample: Sample) -> Limits:
+    """Limits of the factors by the values of one sample."""
+    labels = {bounds.tensor: trace.labels[bounds.tensor] for bounds in trace.bounds}
+    shapes, _ = concrete_shapes(model, sample, "cpu")
+    spreads = observe(
+        model, Samples([sample]), labels, trace.classes,
+        sizes=shapes, positions=[0], provider="cpu", group_bytes=1 << 30, tick=lambda: None,
+    )  # fmt: skip
+    return factor_limits(trace, spreads)
+
+
+def random_factors(trace: Trace, seed: int, limits: Limits) -> dict[int, float]:
     """ln s of every free variable: powers of two, with which float arithmetic commutes without rounding."""
     rng = np.random.default_rng(seed)
     roots = {r for labels in trace.labels.values() for r in np.unique(trace.classes.roots(labels)).tolist()}
     free = sorted({variable_of(root)[0] for root in roots if not trace.classes.is_pinned(root)})
-    return {variable: float(rng.integers(-3, 4)) * np.log(2.0) for variable in free}
+    factors = {}
+    for variable in free:
+        low, high = (np.clip(end / np.log(2), -3, 3) for end in limits.get(variable, (-9.0, 9.0)))
+        factors[variable] = float(rng.integers(int(np.ceil(low)), int(np.floor(high)) + 1)) * np.log(2.0)
+    return factors
 
 
 def assert_exact(model: CanonicalModel, sample: Sample, *, seed: int = 0) -> Trace:
@@ -84,7 +100,7 @@ def assert_exact(model: CanonicalModel, sample: Sample, *, seed: int = 0) -> Tra
     Powers of two change no rounding, so the tolerance is 0: onnxruntime runs the same kernels on both.
     """
     trace = traced(model, sample)
-    factors = random_factors(trace, seed)
+    factors = random_factors(trace, seed, observed_limits(model, trace, sample))
     folder = model.path.parent
     result = apply_factors(model, trace, factors, folder / "rescaled.onnx")
     onnx.checker.check_model(str(result.path), full_check=True)

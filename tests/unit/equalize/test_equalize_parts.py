@@ -164,6 +164,11 @@ def test_clipping_noise_is_what_exponential_tails_make() -> None:
     assert term.value(np.zeros(1), None)[0] == pytest.approx(measured, rel=0.05)
 
 
+def within(limit: float, size: int) -> tuple[np.ndarray, np.ndarray]:
+    bound = np.full(size, np.log(limit))
+    return -bound, bound
+
+
 def test_ranges_are_equalized_where_nothing_else_counts() -> None:
     spread = np.array([1.0, 8.0, 0.25, 2.0])
     zero = np.zeros(4)
@@ -171,12 +176,12 @@ def test_ranges_are_equalized_where_nothing_else_counts() -> None:
         name="t", index=np.arange(4), sign=np.ones(4), low=-spread, high=spread, gain=np.ones(4),
         tail_low=zero, tail_high=zero, risk=zero, symmetric=True,
     )  # fmt: skip
-    choice = choose([term], 4, limit=64.0, snap=False)
+    choice = choose([term], *within(64.0, 4), snap=False)
     ratios = np.exp(choice.x) / spread
     np.testing.assert_allclose(ratios / ratios[0], 1.0, rtol=0.02)
-    snapped = choose([term], 4, limit=64.0, snap=True)
+    snapped = choose([term], *within(64.0, 4), snap=True)
     np.testing.assert_allclose(snapped.x / np.log(2), np.rint(snapped.x / np.log(2)), atol=1e-12)
-    bounded = choose([term], 4, limit=2.0, snap=False)
+    bounded = choose([term], *within(2.0, 4), snap=False)
     assert np.abs(bounded.x).max() <= np.log(2.0) + 1e-12
     assert choice.after < bounded.after < choice.before
 
@@ -185,7 +190,7 @@ def test_ranges_are_equalized_where_nothing_else_counts() -> None:
 @given(seed=st.integers(0, 10_000), symmetric=st.booleans(), snap=st.booleans())
 def test_predicted_noise_never_grows(seed: int, symmetric: bool, snap: bool) -> None:
     terms = [activation(seed, symmetric=symmetric), weight(seed)]
-    choice = choose(terms, 3, limit=64.0, snap=snap)
+    choice = choose(terms, *within(64.0, 3), snap=snap)
     assert choice.after <= choice.before
     assert choice.after == total_noise(terms, choice.x)[0]
     assert np.abs(choice.x).max() <= np.log(64) + 1e-12
@@ -202,8 +207,21 @@ def test_rows_that_the_search_leaves_out_still_judge() -> None:
     veto = WeightTerm(
         name="w", index=np.arange(2), sign=np.ones(2), absmax=np.ones((128, 2)), gain=unseen, energy=np.ones(2)
     )  # fmt: skip
-    choice = choose([wish, veto], 2, limit=64.0, snap=False)
+    choice = choose([wish, veto], *within(64.0, 2), snap=False)
     assert choice.after <= choice.before
+
+
+def test_limits_hold_the_factors_of_single_variables() -> None:
+    """All but the second want to shrink to the smallest range; the first and third may not go as far."""
+    spread, zero = np.array([1.0, 8.0, 2.0, 1.0]), np.zeros(4)
+    term = ActivationTerm(
+        name="t", index=np.arange(4), sign=np.ones(4), low=zero, high=spread, gain=np.ones(4),
+        tail_low=zero, tail_high=zero, risk=zero, symmetric=False,
+    )  # fmt: skip
+    low = np.log([0.5, 1.0, 1.0, 1 / 64])
+    for snap in (False, True):
+        x = choose([term], low, np.zeros(4), snap=snap).x
+        np.testing.assert_allclose(np.exp(x), [0.5, 1.0, 1.0, 0.125], rtol=1e-6)
 
 
 def test_dead_channels_keep_factor_one() -> None:
@@ -212,7 +230,7 @@ def test_dead_channels_keep_factor_one() -> None:
         name="t", index=np.arange(3), sign=np.ones(3), low=zero, high=np.array([1.0, 0.0, 9.0]), gain=np.ones(3),
         tail_low=zero, tail_high=zero, risk=zero, symmetric=False,
     )  # fmt: skip
-    assert choose([term], 3, limit=64.0, snap=False).x[1] == 0.0
+    assert choose([term], *within(64.0, 3), snap=False).x[1] == 0.0
 
 
 def test_spread_is_that_of_numpy_and_ignores_sample_order(tmp_path: Path) -> None:
@@ -297,7 +315,8 @@ def test_gains_are_those_of_independent_noise(tmp_path: Path) -> None:
     np.testing.assert_allclose(of("a"), by_r * density, rtol=1e-6)
 
 
-def test_a_trial_rounds_activations_and_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [8, 10])
+def test_a_trial_rounds_activations_and_weights(tmp_path: Path, bits: int) -> None:
     """The score of one product equals that of rounding its operands in NumPy."""
     rng = np.random.default_rng(0)
     weights = {name: rng.standard_normal((4, 4)).astype(np.float32) for name in ("w1", "w2")}
@@ -315,7 +334,7 @@ def test_a_trial_rounds_activations_and_weights(tmp_path: Path) -> None:
         energy=zero, share=zero, density=zero, tail_low=zero, tail_high=zero, rarity=zero,
     )  # fmt: skip
     trial = Trial(
-        model=source, trace=trace, spreads={"a": spread}, symmetric=False, samples=[sample],
+        model=source, trace=trace, spreads={"a": spread}, symmetric=False, weight_bits=bits, samples=[sample],
         references=[{"y": y}], provider="cpu",
     )  # fmt: skip
     log_s = np.array([1.0, -1.0, 0.5, 0.0])
@@ -325,7 +344,7 @@ def test_a_trial_rounds_activations_and_weights(tmp_path: Path) -> None:
         scaled, asymmetric_qparams(float(scaled.min()), float(scaled.max()), QType.unsigned(8))
     )
     rounded = fake_quantize(
-        rescaled, symmetric_qparams(np.abs(rescaled).max(axis=0), QType.signed(8), PerAxis(1))
+        rescaled, symmetric_qparams(np.abs(rescaled).max(axis=0), QType.signed(bits, "int32"), PerAxis(1))
     )
     noise = on_grid.astype(np.float64) @ rounded - y
     expected = 10 * np.log10(np.square(y).sum() / np.square(noise).sum())

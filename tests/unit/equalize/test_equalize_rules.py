@@ -63,7 +63,25 @@ CASES: dict[str, Case] = {
     ),
     "clip at 0": between(node("Clip", "a low", "z"), free={"z": 4}, low=np.float32(0)),
     "clip at 6": between(
-        node("Clip", "a low high", "z"), free={"a": 0, "z": 0}, low=np.float32(0), high=np.float32(6)
+        node("Clip", "a low high", "z"), free={"a": 4, "z": 4}, low=np.float32(0), high=np.float32(6)
+    ),
+    "clip on both sides": between(
+        node("Clip", "a low high", "z"), free={"a": 4, "z": 4}, low=np.float32(-40), high=np.float32(50)
+    ),
+    "clip above 0": between(
+        node("Clip", "a low high", "z"), free={"a": 0, "z": 0}, low=np.float32(1), high=np.float32(6)
+    ),
+    "clip below 0": between(
+        node("Clip", "a low high", "z"), free={"a": 0, "z": 0}, low=np.float32(-6), high=np.float32(-1)
+    ),
+    "clip at what is computed": between(
+        node("ReduceMax", "x", "m", keepdims=0),
+        node("Clip", "a low m", "z"),
+        free={"a": 0, "z": 0},
+        low=np.float32(0),
+    ),
+    "hard sigmoid and swish": between(
+        node("HardSigmoid", "a", "b"), node("HardSwish", "b", "z"), free={"a": 0, "b": 0, "z": 0}
     ),
     "sigmoid": between(node("Sigmoid", "a", "z"), free={"a": 0, "z": 0}),
     "max pool": between(node("MaxPool", "a", "z", kernel_shape=[2, 2]), free={"z": 4}),

@@ -241,9 +241,12 @@ def convolutional(steps: list[str], seed: int) -> onnx.ModelProto:
             nodes.append(node("Transpose", f"{name}a", f"{name}b", perm=[0, 2, 1, 3, 4]))
             nodes.append(node("Reshape", f"{name}b r{i}", name))
         elif step == "clip":
-            weights.setdefault("lo", np.float64(0))
-            weights.setdefault("hi", np.float64(6))
-            nodes.append(node("Clip", f"{source} lo hi", name))
+            # Bounds that all, some or none of the channels reach.
+            weights[f"lo{i}"], weights[f"hi{i}"] = (
+                -rng.choice([0.0, 3.0, 30.0]),
+                rng.choice([0.0, 2.0, 6.0, 60.0]),
+            )
+            nodes.append(node("Clip", f"{source} lo{i} hi{i}", name))
         elif step == "gate":
             nodes.append(node("Sigmoid", source, f"{name}g"))
             nodes.append(node("Mul", f"{other} {name}g", name))

@@ -1,0 +1,46 @@
+"""The rounding stage: what it returns is a solution of the plan like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from onnxptq.calibrate.observers import Observer
+from onnxptq.calibrate.ranges import choose_ranges
+from onnxptq.calibrate.run import calibrate
+from onnxptq.quantizers.affine import fake_quantize
+from onnxptq.reconstruct.initial import bias_qparams, initial_solution
+from onnxptq.reconstruct.rounding import round_in_closed_form
+from onnxptq.samples import ListFeeds
+from tests.unit.small_nets import Net, canonical, planned, random_samples
+
+
+def test_weights_lie_on_their_grids_and_biases_follow_the_scales(tmp_path: Path) -> None:
+    """A depthwise layer gets new scales; a kernel accepts its bias on the grid of the new products only."""
+    net = Net()
+    net.conv("a", "x", (6, 1, 3, 3), group=6, pads=[1, 1, 1, 1])
+    net.conv("b", "a", (8, 6, 3, 3))
+    net.conv("y", "b", (4, 8, 1, 1))
+    model = canonical(net.proto({"x": [1, 6, 12, 12]}, ["y"]), tmp_path)
+    samples = random_samples(model, 4)
+    plan = planned(model, "ort-cpu")
+    tensors = sorted({q.tensor for q in plan.quantizers if q.role == "activation"})
+    ranges = choose_ranges(plan, calibrate(model, ListFeeds(samples), tensors), Observer(name="minmax"))
+    start = initial_solution(model.graph, plan, ranges)
+    found = round_in_closed_form(model, plan, start, samples)
+    assert found.qparams.keys() == start.qparams.keys()
+    kept = []
+    for q in plan.quantizers:
+        grid = found.qparams[q.quantizer_id]
+        if q.role == "weight":
+            np.testing.assert_array_equal(
+                fake_quantize(found.weights[q.tensor], grid), found.weights[q.tensor]
+            )
+            kept.append(np.array_equal(grid.scale, start.qparams[q.quantizer_id].scale))
+        elif q.role == "bias":
+            np.testing.assert_array_equal(grid.scale, bias_qparams(q, found.qparams).scale)
+        else:
+            assert grid is start.qparams[q.quantizer_id]
+    # Of 9, 54 and 8 inputs: the middle layer is wide and keeps its scales.
+    assert kept == [False, True, False]
