@@ -54,6 +54,10 @@ LAYER_SAMPLES = 8
 """Held-out samples on which every inner tensor is compared with the float network."""
 
 
+COMPENSATED_BITS = 10
+"""The nearest rounding that makes as little noise as 8 bits with compensated rounding (9 to 12 dB less)."""
+
+
 @dataclass(slots=True)
 class Run:
     """The settings of one run and what it has noted so far."""
@@ -204,7 +208,7 @@ def picture_preprocess(
 
 def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
     """``model``, or the same function with its channels rescaled, whichever quantizes better to begin with."""
-    plain = _prepared(run, model, data)
+    plain = _prepared(run, model, data, model.path)
     if run.recipe.method == "rtn" or not run.recipe.equalize or not plain.plan.quantizers:
         return plain
     with run.timed("equalize"):
@@ -213,6 +217,8 @@ def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
             ListFeeds(data.samples.correction),
             work_dir=run.scratch,
             tensors=candidate_tensors(GraphIndex(model.graph)),
+            symmetric=all(q.symmetric for q in plain.plan.quantizers if q.role == "activation"),
+            weight_bits=COMPENSATED_BITS if run.recipe.compensate else 8,
             samples=len(data.samples.correction),
             provider=run.recipe.provider,
             group_bytes=run.group_bytes,
@@ -221,15 +227,15 @@ def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
     run.note(summary.summary)
     if equalized is model:
         return plain
-    rescaled = _prepared(run, equalized, data)
+    rescaled = _prepared(run, equalized, data, model.path)
     with run.timed("solve"):
-        before, after = plain.solver.rank(), rescaled.solver.rank()
+        before, after = plain.solver.prospect(), rescaled.solver.prospect()
     kept = "kept" if after > before else "dropped"
     run.note(f"The rescaled channels were {kept}: {before:.2f} dB without, {after:.2f} dB with them.")
     return rescaled if after > before else plain
 
 
-def _prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
+def _prepared(run: Run, model: CanonicalModel, data: Data, reference: Path) -> Prepared:
     statistics = calibration(run, model, data)
     placed = plan(run, model, statistics)
     tensors = frozenset(q.tensor for q in placed.quantizers if q.role == "activation")
@@ -243,6 +249,7 @@ def _prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
         everything=data.calibration,
         scratch=run.scratch,
         work_dir=run.work_dir,
+        reference=reference,
         progress=run.progress,
     )
     with run.timed("solve"):

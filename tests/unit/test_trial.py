@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from onnxptq.graph.save import save_graph
@@ -67,3 +68,19 @@ def test_finer_grids_score_higher(tmp_path: Path) -> None:
     scores = [trial.rank(*_solved(model, step)) for step in (4.0, 1.0, 0.4)]
     assert scores == sorted(scores)
     assert scores[0] < scores[2]
+
+
+def test_another_form_of_a_model_is_held_against_the_first(tmp_path: Path) -> None:
+    """A model with other outputs scores by its distance from the reference, not from itself."""
+    first = canonical(_scores_net(), tmp_path)
+    samples = random_samples(first, 6)
+    plan, solution = _solved(first, 0.4)
+    own = Trial(first, samples, tmp_path, "cpu").score(plan, solution)
+    other = tmp_path / "other"
+    other.mkdir()
+    proto = _scores_net()
+    weight = proto.graph.initializer[0]
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * 2, weight.name))
+    second = canonical(proto, other)
+    assert Trial(first, samples, tmp_path, "cpu", reference=first.path).score(plan, solution) == own
+    assert Trial(first, samples, tmp_path, "cpu", reference=second.path).score(plan, solution) < 10 < own
