@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxptq.equalize.classes import Classes
 from onnxptq.equalize.tracing import Edit, Trace
+from onnxptq.graph.classes import Classes
 from onnxptq.graph.save import save_graph
 from onnxptq.graph.surgeon import import_graph, set_constant
-from onnxptq.types import Array, CanonicalModel
+from onnxptq.types import CanonicalModel
 
 TOLERANCE = 1e-5
 """Largest difference of an output from the original, relative to that output's largest magnitude.
@@ -57,21 +57,3 @@ def _rescale(
         return
     values = (node.inputs[edit.index].values * scale).astype(np.float32)
     set_constant(graph, node, edit.index, values)
-
-
-def difference(before: Mapping[str, Array], after: Mapping[str, Array]) -> float:
-    """Largest relative difference over all outputs; infinite where NaN or infinity appear or vanish."""
-    worst = 0.0
-    for name, expected in before.items():
-        if not np.issubdtype(expected.dtype, np.floating):
-            continue
-        found = after[name].astype(np.float64)
-        wanted = expected.astype(np.float64)
-        finite = np.isfinite(wanted)
-        if not np.array_equal(finite, np.isfinite(found)):
-            return float("inf")
-        if finite.any():
-            peak = float(np.abs(wanted[finite]).max())
-            gap = float(np.abs(wanted[finite] - found[finite]).max())
-            worst = max(worst, gap / peak if peak > 0 else gap)
-    return worst

@@ -21,8 +21,9 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from onnxptq.equalize.observe import Spread
-from onnxptq.equalize.tracing import Product, Shapes, Trace
+from onnxptq.equalize.tracing import Product, Trace
 from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.tracing import Shapes
 
 Floats = npt.NDArray[np.float64]
 Gains = Mapping[str, Mapping[int, float]]

@@ -20,10 +20,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnxptq.equalize.classes import variable_of
 from onnxptq.equalize.noise import Floats
 from onnxptq.equalize.observe import Spread
 from onnxptq.equalize.tracing import Bounds, Trace
+from onnxptq.graph.classes import variable_of
 
 HEADROOM = 1.05
 """Factor on the extremes of a channel over the samples seen."""

@@ -5,24 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
-from onnxptq.equalize.classes import Classes, Literals
-from onnxptq.graph.index import is_constant, is_float32
-from onnxptq.graph.save import exposed_copy, write_model
+from onnxptq.graph.classes import Classes, Literals
+from onnxptq.graph.save import exposed_copy
 from onnxptq.runtime import Provider, Session, group_within, open_transient
 from onnxptq.types import Array, CanonicalModel, Feeds, Sample
 
 Floats = npt.NDArray[np.float64]
-
-_PARAMETER_OPS = frozenset(
-    {"Slice", "Gather", "Tile", "Pad", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"}
-)
-_SHAPE_SUFFIX = "/shape for equalization"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,44 +47,6 @@ class Spread:
 def drawn(feeds: Feeds, positions: Collection[int]) -> Iterator[Sample]:
     """The feeds at ``positions``, in their order."""
     return compress(feeds, (i in positions for i in range(len(feeds))))
-
-
-def concrete_shapes(
-    model: CanonicalModel, sample: Sample, provider: Provider
-) -> tuple[dict[str, tuple[int, ...]], dict[str, Array]]:
-    """Shapes of all float32 tensors, and values of the integers that movement operators are given, for a sample."""
-    graph = model.graph
-    names = [t.name for n in graph.nodes for t in n.outputs if t.name and is_float32(t)]
-    shapes = {name: value.shape for name, value in sample.items() if value.dtype == np.float32}
-    parameters = sorted(
-        {
-            t.name
-            for node in graph.nodes
-            if node.op in _PARAMETER_OPS
-            for t in node.inputs[1:]
-            if t.name and not is_constant(t) and not is_float32(t) and t.name not in sample
-        }
-    )
-
-    def write(exposed: Path) -> None:
-        exposed_copy(model.path, parameters, exposed)
-        proto = onnx.load(str(exposed), load_external_data=False)
-        for name in names:
-            proto.graph.node.append(onnx.helper.make_node("Shape", [name], [name + _SHAPE_SUFFIX]))
-            proto.graph.output.append(
-                onnx.helper.make_tensor_value_info(name + _SHAPE_SUFFIX, onnx.TensorProto.INT64, None)
-            )
-        write_model(proto, exposed)
-
-    session = open_transient(model.path.with_name(f"shapes_{model.path.name}"), write, provider=provider)
-    wanted = [name + _SHAPE_SUFFIX for name in names]
-    found = session.run(sample, [*wanted, *parameters])
-    for name in names:
-        shapes[name] = tuple(int(d) for d in found[name + _SHAPE_SUFFIX])
-    values = {name: found[name] for name in parameters} | {
-        name: value for name, value in sample.items() if np.issubdtype(value.dtype, np.integer)
-    }
-    return shapes, values
 
 
 def observe(

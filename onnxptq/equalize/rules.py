@@ -17,11 +17,12 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxptq.equalize import layouts
-from onnxptq.equalize.classes import Literals
-from onnxptq.equalize.movements import MOVEMENTS
-from onnxptq.equalize.tracing import Bounds, Contraction, Declined, Rule, Tracer
+from onnxptq.equalize.tracing import Bounds, Contraction, Rule, Tracer
+from onnxptq.graph import layouts
+from onnxptq.graph.classes import Literals
 from onnxptq.graph.index import is_constant
+from onnxptq.graph.movements import MOVEMENTS
+from onnxptq.graph.tracing import Declined
 
 
 def _same(t: Tracer, node: gs.Node) -> None:

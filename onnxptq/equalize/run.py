@@ -8,19 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxptq.equalize.apply import TOLERANCE, apply_factors, difference
-from onnxptq.equalize.classes import variable_of
+from onnxptq.equalize.apply import TOLERANCE, apply_factors
 from onnxptq.equalize.factors import Choice, choose
 from onnxptq.equalize.gains import channel_gains, tensors_behind
 from onnxptq.equalize.limits import Limits, factor_limits
-from onnxptq.equalize.observe import Spread, concrete_shapes, drawn, group_count, observe
+from onnxptq.equalize.observe import Spread, drawn, group_count, observe
 from onnxptq.equalize.rules import RULES
 from onnxptq.equalize.terms import Component, Emphasis, build_terms, components
-from onnxptq.equalize.tracing import Shapes, Trace, Tracer
+from onnxptq.equalize.tracing import Trace, Tracer
 from onnxptq.equalize.trial import Trial, is_better
 from onnxptq.errors import FeedError
+from onnxptq.graph.classes import variable_of
 from onnxptq.graph.index import GraphIndex
-from onnxptq.runtime import Provider, Session
+from onnxptq.graph.tracing import Shapes
+from onnxptq.runtime import Provider, Session, concrete_shapes, difference
 from onnxptq.types import CanonicalModel, Feeds, Progress, Sample, Skip
 
 FACTOR_LIMIT = 64.0

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnxptq.equalize.classes import variable_of
 from onnxptq.equalize.gains import Gains, row_gains
 from onnxptq.equalize.limits import Limits
 from onnxptq.equalize.noise import ActivationTerm, Floats, Indices, Term, WeightTerm
 from onnxptq.equalize.observe import Spread
 from onnxptq.equalize.tracing import Product, Trace
+from onnxptq.graph.classes import variable_of
 from onnxptq.types import Array
 
 

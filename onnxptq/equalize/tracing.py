@@ -7,23 +7,17 @@ difference. What no rule covers keeps its inputs and outputs as they are: their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxptq.equalize import layouts
-from onnxptq.equalize.classes import Classes, Literals
-from onnxptq.graph.index import GraphIndex, is_constant, is_float32
-from onnxptq.graph.proto import ONNX_DOMAINS
+from onnxptq.graph import layouts
+from onnxptq.graph.classes import Classes, Literals
+from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.tracing import ChannelTracer, Shapes
 from onnxptq.types import Array
-
-_CONSTANT_ELEMENTS = 1 << 16
-
-
-class Declined(Exception):  # noqa: N818 - a decision, not an error
-    """A rule's reason to leave a node as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,7 +67,6 @@ class Bounds:
     high: float
 
 
-Shapes = Mapping[str, tuple[int, ...]]
 Rule = Callable[["Tracer", gs.Node], None]
 
 
@@ -90,129 +83,26 @@ class Trace:
     declined: dict[str, str] = field(default_factory=dict)
 
 
-class Tracer:
-    """What rules work with.
-
-    Args:
-        index: the graph.
-        shapes: concrete shapes of float tensors in one forward pass.
-        values: concrete values of the integer tensors that movement operators read as parameters.
-    """
+class Tracer(ChannelTracer):
+    """What rules work with; see :class:`~onnxptq.graph.tracing.ChannelTracer`."""
 
     def __init__(self, index: GraphIndex, shapes: Shapes, values: Mapping[str, Array]) -> None:
-        self.index = index
-        self.shapes = shapes
-        self.trace = Trace(classes=Classes())
-        self.classes = self.trace.classes
-        self._values = values
-        self._captured = _captured_names(index.graph)
+        super().__init__(index, shapes, values, change="rescaling")
+        self.trace = Trace(classes=self.classes, labels=self.labels, declined=self.declined)
 
     def run(self, rules: Mapping[str, Rule]) -> Trace:
         """Label every tensor in graph order."""
-        for tensor in self.index.graph.inputs:
-            if tensor.name in self.shapes:
-                self.write(tensor, self.classes.fixed(len(self.shapes[tensor.name]), "it is a graph input"))
-        for node in self.index.nodes:
-            rule = rules.get(node.op) if (node.domain or "") in ONNX_DOMAINS else None
-            try:
-                if rule is None:
-                    raise Declined(f"{node.op} does not commute with a rescaling of channels")
-                rule(self, node)
-            except Declined as reason:
-                self._decline(node, str(reason))
-        for tensor in self.index.graph.outputs:
-            if tensor.name in self.trace.labels:
-                self.classes.pin(self.trace.labels[tensor.name], "it is a graph output")
-        for name in self._captured & self.trace.labels.keys():
-            self.classes.pin(self.trace.labels[name], "a nested graph reads it")
+        self.follow(rules)
         return self.trace
 
-    def _decline(self, node: gs.Node, reason: str) -> None:
-        if any(t.name in self.shapes for t in (*node.inputs, *node.outputs)):
-            self.trace.declined[node.name] = reason
-        # A rule may have recorded constants before it gave up.
+    def forget(self, node: gs.Node) -> None:
+        """Drop the edits and products that a rule recorded for ``node`` before it gave up."""
         self.trace.edits = [edit for edit in self.trace.edits if edit.node is not node]
         self.trace.products = [product for product in self.trace.products if product.node is not node]
-        for tensor in node.inputs:
-            if tensor.name in self.trace.labels:
-                self.classes.pin(self.trace.labels[tensor.name], f"{reason} ({node.op} reads it)")
-        for tensor in node.outputs:
-            if tensor.name in self.shapes:
-                fixed = self.classes.fixed(len(self.shapes[tensor.name]), f"{node.op} writes it")
-                self.trace.labels[tensor.name] = fixed
 
-    # ---- tensors ------------------------------------------------------------------------------
-
-    def shape(self, tensor: gs.Tensor) -> tuple[int, ...]:
-        """The concrete shape of a tensor or constant."""
-        if is_constant(tensor):
-            return tuple(int(d) for d in tensor.shape)
-        if tensor.name not in self.shapes:
-            raise Declined(f"the shape of '{tensor.name}' is unknown")
-        return self.shapes[tensor.name]
-
-    def read(self, node: gs.Node, i: int) -> Literals:
-        """Labels of input ``i``; a small float constant gets free ones, which it absorbs itself."""
-        tensor = node.inputs[i]
-        if tensor.name in self.trace.labels:
-            return self.trace.labels[tensor.name]
-        shape = self.shape(tensor)
-        if is_constant(tensor) and is_float32(tensor):
-            if int(np.prod(shape)) > _CONSTANT_ELEMENTS:
-                raise Declined("it moves a large constant")
-            labels = self.classes.fresh(shape)
-            self.trace.edits.append(Edit(node=node, index=i, over=labels))
-            return labels
-        return self.classes.fixed(len(shape), "it is not float32")
-
-    def write(self, tensor: gs.Tensor, labels: Literals) -> None:
-        """Set the labels of an output."""
-        if not tensor.name:
-            return
-        shape = self.shape(tensor)
-        if labels.ndim != len(shape) or any(
-            a not in (1, b) for a, b in zip(labels.shape, shape, strict=True)
-        ):
-            raise Declined("its output has an unexpected shape")
-        self.trace.labels[tensor.name] = labels
-
-    def collapse(self, labels: Literals, axes: Sequence[int]) -> Literals:
-        """Join the labels along ``axes``, which become flat."""
-        for axis in axes:
-            if labels.shape[axis] > 1:
-                first = labels.take([0], axis=axis)
-                self.classes.join(labels, first)
-                labels = first
-        return labels
-
-    def channels_only(self, labels: Literals, axis: int) -> Literals:
-        """Join along every axis but ``axis``, and give ``axis`` its full size by the caller's broadcast."""
-        axis %= labels.ndim
-        return self.collapse(labels, [a for a in range(labels.ndim) if a != axis])
-
-    # ---- constants ----------------------------------------------------------------------------
-
-    def constant(self, node: gs.Node, i: int) -> Array:
-        """The float32 constant at input ``i``."""
-        tensor = node.inputs[i] if i < len(node.inputs) else None
-        if tensor is None or not is_constant(tensor) or not is_float32(tensor):
-            raise Declined(f"input {i} of {node.op} is not a float32 constant")
-        value: Array = tensor.values
-        return value
-
-    def integers(self, node: gs.Node, i: int) -> list[int] | None:
-        """An integer parameter as a flat list: a constant, or what one forward pass computed. None if absent."""
-        if i >= len(node.inputs) or not node.inputs[i].name:
-            return None
-        tensor = node.inputs[i]
-        value = tensor.values if is_constant(tensor) else self._values.get(tensor.name)
-        if value is None or not np.issubdtype(np.asarray(value).dtype, np.integer):
-            raise Declined(f"input {i} of {node.op} is not a known integer")
-        return [int(v) for v in np.asarray(value).reshape(-1)]
-
-    def has_input(self, node: gs.Node, i: int) -> bool:
-        """Whether optional input ``i`` is given."""
-        return i < len(node.inputs) and bool(node.inputs[i].name)
+    def took_constant(self, node: gs.Node, i: int, labels: Literals) -> None:
+        """Let a constant that is only moved absorb its own factors."""
+        self.trace.edits.append(Edit(node=node, index=i, over=labels))
 
     def absorb(
         self, node: gs.Node, i: int, *, times: Literals | None = None, over: Literals | None = None
@@ -257,15 +147,3 @@ class Tracer:
         labels = self.collapse(labels, [a for a in range(rank) if shape[a] == 1])
         self.absorb(node, i, over=labels.reshape(labels.shape[rank - value.ndim :]))
         return labels
-
-
-def _captured_names(graph: gs.Graph) -> set[str]:
-    """Names of tensors that nested graphs read."""
-    names: set[str] = set()
-    for node in graph.nodes:
-        for attribute in node.attrs.values():
-            if isinstance(attribute, gs.Graph):
-                names |= {t.name for inner in attribute.nodes for t in inner.inputs if t.name}
-                names |= {t.name for t in attribute.outputs}
-                names |= _captured_names(attribute)
-    return names

@@ -1,5 +1,6 @@
 """Sessions of onnxruntime: the only package that imports it."""
 
+from onnxptq.runtime.difference import difference
 from onnxptq.runtime.session import (
     Provider,
     RunError,
@@ -9,13 +10,16 @@ from onnxptq.runtime.session import (
     require_runtime,
     runtime_version,
 )
+from onnxptq.runtime.shapes import concrete_shapes
 from onnxptq.runtime.transient import group_within, open_transient
 
 __all__ = [
     "Provider",
     "RunError",
     "Session",
+    "concrete_shapes",
     "count_kernels",
+    "difference",
     "group_within",
     "installed_runtimes",
     "open_transient",

@@ -9,15 +9,15 @@ import numpy as np
 import onnx
 
 from onnxptq.equalize.apply import apply_factors
-from onnxptq.equalize.classes import variable_of
 from onnxptq.equalize.limits import Limits, factor_limits
-from onnxptq.equalize.observe import concrete_shapes, observe
+from onnxptq.equalize.observe import observe
 from onnxptq.equalize.rules import RULES
 from onnxptq.equalize.tracing import Trace, Tracer
+from onnxptq.graph.classes import variable_of
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import exposed_copy
 from onnxptq.graph.surgeon import import_graph
-from onnxptq.runtime import Session
+from onnxptq.runtime import Session, concrete_shapes
 from onnxptq.types import CanonicalModel, InputSpec, Sample
 from tests.unit.graph.graph_helpers import feed_for
 

@@ -10,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import approx_fprime
 
-from onnxptq.equalize import layouts
-from onnxptq.equalize.classes import Classes
 from onnxptq.equalize.factors import choose
 from onnxptq.equalize.gains import channel_gains
 from onnxptq.equalize.noise import ActivationTerm, WeightTerm, total_noise
-from onnxptq.equalize.observe import Spread, concrete_shapes, observe
+from onnxptq.equalize.observe import Spread, observe
 from onnxptq.equalize.trial import Trial
+from onnxptq.graph import layouts
+from onnxptq.graph.classes import Classes
 from onnxptq.graph.index import GraphIndex
 from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, symmetric_qparams
+from onnxptq.runtime import concrete_shapes
 from onnxptq.types import CanonicalModel, PerAxis, QType
 from tests.unit.equalize.equalize_helpers import Samples, canonical, samples_for, traced
 from tests.unit.graph.graph_helpers import build, node

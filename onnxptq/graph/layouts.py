@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxptq.equalize.classes import Literals
+from onnxptq.graph.classes import Literals
 
 
 def flatten_constant_axes(labels: Literals) -> Literals:

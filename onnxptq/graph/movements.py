@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxptq.equalize import layouts
-from onnxptq.equalize.classes import Literals
-from onnxptq.equalize.tracing import Declined, Rule, Tracer
+from onnxptq.graph import layouts
+from onnxptq.graph.classes import Literals
+from onnxptq.graph.tracing import ChannelTracer, Declined
 
 
-def _reshape(t: Tracer, node: gs.Node) -> None:
+def _reshape(t: ChannelTracer, node: gs.Node) -> None:
     labels = layouts.reshape(t.read(node, 0), t.shape(node.inputs[0]), t.shape(node.outputs[0]))
     t.write(node.outputs[0], labels)
 
 
-def _transpose(t: Tracer, node: gs.Node) -> None:
+def _transpose(t: ChannelTracer, node: gs.Node) -> None:
     labels = t.read(node, 0)
     t.write(node.outputs[0], labels.transpose(node.attrs.get("perm", range(labels.ndim)[::-1])))
 
 
-def _concat(t: Tracer, node: gs.Node) -> None:
+def _concat(t: ChannelTracer, node: gs.Node) -> None:
     rank = len(t.shape(node.outputs[0]))
     axis = int(node.attrs["axis"]) % rank
     sizes = [t.shape(tensor)[axis] for tensor in node.inputs]
     t.write(node.outputs[0], layouts.concat([t.read(node, i) for i in range(len(sizes))], sizes, axis))
 
 
-def _split(t: Tracer, node: gs.Node) -> None:
+def _split(t: ChannelTracer, node: gs.Node) -> None:
     labels = t.read(node, 0)
     axis = int(node.attrs.get("axis", 0)) % labels.ndim
     start = 0
@@ -39,7 +39,7 @@ def _split(t: Tracer, node: gs.Node) -> None:
         start += size
 
 
-def _slice(t: Tracer, node: gs.Node) -> None:
+def _slice(t: ChannelTracer, node: gs.Node) -> None:
     labels, shape = t.read(node, 0), t.shape(node.inputs[0])
     starts, ends = t.integers(node, 1), t.integers(node, 2)
     if starts is None or ends is None:
@@ -59,7 +59,7 @@ def _positions(start: int, end: int, step: int, size: int) -> Sequence[int]:
     return range(size)[slice(start, end, step)]
 
 
-def _gather(t: Tracer, node: gs.Node) -> None:
+def _gather(t: ChannelTracer, node: gs.Node) -> None:
     labels, shape = t.read(node, 0), t.shape(node.inputs[0])
     axis = int(node.attrs.get("axis", 0)) % len(shape)
     rank = len(t.shape(node.outputs[0])) - len(shape) + 1
@@ -76,18 +76,18 @@ def _gather(t: Tracer, node: gs.Node) -> None:
     t.write(node.outputs[0], layouts.flatten_constant_axes(moved))
 
 
-def _expand(t: Tracer, node: gs.Node) -> None:
+def _expand(t: ChannelTracer, node: gs.Node) -> None:
     t.write(node.outputs[0], layouts.align(t.read(node, 0), len(t.shape(node.outputs[0]))))
 
 
-def _tile(t: Tracer, node: gs.Node) -> None:
+def _tile(t: ChannelTracer, node: gs.Node) -> None:
     repeats = t.integers(node, 1)
     if repeats is None:
         raise Declined("its repeats are unknown")
     t.write(node.outputs[0], layouts.tile(t.read(node, 0), repeats))
 
 
-def _pad(t: Tracer, node: gs.Node) -> None:
+def _pad(t: ChannelTracer, node: gs.Node) -> None:
     labels, shape = t.read(node, 0), t.shape(node.inputs[0])
     pads = t.integers(node, 1)
     mode = node.attrs.get("mode", "constant")
@@ -103,7 +103,7 @@ def _pad(t: Tracer, node: gs.Node) -> None:
     t.write(node.outputs[0], labels)
 
 
-def _padded(t: Tracer, labels: Literals, axis: int, before: int, after: int, mode: str) -> Literals:
+def _padded(t: ChannelTracer, labels: Literals, axis: int, before: int, after: int, mode: str) -> Literals:
     if mode != "constant":
         return t.collapse(labels, [axis])
     edges = []
@@ -113,7 +113,7 @@ def _padded(t: Tracer, labels: Literals, axis: int, before: int, after: int, mod
     return np.concatenate([edges[0], labels, edges[1]], axis=axis)
 
 
-def _depth_space(t: Tracer, node: gs.Node) -> None:
+def _depth_space(t: ChannelTracer, node: gs.Node) -> None:
     labels = t.collapse(t.read(node, 0), [2, 3])
     block = int(node.attrs["blocksize"])
     channels = t.shape(node.inputs[0])[1]
@@ -131,7 +131,7 @@ def _depth_space(t: Tracer, node: gs.Node) -> None:
     t.write(node.outputs[0], joined.reshape(-1, kept, 1, 1))
 
 
-MOVEMENTS: Mapping[str, Rule] = {
+MOVEMENTS: Mapping[str, Callable[[ChannelTracer, gs.Node], None]] = {
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _reshape),
     "Transpose": _transpose,
     "Concat": _concat,

@@ -1,0 +1,27 @@
+"""How far the outputs of two forms of one network are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from onnxptq.types import Array
+
+
+def difference(before: Mapping[str, Array], after: Mapping[str, Array]) -> float:
+    """Largest relative difference over all outputs; infinite where NaN or infinity appear or vanish."""
+    worst = 0.0
+    for name, expected in before.items():
+        if not np.issubdtype(expected.dtype, np.floating):
+            continue
+        found = after[name].astype(np.float64)
+        wanted = expected.astype(np.float64)
+        finite = np.isfinite(wanted)
+        if not np.array_equal(finite, np.isfinite(found)):
+            return float("inf")
+        if finite.any():
+            peak = float(np.abs(wanted[finite]).max())
+            gap = float(np.abs(wanted[finite] - found[finite]).max())
+            worst = max(worst, gap / peak if peak > 0 else gap)
+    return worst
