@@ -94,6 +94,12 @@ from .progress import TerminalProgress
     help="Leave nodes in float until the outputs reach this; 0 for never. Below 8 bits only where it is "
     "given. [default: 20.0]",
 )
+@click.option(
+    "--enough",
+    type=float,
+    metavar="DB",
+    help="Try nothing more once the outputs reach this; above 100 for never. [default: 35.0]",
+)
 @click.option("--samples", type=int, help="At most this many calibration samples. [default: 256]")
 @click.option("--holdout", type=float, help="Share held out where --eval is absent. [default: 0.2]")
 @click.option("--opset", type=int, help="Raise the model to this opset.")

@@ -61,6 +61,8 @@ class Recipe(BaseModel):
         min_sqnr, min_agreement: quality gates on held-out samples (dB; share of equal top-1).
         floor: where the outputs stay below this many dB on calibration samples, the nodes that spoil them
             are left in float and reported; None turns this off. With fewer than 8 bits it is off unless set.
+        enough: once the outputs reach this many dB on calibration samples, no further alternative for the
+            weights is tried; None tries all. Packs are solved regardless.
         seed: for random calibration data, where that was asked for.
     """
 
@@ -90,6 +92,7 @@ class Recipe(BaseModel):
     min_sqnr: float | None = None
     min_agreement: float | None = Field(default=None, ge=0.0, le=1.0)
     floor: float | None = 20.0
+    enough: float | None = 35.0
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ noise that the floor allows. Everything taken out is reported with what it would
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from onnxptq.types import Progress, QuantPlan, Solution
@@ -20,48 +20,56 @@ LARGEST_SHARE = 0.2
 """Of the quantized nodes at most this share is taken out; a network that needs more is not rescued so."""
 
 
-def find_relaxation(
+def measure_noise(
     plan_of: Callable[[str], QuantPlan],
     nodes: Sequence[str],
     solution: Solution,
     score: Score,
-    *,
-    floor: float,
-    reached: float,
     progress: Progress | None = None,
-) -> Mapping[str, str]:
-    """The nodes to leave in float so that the outputs reach ``floor`` dB, each with its reason.
-
-    Empty where that would take too many of them.
+) -> Mapping[str, float]:
+    """The output noise, relative to the signal, of quantizing each of ``nodes`` alone.
 
     Args:
         plan_of: the plan that quantizes one node alone.
-        nodes: the quantized nodes.
         solution: of the whole plan; its parameters serve the single-node plans.
-        reached: quality of the whole plan, in dB.
     """
     step = progress.start("rank nodes", len(nodes)) if progress else None
     noise: dict[str, float] = {}
     for node in nodes:
-        plan = plan_of(node)
-        noise[node] = _noise(score(*_restricted(plan, solution)))
+        noise[node] = _noise(score(*_restricted(plan_of(node), solution)))
         if step:
             step()
+    return noise
+
+
+def find_relaxation(
+    noise: Mapping[str, float], declined: Collection[str], *, floor: float, reached: float
+) -> Mapping[str, str]:
+    """More nodes to leave in float so that the outputs reach ``floor`` dB, each with its reason.
+
+    Empty where that would take too many of them.
+
+    Args:
+        noise: of every weighted node, as :func:`measure_noise` found it.
+        declined: those that are in float already.
+        reached: quality without quantizing ``declined``, in dB.
+    """
+    quantized = {node: own for node, own in noise.items() if node not in declined}
     # The single noises explain the whole up to a factor, which the rest is assumed to keep.
-    factor = _noise(reached) / max(sum(noise.values()), 1e-30)
-    left = sum(noise.values())
-    declined: dict[str, str] = {}
-    for node in sorted(noise, key=lambda name: (-noise[name], name)):
+    left = sum(quantized.values())
+    factor = _noise(reached) / max(left, 1e-30)
+    found: dict[str, str] = {}
+    for node in sorted(quantized, key=lambda name: (-noise[name], name)):
         if left * factor <= _noise(floor):
             break
-        declined[node] = (
+        found[node] = (
             f"left in float: quantized alone it leaves {_decibel(noise[node]):.1f} dB at the output, "
             f"and the outputs stayed below {floor:g} dB"
         )
         left -= noise[node]
-    if len(declined) > LARGEST_SHARE * len(nodes):
+    if len(found) + len(declined) > LARGEST_SHARE * len(noise):
         return {}
-    return declined
+    return found
 
 
 def _restricted(plan: QuantPlan, solution: Solution) -> tuple[QuantPlan, Solution]:

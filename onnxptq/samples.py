@@ -12,7 +12,8 @@ from onnxptq.types import Feeds, Sample
 
 def pick_samples(feeds: Feeds, count: int) -> Sequence[Sample]:
     """The first ``count`` samples of a :class:`Draw`; all of them if there are fewer."""
-    return Draw(feeds).take(0, count)
+    (chosen,) = Draw(feeds).take((0, count))
+    return chosen
 
 
 class Draw:
@@ -26,13 +27,18 @@ class Draw:
         keyed = sorted((_digest(sample), position) for position, sample in enumerate(feeds))
         self.order: Sequence[int] = [position for _, position in keyed]
 
-    def take(self, start: int, count: int) -> Sequence[Sample]:
-        """``count`` samples from place ``start`` of the deck on; it begins anew where it ends."""
+    def take(self, *ranges: tuple[int, int]) -> list[Sequence[Sample]]:
+        """For each (start, count), that many samples from that place of the deck on; it begins anew where it ends.
+
+        One pass over the feeds serves all ranges.
+        """
         total = len(self.order)
-        wanted = [self.order[(start + i) % total] for i in range(min(count, total))]
-        chosen = set(wanted)
+        wanted = [
+            [self.order[(start + i) % total] for i in range(min(count, total))] for start, count in ranges
+        ]
+        chosen = {position for positions in wanted for position in positions}
         kept = {position: sample for position, sample in enumerate(self._feeds) if position in chosen}
-        return [kept[position] for position in wanted]
+        return [[kept[position] for position in positions] for positions in wanted]
 
 
 def _digest(sample: Sample) -> bytes:

@@ -6,6 +6,8 @@ Every decision is taken on calibration samples by the distance of the network's 
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from onnxptq.calibrate.observers import Observer
 from onnxptq.calibrate.products import choose_softmax_ranges
 from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import Calibration
-from onnxptq.calibrate.select import label, select_observer
+from onnxptq.calibrate.select import CANDIDATES, label, select_observer
 from onnxptq.lowering import check_supported
 from onnxptq.packing import PackSolution, solve_by_packs
 from onnxptq.qdq import insert_quantizers
@@ -22,19 +24,22 @@ from onnxptq.recipe import Recipe
 from onnxptq.reconstruct.bias import correct_biases
 from onnxptq.reconstruct.initial import initial_solution, weight_grids
 from onnxptq.reconstruct.rounding import round_in_closed_form
-from onnxptq.relaxing import find_relaxation
+from onnxptq.relaxing import find_relaxation, measure_noise
 from onnxptq.samples import Draw
-from onnxptq.trial import Trial
+from onnxptq.trial import Quality, Trial
 from onnxptq.types import CanonicalModel, Feeds, Progress, QParams, QuantPlan, Sample, Solution
 
-TRIAL_ELEMENTS = 2_500_000
-"""Input elements on which alternatives are compared: 16 colour pictures of 224 x 224, or many small samples."""
+TRIAL_ELEMENTS = 1_250_000
+"""Input elements on which alternatives are compared: 8 colour pictures of 224 x 224, or many small samples."""
 
 TRIAL_SAMPLES = (8, 128)
 """Fewest and most calibration samples of a comparison, whatever their size."""
 
-CORRECTION_SAMPLES = 32
-"""Calibration samples that correct biases and compensate roundings."""
+CORRECTION_SAMPLES = (8, 32)
+"""The same for correcting biases and compensating roundings."""
+
+EQUALIZING_SAMPLES = 32
+"""Calibration samples that channels are rescaled by, at most; eight of them judge the result."""
 
 FLOOR_MARGIN_DB = 1.0
 """By how much a relaxed plan aims above the floor: other data than the trial's will score a little less."""
@@ -49,17 +54,21 @@ WIDTH_BELOW = 8192
 """The same for narrower weights, where it decides between a working network and a broken one."""
 
 _PLAIN = "nearest rounding"
+_COMPENSATED = "compensated rounding"
+_PACKS = "packs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
     """Calibration samples with a task: those that alternatives are compared on, and those that correct.
 
-    ``apart`` gives the positions of the former among all samples, where the two do not overlap.
+    Samples for ``equalizing`` begin with those for ``correction``. ``apart`` gives the positions of ``trial``
+    among all samples, where they do not overlap with the others.
     """
 
     trial: Sequence[Sample]
     correction: Sequence[Sample]
+    equalizing: Sequence[Sample]
     apart: frozenset[int]
 
 
@@ -68,8 +77,9 @@ class Solver:
     """Finds the solution of one plan: ``begin`` once, then ``finish``.
 
     Outputs are compared with those of the model at ``reference``, of which ``model`` may be another form (None:
-    it is the same). ``notes`` collects what was measured and decided; ``packed`` is how packs were solved, where
-    they were. The float network is run once, at the first comparison.
+    it is the same). ``declined`` names the nodes that ``plan`` leaves in float to reach the floor. ``notes``
+    collects what was measured and decided; ``packed`` is how packs were solved, where they were. The float
+    network is run once, at the first comparison.
     """
 
     model: CanonicalModel
@@ -83,12 +93,15 @@ class Solver:
     work_dir: Path
     reference: Path | None = None
     progress: Progress | None = None
+    declined: Mapping[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     start: Solution = field(default_factory=lambda: Solution(qparams={}))
     packed: PackSolution | None = None
     _known_trial: Trial | None = None
-    _known_rank: float | None = None
+    _start_quality: Quality | None = None
     _float_rank: float | None = None
+    _reached: Quality | None = None
+    _noise: Mapping[str, float] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Choose ranges and round to nearest: ``start`` is then set."""
@@ -102,10 +115,18 @@ class Solver:
         self.start = self._initial(self.statistics, observer, focused, grids)
 
     def rank(self) -> float:
-        """Quality of ``start``, to compare different forms of one model."""
-        if self._known_rank is None:
-            self._known_rank = self._trial().rank(self.plan, self.start)
-        return self._known_rank
+        """Quality of ``start``, to compare different forms of one model; infinite where nothing is quantized."""
+        return self._starting().rank if self.plan.quantizers else math.inf
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether ``start`` reaches what the recipe calls enough."""
+        return self.recipe.enough is not None and self.rank() >= self.recipe.enough
+
+    def _starting(self) -> Quality:
+        if self._start_quality is None:
+            self._start_quality = self._trial().quality(self.plan, self.start)
+        return self._start_quality
 
     def prospect(self) -> float:
         """What forms of one model are compared by: the mean of ``rank`` and of the rank with float weights.
@@ -119,20 +140,20 @@ class Solver:
         """The best solution that the recipe's method allows."""
         if self.recipe.method == "rtn" or not self.plan.quantizers:
             return self.start
-        if self.recipe.is_solved_by_packs and self._can_be_lowered():
-            return self._best({_PLAIN: self.start, "packs": self._by_packs()})
-        return self._best(self._alternatives())
+        return self._improved()
 
-    def replanned(self, plan: QuantPlan) -> Solver:
-        """A solver that has not begun, for another plan of the same model."""
+    def replanned(self, plan: QuantPlan, declined: Mapping[str, str]) -> Solver:
+        """A solver that has not begun, for the plan that leaves ``declined`` in float besides."""
         return replace(
             self,
             plan=plan,
+            declined=declined,
             notes=[],
             start=Solution(qparams={}),
             packed=None,
-            _known_rank=None,
+            _start_quality=None,
             _float_rank=None,
+            _reached=None,
         )
 
     def _trial(self) -> Trial:
@@ -143,38 +164,39 @@ class Solver:
         return self._known_trial
 
     def relax(self, found: Solution, plan_of: Callable[[str], QuantPlan]) -> Mapping[str, str]:
-        """Nodes to leave in float, with reasons, because the outputs stay below the recipe's floor.
+        """More nodes to leave in float, with reasons, because the outputs stay below the recipe's floor.
 
         Args:
-            found: what ``finish`` returned.
+            found: what ``finish`` returned just before.
             plan_of: the plan that quantizes one node alone.
         """
         floor = self.recipe.least_db
-        if floor is None or self.recipe.method == "rtn":
+        if floor is None or self._reached is None:
+            return {}
+        reached, aim = self._reached.score, floor + FLOOR_MARGIN_DB
+        if reached >= (aim if self.declined else floor):
             return {}
         trial = self._trial()
-        reached = trial.score(self.plan, found)
-        if reached >= floor:
-            return {}
-        readers = {s.consumer for q in self.plan.quantizers if q.role == "weight" for s in q.sites}
-        declined = find_relaxation(
-            plan_of,
-            sorted(readers),
-            found,
-            trial.score,
-            floor=floor + FLOOR_MARGIN_DB,
-            reached=reached,
-            progress=self.progress,
-        )
+        if not self._noise:
+            readers = {s.consumer for q in self.plan.quantizers if q.role == "weight" for s in q.sites}
+            self._noise = measure_noise(
+                plan_of,
+                sorted(readers),
+                found,
+                lambda plan, solution: trial.quality(plan, solution).score,
+                self.progress,
+            )
+        more = find_relaxation(self._noise, self.declined, floor=aim, reached=reached)
         self.notes.append(
-            f"The outputs reached {reached:.2f} dB on calibration samples, below the floor of {floor:g} dB: "
+            f"The outputs reached {reached:.2f} dB on calibration samples, "
+            + (f"short of {aim:g} dB: " if self.declined else f"below the floor of {floor:g} dB: ")
             + (
-                f"{len(declined)} of {len(readers)} weighted nodes are left in float."
-                if declined
-                else "too many nodes share in the noise for leaving some in float."
+                f"{len(self.declined) + len(more)} of {len(self._noise)} weighted nodes are left in float."
+                if more
+                else "too many nodes share in the noise for leaving more in float."
             )
         )
-        return declined
+        return more
 
     def _initial(
         self,
@@ -204,14 +226,22 @@ class Solver:
             self.plan, quantizers=tuple(q for q in self.plan.quantizers if q.role == "activation")
         )
 
-        def quality(candidate: Observer) -> float:
+        def solved(candidate: Observer) -> Solution:
             ranges = choose_ranges(activations, fitting, candidate, self.overrides)
-            return self._trial().rank(activations, Solution(qparams={**ranges, **focused}), exact=True)
+            return Solution(qparams={**ranges, **focused})
 
-        observer, scores = select_observer(quality, progress=self.progress)
-        self._float_rank = max(scores.values())
+        solutions = {candidate: solved(candidate) for candidate in CANDIDATES}
+        rank = self._trial().adjustable(activations, solutions[CANDIDATES[0]])
+        observer, scores = select_observer(
+            lambda candidate, count: rank(solutions[candidate], count),
+            len(self.samples.trial),
+            progress=self.progress,
+        )
+        self._float_rank = scores[label(observer)]
         listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
-        self.notes.append(f"Ranges by {label(observer)} (dB on calibration samples: {listed}).")
+        self.notes.append(
+            f"Ranges by {label(observer)} (dB on calibration samples, on fewer for what fell behind: {listed})."
+        )
         return observer, focused
 
     def _can_be_lowered(self) -> bool:
@@ -225,11 +255,12 @@ class Solver:
         return True
 
     def _by_packs(self) -> Solution:
+        (everything,) = Draw(self.everything).take((0, len(self.everything)))
         self.packed = solve_by_packs(
             self.model,
             self.plan,
             self.start,
-            Draw(self.everything).take(0, len(self.everything)),
+            everything,
             self.recipe,
             scratch=self.scratch,
             work_dir=self.work_dir,
@@ -237,58 +268,75 @@ class Solver:
         )
         return self.packed.solution
 
-    def _alternatives(self) -> dict[str, Solution]:
-        """Solutions worth trying, by name, the plain one first."""
-        samples = self.samples.correction
-        found = {_PLAIN: self.start}
-        if self.recipe.compensate:
-            found["compensated rounding"] = round_in_closed_form(
-                self.model,
-                self.plan,
-                self.start,
-                samples,
-                max_width=WIDTH_AT_8_BITS if self.recipe.weight_bits == 8 else WIDTH_BELOW,
-                provider=self.recipe.provider,
-                progress=self.progress,
-            )
+    def _improved(self) -> Solution:
+        """The best of what is tried: one alternative after the other until the outputs are good enough."""
+        solutions = {_PLAIN: self.start}
+        qualities = {_PLAIN: self._starting()}
+        best = _PLAIN
+        for name, found in self._alternatives():
+            enough = self.recipe.enough
+            if name != _PACKS and enough is not None and qualities[best].rank >= enough:
+                self.notes.append(f"Nothing more was tried: {enough:g} dB on calibration samples are enough.")
+                break
+            solutions[name] = found()
+            qualities[name] = self._trial().quality(self.plan, solutions[name])
+            best = max(qualities, key=lambda known: qualities[known].rank)
+        listed = ", ".join(f"{name} {quality.rank:.2f}" for name, quality in qualities.items())
+        self.notes.append(f"Weights by {best} (dB on calibration samples: {listed}).")
+        self._reached = qualities[best]
+        return solutions[best]
+
+    def _alternatives(self) -> Sequence[tuple[str, Callable[[], Solution]]]:
+        """What may be better than nearest rounding, the cheapest for what it gains first."""
+        if self.recipe.is_solved_by_packs and self._can_be_lowered():
+            return [(_PACKS, self._by_packs)]
+        compensated = functools.cache(self._compensated)
+        found: list[tuple[str, Callable[[], Solution]]] = []
         if self.recipe.correct_bias:
-            for name, solution in tuple(found.items()):
-                found[f"{name} and corrected biases"] = correct_biases(
-                    self.model,
-                    self.plan,
-                    solution,
-                    samples,
-                    insert=insert_quantizers,
-                    work_dir=self.scratch,
-                    provider=self.recipe.provider,
-                    progress=self.progress,
-                )
+            found.append((f"{_PLAIN} and corrected biases", lambda: self._corrected(self.start)))
+        if self.recipe.compensate:
+            found.append((_COMPENSATED, compensated))
+        if self.recipe.correct_bias and self.recipe.compensate:
+            found.append((f"{_COMPENSATED} and corrected biases", lambda: self._corrected(compensated())))
         return found
 
-    def _best(self, alternatives: Mapping[str, Solution]) -> Solution:
-        if len(alternatives) == 1:
-            return next(iter(alternatives.values()))
-        scores = {
-            name: self.rank() if name == _PLAIN else self._trial().rank(self.plan, solution)
-            for name, solution in alternatives.items()
-        }
-        chosen = max(scores, key=lambda name: scores[name])
-        listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
-        self.notes.append(f"Weights by {chosen} (dB on calibration samples: {listed}).")
-        return alternatives[chosen]
+    def _compensated(self) -> Solution:
+        return round_in_closed_form(
+            self.model,
+            self.plan,
+            self.start,
+            self.samples.correction,
+            max_width=WIDTH_AT_8_BITS if self.recipe.weight_bits == 8 else WIDTH_BELOW,
+            provider=self.recipe.provider,
+            progress=self.progress,
+        )
+
+    def _corrected(self, solution: Solution) -> Solution:
+        return correct_biases(
+            self.model,
+            self.plan,
+            solution,
+            self.samples.correction,
+            insert=insert_quantizers,
+            work_dir=self.scratch,
+            provider=self.recipe.provider,
+            progress=self.progress,
+        )
 
 
 def draw_samples(feeds: Feeds) -> Samples:
     """Trial samples, as many as make a comparison both telling and cheap, and others that correct."""
     draw = Draw(feeds)
     elements = sum(value.size for value in next(iter(feeds)).values())
-    low, high = TRIAL_SAMPLES
-    count = min(high, max(low, TRIAL_ELEMENTS // max(1, elements)))
+    fitting = TRIAL_ELEMENTS // max(1, elements)
+    count, correcting = (min(high, max(low, fitting)) for low, high in (TRIAL_SAMPLES, CORRECTION_SAMPLES))
     # A quarter of the data at most is set apart; with hardly any data, it serves both ends.
     apart = min(count, len(feeds) // 4)
+    trial, others = draw.take((0, apart or count), (apart, max(correcting, EQUALIZING_SAMPLES)))
     return Samples(
-        trial=draw.take(0, apart or count),
-        correction=draw.take(apart, CORRECTION_SAMPLES),
+        trial=trial,
+        correction=others[:correcting],
+        equalizing=others[:EQUALIZING_SAMPLES],
         apart=frozenset(draw.order[:apart]),
     )
 

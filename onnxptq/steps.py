@@ -50,6 +50,9 @@ from onnxptq.version import __version__
 PARITY_SAMPLES = 2
 """Held-out samples on which every quantized edge is compared with its simulation."""
 
+RELAXATIONS = 3
+"""How often more nodes may be left in float to reach the floor: what each gains is only predicted."""
+
 LAYER_SAMPLES = 8
 """Held-out samples on which every inner tensor is compared with the float network."""
 
@@ -207,32 +210,36 @@ def picture_preprocess(
 
 
 def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
-    """``model``, or the same function with its channels rescaled, whichever quantizes better to begin with."""
-    plain = _prepared(run, model, data, model.path)
-    if run.recipe.method == "rtn" or not run.recipe.equalize or not plain.plan.quantizers:
-        return plain
+    """``model``, or the same function with its channels rescaled, whichever quantizes better to begin with.
+
+    Where the rescaled one is good enough, the other is not tried.
+    """
+    if run.recipe.method == "rtn" or not run.recipe.equalize:
+        return _prepared(run, model, data, model.path)
     with run.timed("equalize"):
         equalized, summary = equalize(
             model,
-            ListFeeds(data.samples.correction),
+            ListFeeds(data.samples.equalizing),
             work_dir=run.scratch,
             tensors=candidate_tensors(GraphIndex(model.graph)),
-            symmetric=all(q.symmetric for q in plain.plan.quantizers if q.role == "activation"),
+            symmetric=run.recipe.target == "tensorrt",
             weight_bits=COMPENSATED_BITS if run.recipe.compensate else 8,
-            samples=len(data.samples.correction),
+            samples=len(data.samples.equalizing),
             provider=run.recipe.provider,
             group_bytes=run.group_bytes,
             progress=run.progress,
         )
     run.note(summary.summary)
-    if equalized is model:
-        return plain
-    rescaled = _prepared(run, equalized, data, model.path)
+    found = _prepared(run, equalized, data, model.path)
     with run.timed("solve"):
-        before, after = plain.solver.prospect(), rescaled.solver.prospect()
+        if equalized is model or found.solver.is_enough:
+            return found
+    plain = _prepared(run, model, data, model.path)
+    with run.timed("solve"):
+        before, after = plain.solver.prospect(), found.solver.prospect()
     kept = "kept" if after > before else "dropped"
     run.note(f"The rescaled channels were {kept}: {before:.2f} dB without, {after:.2f} dB with them.")
-    return rescaled if after > before else plain
+    return found if after > before else plain
 
 
 def _prepared(run: Run, model: CanonicalModel, data: Data, reference: Path) -> Prepared:
@@ -322,19 +329,22 @@ def solved(run: Run, form: Prepared) -> Solved:
         found = solver.finish()
         placed = _placing(run, model, form.statistics)
         nodes = [node.name for node in model.graph.nodes]
-        declined = solver.relax(
-            found, lambda kept: placed({name: "set aside" for name in nodes if name != kept})
-        )
-        for note in solver.notes:
-            run.note(note)
-        if not declined:
-            return Solved(plan=form.plan, solution=found, packed=solver.packed)
-        relaxed = solver.replanned(placed(declined))
-        relaxed.begin()
-        found = relaxed.finish()
-        for note in relaxed.notes:
-            run.note(f"After that: {note}")
-        return Solved(plan=relaxed.plan, solution=found, packed=relaxed.packed)
+        for _ in range(RELAXATIONS):
+            more = solver.relax(
+                found, lambda kept: placed({name: "set aside" for name in nodes if name != kept})
+            )
+            for note in solver.notes:
+                run.note(f"After that: {note}" if solver.declined else note)
+            if not more:
+                break
+            declined = {**solver.declined, **more}
+            solver = solver.replanned(placed(declined), declined)
+            solver.begin()
+            found = solver.finish()
+        else:
+            for note in solver.notes:
+                run.note(f"After that: {note}")
+        return Solved(plan=solver.plan, solution=found, packed=solver.packed)
 
 
 def write(run: Run, model: CanonicalModel, plan: QuantPlan, solution: Solution, path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from onnxptq.graph.save import save_graph
-from onnxptq.qdq import insert_quantizers
+from onnxptq.qdq import insert_adjustable, insert_quantizers
 from onnxptq.runtime import Provider, Session, open_transient
 from onnxptq.types import Array, CanonicalModel, QuantPlan, Sample, Solution
 
@@ -17,8 +19,21 @@ CEILING_DB = 100.0
 """Scores stop here: beyond it two outputs differ by float rounding only."""
 
 
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Two views of one distance from the float outputs, both in dB and means over the float outputs.
+
+    ``score`` is the signal-to-noise ratio. ``rank`` is the same, but class scores are weighed by what they
+    decide: for logits z with p = softmax(z) the ratio is Var_p(z) / (2 KL(p || p_quantized)), so that an error
+    counts where it moves probability between classes, and not where all logits shift or a hopeless class changes.
+    """
+
+    score: float
+    rank: float
+
+
 class Trial:
-    """Scores plans and their solutions.
+    """Measures plans and their solutions.
 
     Args:
         samples: inputs on which outputs are compared; chosen among the calibration samples.
@@ -38,61 +53,103 @@ class Trial:
         self._samples = samples
         self._path = scratch / "trial.onnx"
         self._provider = provider
-        session = Session(reference or model.path, provider=provider)
-        self._references = [session.run(sample) for sample in samples]
+        self._reference = reference or model.path
+        self._references: list[Mapping[str, Array]] = []
 
-    def score(self, plan: QuantPlan, solution: Solution) -> float:
-        """Mean over the float outputs of their signal-to-noise ratio, in dB."""
-        return self._mean_over_outputs(
-            plan, solution, False, lambda reference: (_energy(reference), _squared_error)
-        )
-
-    def rank(self, plan: QuantPlan, solution: Solution, *, exact: bool = False) -> float:
-        """The same, but class scores are weighed by what they decide.
-
-        For logits z with p = softmax(z) the ratio is Var_p(z) / (2 KL(p || p_quantized)): an error counts where
-        it moves probability between classes, and not where all logits shift or a hopeless class changes.
-
-        Args:
-            exact: run quantizers as written. Needed where weights are in float: onnxruntime's integer kernels
-                would quantize them on their own, per tensor.
-        """
-        return self._mean_over_outputs(
-            plan,
-            solution,
-            exact,
-            lambda reference: (
-                (_spread(reference), _twice_divergence)
-                if _are_class_scores(reference)
-                else (_energy(reference), _squared_error)
-            ),
-        )
-
-    def _mean_over_outputs(
-        self,
-        plan: QuantPlan,
-        solution: Solution,
-        exact: bool,
-        measure: Callable[[Array], tuple[float, Callable[[Array, Array], float]]],
-    ) -> float:
+    def quality(self, plan: QuantPlan, solution: Solution) -> Quality:
+        """The outputs in onnxruntime's default session, over all samples."""
         session = open_transient(
             self._path,
-            lambda path: save_graph(insert_quantizers(self._model.graph, plan, solution), path),
+            lambda path: save_graph(insert_quantizers(self._model.graph, plan, solution), path, share=True),
             provider=self._provider,
-            exact=exact,
-            fused=exact,
         )
-        signal: dict[str, list[float]] = {}
-        noise: dict[str, list[float]] = {}
-        for sample, reference in zip(self._samples, self._references, strict=True):
-            for name, value in session.run(sample).items():
-                expected = reference[name]
-                if np.issubdtype(expected.dtype, np.floating) and expected.shape == value.shape:
-                    power, distance = measure(expected)
-                    signal.setdefault(name, []).append(power)
-                    noise.setdefault(name, []).append(distance(expected, value))
-        scores = [_decibel(math.fsum(signal[name]), math.fsum(noise[name])) for name in signal]
-        return math.fsum(scores) / len(scores) if scores else 0.0
+        tally = _Tally()
+        for sample, reference in zip(self._samples, self._known(len(self._samples)), strict=True):
+            tally.add(reference, session.run(sample))
+        return tally.quality()
+
+    def adjustable(self, plan: QuantPlan, start: Solution) -> Callable[[Solution, int], float]:
+        """Ranks of solutions that differ from ``start`` in the parameters of activations only.
+
+        ``plan`` quantizes activations only. Quantizers run as written: onnxruntime's integer kernels would
+        quantize the float weights on their own, per tensor. Where the provider allows, all solutions share one
+        session, in which the parameters are inputs.
+
+        Returns:
+            A function of a solution and a number of samples, the first so many; it runs no sample twice.
+        """
+        tallies: dict[int, tuple[Solution, _Tally]] = {}
+        opened = self._with_inputs(plan, start)
+
+        def rank(solution: Solution, count: int) -> float:
+            _, tally = tallies.setdefault(id(solution), (solution, _Tally()))
+            run = opened(solution)
+            references = self._known(count)
+            for number in range(tally.samples, count):
+                tally.add(references[number], run(self._samples[number]))
+            return tally.quality().rank
+
+        return rank
+
+    def _with_inputs(
+        self, plan: QuantPlan, start: Solution
+    ) -> Callable[[Solution], Callable[[Sample], Mapping[str, Array]]]:
+        def open_exact(graph: gs.Graph) -> Session:
+            return open_transient(
+                self._path,
+                lambda path: save_graph(graph, path, share=True),
+                provider=self._provider,
+                exact=True,
+                fused=True,
+            )
+
+        if self._provider != "cpu":
+            return lambda solution: open_exact(insert_quantizers(self._model.graph, plan, solution)).run
+        graph, feeds_of = insert_adjustable(self._model.graph, plan, start)
+        session = open_exact(graph)
+
+        def opened(solution: Solution) -> Callable[[Sample], Mapping[str, Array]]:
+            parameters = feeds_of(solution.qparams)
+            return lambda sample: session.run({**sample, **parameters})
+
+        return opened
+
+    def _known(self, count: int) -> Sequence[Mapping[str, Array]]:
+        """Float outputs of the first ``count`` samples; the float network runs once for each."""
+        missing = self._samples[len(self._references) : count]
+        if missing:
+            session = Session(self._reference, provider=self._provider)
+            self._references += [session.run(sample) for sample in missing]
+        return self._references[:count]
+
+
+class _Tally:
+    """Sums of signal and noise over samples, by output, for both measures of :class:`Quality`."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._plain: dict[str, list[tuple[float, float]]] = {}
+        self._weighed: dict[str, list[tuple[float, float]]] = {}
+
+    def add(self, reference: Mapping[str, Array], found: Mapping[str, Array]) -> None:
+        self.samples += 1
+        for name, expected in reference.items():
+            value = found[name]
+            if np.issubdtype(expected.dtype, np.floating) and expected.shape == value.shape:
+                plain = _energy(expected), _squared_error(expected, value)
+                self._plain.setdefault(name, []).append(plain)
+                if _are_class_scores(expected):
+                    plain = _spread(expected), _twice_divergence(expected, value)
+                self._weighed.setdefault(name, []).append(plain)
+
+    def quality(self) -> Quality:
+        return Quality(score=_mean_ratio(self._plain), rank=_mean_ratio(self._weighed))
+
+
+def _mean_ratio(pairs: Mapping[str, Sequence[tuple[float, float]]]) -> float:
+    """Mean over outputs of the ratio of the sums, in dB."""
+    ratios = [_decibel(math.fsum(s for s, _ in own), math.fsum(n for _, n in own)) for own in pairs.values()]
+    return math.fsum(ratios) / len(ratios) if ratios else 0.0
 
 
 def _energy(values: Array) -> float:

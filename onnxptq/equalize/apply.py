@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.equalize.tracing import Edit, Trace
 from onnxptq.graph.classes import Classes
-from onnxptq.graph.save import save_graph
+from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
 from onnxptq.graph.surgeon import import_graph, set_constant
 from onnxptq.types import CanonicalModel
 
@@ -28,7 +28,13 @@ def apply_factors(
 ) -> CanonicalModel:
     """The model with every constant rescaled, written to ``path``. ``factors``: ln s by variable."""
     graph = rescaled_graph(model, trace, factors)
-    save_graph(graph, path, model_metadata=model.model_metadata, node_metadata=model.node_metadata)
+    save_graph(
+        graph,
+        path,
+        model_metadata=model.model_metadata,
+        node_metadata=model.node_metadata,
+        inline_bytes=SHARED_DATA_BYTES,
+    )
     written = import_graph(onnx.load(str(path), load_external_data=False), path.parent)
     digest = hashlib.sha256(model.fingerprint.encode())
     for variable, value in sorted(factors.items()):

@@ -18,7 +18,7 @@ from onnxptq.equalize.noise import ActivationTerm, Floats, Term, WeightTerm, tot
 
 _ALPHAS = tuple(np.linspace(0.0, 1.0, 9))
 _SMOOTHNESS = (8, 32)
-_ITERATIONS = 30
+_ITERATIONS = 12
 _ROWS = 64
 
 

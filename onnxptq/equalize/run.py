@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +28,19 @@ from onnxptq.types import CanonicalModel, Feeds, Progress, Sample, Skip
 FACTOR_LIMIT = 64.0
 """Factors stay within 1/64 and 64."""
 
-EMPHASES = (
-    Emphasis(clipping=1.0, weights=4.0),
-    Emphasis(clipping=0.1, weights=1.0),
-    Emphasis(clipping=0.1, weights=4.0),
-    Emphasis(clipping=0.1, weights=16.0),
-)
-"""What is tried. The one that does best on unseen samples is taken if it beats s = 1; the first without any."""
+EMPHASES = (Emphasis(clipping=0.1, weights=4.0), Emphasis(clipping=1.0, weights=4.0))
+"""What is tried, the most widely useful first. The first that gains on unseen samples is taken; where there are
+none, the first."""
+
+OBSERVED_ELEMENTS = 250_000_000
+"""Elements of activations that are observed, as whole samples: at least twelve, at most what is given."""
 
 CLIP_EMPHASIS = Emphasis(clipping=1.0, weights=4.0)
 """The same for channels that pass a Clip, whose factors hold within the samples seen only."""
 
 _GROUP_BYTES = 1 << 30
 _UNSEEN = 8
+_FEWEST_SEEN = 12
 _FEWEST = 6
 
 Solved = Sequence[tuple[Component, Choice]]
@@ -130,7 +131,7 @@ def equalize(
     tensors: Collection[str] | None = None,
     symmetric: bool = False,
     weight_bits: int = 8,
-    samples: int = 16,
+    samples: int = 32,
     limit: float = FACTOR_LIMIT,
     snap: bool = False,
     provider: Provider = "cpu",
@@ -143,8 +144,8 @@ def equalize(
 
     Args:
         model: left as it is.
-        feeds: up to ``samples`` of them, evenly spread, are used; a quarter of those, at most eight,
-            only judges the result.
+        feeds: up to ``samples`` of them, evenly spread, are used, fewer where activations are large; a quarter of
+            those, at most eight, only judges the result.
         work_dir: an existing folder for the new model.
         tensors: the activations that will be quantized per tensor; None for every input of a product.
         symmetric: whether their grids are symmetric about 0.
@@ -206,14 +207,12 @@ def _equalized(job: _Job, sample: Sample, progress: Progress | None) -> tuple[Ca
     trial = _trial(job, spreads) if job.unseen else None
     best: Solved = ()
     before = after = trial.score({}) if trial else np.full(1, np.nan)
-    for emphasis in EMPHASES if trial else EMPHASES[:1]:
+    for emphasis in EMPHASES:
         solved = _solve(job, exact, limits, emphasis)
-        if solved and trial:
-            scores = trial.score(_factors(solved))
-            if is_better(scores, before) and scores.mean() > after.mean():
-                best, after = solved, scores
-        elif solved:
-            best = solved
+        scores = trial.score(_factors(solved)) if solved and trial else before
+        if solved and (trial is None or scores.mean() > before.mean()):
+            best, after = solved, scores
+            break
     # What does not hold for every input needs unseen samples that speak for it.
     solved = _solve(job, clipped, limits, CLIP_EMPHASIS) if trial else ()
     if solved and trial:
@@ -249,7 +248,10 @@ def _observe(job: _Job, free: set[int], progress: Progress | None) -> dict[str, 
     names += sorted(tensors_behind(job.index, job.trace))
     names += [bounds.tensor for bounds in job.trace.bounds]
     labels = {name: job.trace.labels[name] for name in dict.fromkeys(names)}
-    count = group_count(labels, job.shapes, job.group_bytes) * len(job.seen)
+    elements = sum(math.prod(job.shapes[name]) for name in labels)
+    most = max(_FEWEST_SEEN, OBSERVED_ELEMENTS // max(1, elements))
+    seen = job.seen[:: -(-len(job.seen) // most)]
+    count = group_count(labels, job.shapes, job.group_bytes) * len(seen)
     tick = progress.start("equalize", count) if progress else lambda: None
     return observe(
         job.model,
@@ -257,7 +259,7 @@ def _observe(job: _Job, free: set[int], progress: Progress | None) -> dict[str, 
         labels,
         job.trace.classes,
         sizes=job.shapes,
-        positions=job.seen,
+        positions=seen,
         provider=job.provider,
         group_bytes=job.group_bytes,
         tick=tick,

@@ -18,7 +18,7 @@ from onnxptq.equalize.apply import rescaled_graph
 from onnxptq.equalize.observe import Spread
 from onnxptq.equalize.tracing import Trace
 from onnxptq.graph.save import save_graph
-from onnxptq.graph.surgeon import new_constant, unique_tensor_name
+from onnxptq.graph.surgeon import free_name
 from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, symmetric_qparams
 from onnxptq.runtime import Provider, open_transient
 from onnxptq.types import Array, CanonicalModel, PerAxis, PerTensor, QParams, QType, Sample
@@ -55,9 +55,10 @@ class Trial:
         # Exact, or onnxruntime moves Q/DQ pairs around and rounds tensors that are not meant to be.
         session = open_transient(
             self.model.path.with_name(f"trial_{self.model.path.name}"),
-            lambda path: save_graph(self._imitation(factors), path),
+            lambda path: save_graph(self._imitation(factors), path, share=True),
             provider=self.provider,
             exact=True,
+            fused=True,
         )
         return np.array(
             [_similarity(r, session.run(x)) for x, r in zip(self.samples, self.references, strict=True)]
@@ -66,16 +67,16 @@ class Trial:
     def _imitation(self, factors: Mapping[int, float]) -> gs.Graph:
         graph = rescaled_graph(self.model, self.trace, factors)
         tensors = graph.tensors()
+        taken = set(tensors)
         for name, spread in self.spreads.items():
-            _round(graph, tensors[name], self._qparams(spread, factors))
+            _round(graph, tensors[name], self._qparams(spread, factors), taken)
         nodes = {node.name: node for node in graph.nodes}
         for product in self.trace.products:
             if product.rows is not None and product.source in self.spreads:
                 node = nodes[product.node.name]
                 old = node.inputs[product.index]
-                node.inputs[product.index] = new_constant(
-                    graph, old.name, _rounded(old.values, product.rows, self.weight_bits)
-                )
+                values = _rounded(old.values, product.rows, self.weight_bits)
+                node.inputs[product.index] = gs.Constant(free_name(old.name, taken), values)
         return graph.toposort()
 
     def _qparams(self, spread: Spread, factors: Mapping[int, float]) -> QParams:
@@ -86,15 +87,17 @@ class Trial:
         return asymmetric_qparams(low, high, QType.unsigned(8))
 
 
-def _round(graph: gs.Graph, tensor: gs.Tensor, qparams: QParams) -> None:
-    """Let every node that reads ``tensor`` read it rounded."""
+def _round(graph: gs.Graph, tensor: gs.Tensor, qparams: QParams, taken: set[str]) -> None:
+    """Let every node that reads ``tensor`` read it rounded; ``taken`` are the names of tensors so far."""
     readers = [(node, i) for node in tensor.outputs for i, t in enumerate(node.inputs) if t is tensor]
-    scale = new_constant(graph, f"{tensor.name}/trial scale", qparams.scale)
-    zero = new_constant(graph, f"{tensor.name}/trial zero", qparams.zero_point.astype(qparams.qtype.storage))
-    integers, result = (
-        gs.Variable(unique_tensor_name(graph, f"{tensor.name}/trial {kind}"), dtype=dtype)
-        for kind, dtype in (("integers", np.dtype(qparams.qtype.storage)), ("rounded", np.float32))
-    )
+
+    def name(kind: str) -> str:
+        return free_name(f"{tensor.name}/trial {kind}", taken)
+
+    scale = gs.Constant(name("scale"), np.asarray(qparams.scale))
+    zero = gs.Constant(name("zero"), np.asarray(qparams.zero_point.astype(qparams.qtype.storage)))
+    integers = gs.Variable(name("integers"), dtype=np.dtype(qparams.qtype.storage))
+    result = gs.Variable(name("rounded"), dtype=np.float32)
     for op, source, target in (("QuantizeLinear", tensor, integers), ("DequantizeLinear", integers, result)):
         graph.nodes.append(gs.Node(op, target.name, inputs=[source, scale, zero], outputs=[target]))
     for node, i in readers:

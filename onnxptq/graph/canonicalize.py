@@ -32,7 +32,7 @@ from onnxptq.graph.load import checker_error, model_bytes, read_model
 from onnxptq.graph.names import name_nodes, user_names
 from onnxptq.graph.native import NativeError, run_native
 from onnxptq.graph.passes import PASSES
-from onnxptq.graph.save import save_graph
+from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
 from onnxptq.graph.surgeon import import_graph
 from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip
 
@@ -129,7 +129,13 @@ def canonicalize(
         tick()
         _run_passes(graph, draft)
         node_metadata = _node_metadata(reference, graph)
-        save_graph(graph, canonical, model_metadata=model_metadata, node_metadata=node_metadata)
+        save_graph(
+            graph,
+            canonical,
+            model_metadata=model_metadata,
+            node_metadata=node_metadata,
+            inline_bytes=SHARED_DATA_BYTES,
+        )
     tick()
     # Read back, so that memory maps point at the canonical file and the graph is what later stages see.
     graph = import_graph(onnx.load(str(canonical), load_external_data=False), work_dir)

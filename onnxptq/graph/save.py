@@ -8,6 +8,7 @@ complete, so that a failure leaves neither a partial file nor a damaged older on
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,9 @@ from onnxptq.types import Array
 EXTERNAL_DATA_BYTES = 1_500_000_000
 """Weights above this go to a file beside the model; protobuf's own limit is 2 GiB."""
 
+SHARED_DATA_BYTES = 1 << 22
+"""The same for a canonical model: its variants then share the file instead of each writing the weights anew."""
+
 _INLINE_BYTES = 1024
 _ALIGNMENT = 4096
 _CHUNK_BYTES = 1 << 24
@@ -40,6 +44,8 @@ def save_graph(
     model_metadata: Mapping[str, str] = {},
     node_metadata: Mapping[str, Mapping[str, str]] = {},
     external_data: bool | None = None,
+    inline_bytes: int | None = None,
+    share: bool = False,
 ) -> int:
     """Write ``graph`` to ``path`` and return the total bytes written.
 
@@ -49,18 +55,24 @@ def save_graph(
         path: the model file; an existing one is replaced only when the new one is complete.
         model_metadata: ``metadata_props`` of the model.
         node_metadata: ``metadata_props`` by node name.
-        external_data: whether weights go to ``<path>.data``; None for whenever they exceed 1.5 GB.
+        external_data: whether weights go to ``<path>.data``; None for whenever they exceed
+            ``inline_bytes``, 1.5 GB by default.
+        share: refer to the files in the folder of ``path`` that memory maps are of, instead of copying their
+            elements: for variants that do not outlive them, and need not survive a power cut.
 
     Raises:
         OutputPathError: the folder is absent or not writable, or the disk is full.
     """
     constants = [t for t in graph.tensors().values() if isinstance(t, gs.Constant)]
+    folder = path.parent.resolve() if share else None
     if external_data is None:
-        external_data = sum(_constant_bytes(t) for t in constants) > EXTERNAL_DATA_BYTES
+        limit = EXTERNAL_DATA_BYTES if inline_bytes is None else inline_bytes
+        own = [t for t in constants if _shared_ref(t, folder) is None]
+        external_data = sum(_constant_bytes(t) for t in own) > limit
     data_path = path.with_name(path.name + ".data")
-    with _replacing(path, data_path if external_data else None) as (model_file, data_file):
+    with _replacing(path, data_path if external_data else None, sync=not share) as (model_file, data_file):
         sink = _Sink(data_file, data_path.name) if external_data else None
-        model = _to_proto(graph, [_initializer(t, sink) for t in constants])
+        model = _to_proto(graph, [_initializer(t, sink, folder) for t in constants])
         _attach_metadata(model, model_metadata, node_metadata)
         payload = model.SerializeToString()
         model_file.write(payload)
@@ -68,8 +80,11 @@ def save_graph(
 
 
 def write_model(model: onnx.ModelProto, path: Path) -> int:
-    """Write a ModelProto (external references left as they are) atomically; returns the bytes written."""
-    with _replacing(path, None) as (model_file, _):
+    """Write a variant that will not outlive this run atomically; returns the bytes written.
+
+    External references stay as they are.
+    """
+    with _replacing(path, None, sync=False) as (model_file, _):
         return model_file.write(model.SerializeToString())
 
 
@@ -163,10 +178,30 @@ def _constant_bytes(tensor: gs.Constant) -> int:
     return proto.stored_bytes(values.tensor) if isinstance(values, LazyValues) else int(values.nbytes)
 
 
-def _initializer(tensor: gs.Constant, sink: _Sink | None) -> onnx.TensorProto:
-    """The TensorProto of a constant; large elements go to ``sink`` if there is one."""
+def _shared_ref(tensor: gs.Constant, folder: Path | None) -> proto.ExternalRef | None:
+    """Where the elements of a memory map of a file in ``folder`` lie; None for anything else."""
+    values = tensor._values
+    if folder is None or not isinstance(values, np.memmap) or values.filename is None:
+        return None
+    place = Path(values.filename)
+    whole: object = values.base
+    # A view of a part would have kept the offset of the whole.
+    if place.parent.resolve() != folder or not isinstance(whole, mmap.mmap):
+        return None
+    return proto.ExternalRef(place.name, values.offset, values.nbytes)
+
+
+def _initializer(tensor: gs.Constant, sink: _Sink | None, shared: Path | None = None) -> onnx.TensorProto:
+    """The TensorProto of a constant; large elements go to ``sink`` if there is one, or stay in ``shared``."""
     values = tensor._values
     result = onnx.TensorProto()
+    ref = _shared_ref(tensor, shared)
+    if ref is not None:
+        result.data_type = dtype_to_onnx(tensor.export_dtype)
+        result.dims.extend(values.shape)
+        proto.set_external_ref(result, ref)
+        result.name = tensor.name
+        return result
     if isinstance(values, SparseValues):
         raise UnsupportedModelError(f"initializer {tensor.name!r} is stored sparse.")
     if isinstance(values, LazyValues):
@@ -262,8 +297,14 @@ def _attach_metadata(
 
 
 @contextlib.contextmanager
-def _replacing(path: Path, data_path: Path | None) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Two temporary files beside ``path`` that take the final names when the block ends well."""
+def _replacing(
+    path: Path, data_path: Path | None, *, sync: bool = True
+) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Two temporary files beside ``path`` that take the final names when the block ends well.
+
+    Args:
+        sync: wait until the disk has them.
+    """
     temporary: list[Path] = []
     try:
         with contextlib.ExitStack() as stack:
@@ -275,7 +316,8 @@ def _replacing(path: Path, data_path: Path | None) -> Iterator[tuple[BinaryIO, B
             yield files[0], files[1]
             for file in files:
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
         _publish(temporary, path, data_path)
     except OSError as error:
         raise OutputPathError(

@@ -46,13 +46,17 @@ def new_constant(graph: gs.Graph, name: str, values: Array) -> gs.Constant:
 
 def unique_tensor_name(graph: gs.Graph, name: str) -> str:
     """``name``, or ``name_1``, ``name_2``... if tensors of the graph have it."""
-    taken = graph.tensors().keys()
-    if name not in taken:
-        return name
-    number = 1
-    while f"{name}_{number}" in taken:
+    return free_name(name, set(graph.tensors()))
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    """``name``, or ``name_1``, ``name_2``... if it is ``taken``; then it is."""
+    found, number = name, 0
+    while found in taken:
         number += 1
-    return f"{name}_{number}"
+        found = f"{name}_{number}"
+    taken.add(found)
+    return found
 
 
 def is_graph_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:

@@ -11,7 +11,7 @@ A weight becomes its integers and a DequantizeLinear. A bias becomes int32 integ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
@@ -41,21 +41,63 @@ def insert_quantizers(graph: gs.Graph, plan: QuantPlan, solution: Solution) -> g
     Weights named in ``solution.weights`` replace the float ones, quantized or not. Sub-graphs of If and Loop
     keep reading the float tensor. A name that the model has taken already gets a number behind it.
     """
+    result, _ = _inserted(graph, plan, solution)
+    return result
+
+
+def insert_adjustable(
+    graph: gs.Graph, plan: QuantPlan, solution: Solution
+) -> tuple[gs.Graph, Callable[[Mapping[str, QParams]], dict[str, Array]]]:
+    """As :func:`insert_quantizers`, with the parameters of every activation as inputs of the graph.
+
+    Returns:
+        The graph, and what to feed for parameters given by quantizer id; of the types and shapes of
+        ``solution``'s.
+
+    Raises:
+        ValueError: an activation is stored in a type that numpy lacks.
+    """
+    result, writers = _inserted(graph, plan, solution)
+    activations = [w for w in writers if w.quantizer.role == "activation"]
+    if any(w.qparams.qtype.storage in _NARROW for w in activations):
+        raise ValueError("4-bit storage cannot be fed")
+    for writer in activations:
+        for tensor, value in writer.feed(writer.qparams).values():
+            fed = gs.Variable(tensor.name, dtype=value.dtype, shape=value.shape)
+            for reader in list(tensor.outputs):
+                for i, read in enumerate(reader.inputs):
+                    if read is tensor:
+                        reader.inputs[i] = fed
+            result.inputs.append(fed)
+
+    def feeds(qparams: Mapping[str, QParams]) -> dict[str, Array]:
+        return {
+            name: value
+            for writer in activations
+            for name, (_, value) in writer.feed(qparams[writer.quantizer.quantizer_id]).items()
+        }
+
+    return result, feeds
+
+
+def _inserted(graph: gs.Graph, plan: QuantPlan, solution: Solution) -> tuple[gs.Graph, list[_Writer]]:
     result = graph.copy()
     taken = {node.name for node in result.nodes} | set(result.tensors())
     nodes = {node.name: node for node in result.nodes}
     tensors = result.tensors()
     for name, value in solution.weights.items():
         tensors[name].values = np.asarray(value, np.float32)
+    writers = []
     for quantizer in plan.quantizers:
         qparams = solution.qparams[quantizer.quantizer_id]
         writer = _Writer(result, tensors, nodes, taken, quantizer, qparams)
+        writers.append(writer)
         if quantizer.role == "activation":
             writer.activation()
         else:
             writer.constant(tensors[quantizer.tensor].values)
     result.cleanup(remove_unused_node_outputs=False, recurse_subgraphs=False).toposort()
-    return result
+    return result, writers
 
 
 class _Writer:
@@ -78,6 +120,18 @@ class _Writer:
         self.qparams = qparams
         self.tensor = tensors[quantizer.tensor]
         self.prefix = quantizer.quantizer_id
+        self.constants: dict[str, gs.Constant] = {}
+
+    def feed(self, qparams: QParams) -> dict[str, tuple[gs.Tensor, Array]]:
+        """By name, the constants that hold the parameters of an activation, and their values for ``qparams``."""
+        low, high = range_of(qparams)
+        values = {
+            names.SCALE: np.asarray(qparams.scale, np.float32),
+            names.ZERO_POINT: np.asarray(qparams.zero_point).astype(qparams.qtype.storage),
+            names.CLIP_LOW: low,
+            names.CLIP_HIGH: high,
+        }
+        return {tensor.name: (tensor, values[role]) for role, tensor in self.constants.items()}
 
     def activation(self) -> None:
         """Insert [Clip,] QuantizeLinear and DequantizeLinear, and re-point the readers."""
@@ -130,13 +184,16 @@ class _Writer:
             gs.Constant(self._name(names.CLIP_LOW), low),
             gs.Constant(self._name(names.CLIP_HIGH), high),
         ]
+        self.constants |= zip((names.CLIP_LOW, names.CLIP_HIGH), bounds, strict=True)
         self._add("Clip", names.CLIP_NODE, [source, *bounds], output, axis=False)
         return output
 
     def _parameters(self) -> tuple[gs.Tensor, gs.Tensor]:
         storage = self.qparams.qtype.storage
         scale = gs.Constant(self._name(names.SCALE), np.asarray(self.qparams.scale, np.float32))
-        return scale, _constant(self._name(names.ZERO_POINT), self.qparams.zero_point, storage)
+        zero_point = _constant(self._name(names.ZERO_POINT), self.qparams.zero_point, storage)
+        self.constants |= {names.SCALE: scale, names.ZERO_POINT: zero_point}
+        return scale, zero_point
 
     def _add(
         self, op: str, suffix: str, inputs: list[gs.Tensor], output: gs.Tensor, *, axis: bool = True

@@ -62,7 +62,7 @@ def correct_biases(
     twins = _redirected(plan, {layer.node.name for layer in layers})
     session = open_transient(
         work_dir / "bias_errors.onnx",
-        lambda path: save_graph(insert(graph, twins, solution), path),
+        lambda path: save_graph(insert(graph, twins, solution), path, share=True),
         provider=provider,
     )
     step = progress.start("correct biases", len(samples)) if progress else None

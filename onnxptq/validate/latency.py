@@ -16,6 +16,8 @@ from onnxptq.types import Sample
 
 _WARM_UP = 3
 
+_FEWEST_PAIRS = 5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
@@ -42,13 +44,15 @@ def measure_latency(
     sample: Sample,
     *,
     pairs: int = 20,
+    seconds: float = 1.0,
     provider: Provider = "cpu",
     threads: int = 0,
 ) -> Latency:
     """Time both models on ``sample``, with all optimizations; memory arena and spinning off as in ``Session``.
 
     Args:
-        pairs: number of interleaved pairs, at least 2; each model runs once in each.
+        pairs: largest number of interleaved pairs, at least 2; each model runs once in each.
+        seconds: once this much time is spent no further pair is begun, but five are measured in any case.
 
     Raises:
         EnvironmentMismatchError, InvalidModelError: as ``runtime.Session``.
@@ -59,11 +63,15 @@ def measure_latency(
         Session(reference, provider=provider, threads=threads),
         Session(quantized, provider=provider, threads=threads),
     )
-    for session in sessions:
-        for _ in range(_WARM_UP):
-            session.run(sample)
+    begin = time.perf_counter()
+    for number in range(_WARM_UP):
+        if number == 0 or time.perf_counter() - begin < seconds / 4:
+            for session in sessions:
+                session.run(sample)
     times: tuple[list[float], list[float]] = ([], [])
     for pair in range(pairs):
+        if pair >= _FEWEST_PAIRS and time.perf_counter() - begin > seconds:
+            break
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
             start = time.perf_counter()
             sessions[which].run(sample)
@@ -76,7 +84,7 @@ def measure_latency(
         ratio=middle,
         ratio_low=low,
         ratio_high=high,
-        pairs=pairs,
+        pairs=len(ratios),
         batch=next((value.shape[0] for value in sample.values() if value.ndim), None),
         threads=threads,
         provider=provider,

@@ -39,10 +39,10 @@ def test_asking_for_more_than_there_is(count: int) -> None:
 
 def test_a_draw_deals_on_and_begins_anew() -> None:
     draw = Draw(ListFeeds(_samples(10)))
-    whole = _ids(draw.take(0, 10))
+    whole, middle, around = (_ids(part) for part in draw.take((0, 10), (4, 3), (8, 4)))
     assert sorted(whole) == list(range(10))
-    assert _ids(draw.take(4, 3)) == whole[4:7]
-    assert _ids(draw.take(8, 4)) == whole[8:] + whole[:2]
+    assert middle == whole[4:7]
+    assert around == whole[8:] + whole[:2]
 
 
 def test_fingerprints_see_values_types_shapes_and_names() -> None:

@@ -99,14 +99,30 @@ def test_overrides_name_tensors() -> None:
 
 
 def test_the_best_candidate_wins_and_the_first_of_equals() -> None:
-    scores = dict(zip(CANDIDATES, (1.0, 3.0, 3.0, 2.0, -5.0, 0.0, 2.5), strict=True))
-    best, listed = select_observer(scores.__getitem__)
+    scores = dict(zip(CANDIDATES, (1.0, 3.0, 2.0, 3.0), strict=True))
+    best, listed = select_observer(lambda o, _: scores[o], 8)
     assert best is CANDIDATES[1]
     assert listed == {label(o): s for o, s in scores.items()}
 
 
+def test_only_the_better_half_sees_the_remaining_samples() -> None:
+    # The third leads on the first samples and loses to the second on all of them.
+    early = dict(zip(CANDIDATES, (1.0, 4.0, 5.0, 2.0), strict=True))
+    late = {**early, CANDIDATES[1]: 4.5, CANDIDATES[2]: 3.0}
+    seen: list[tuple[int, int]] = []
+
+    def evaluate(candidate: Observer, count: int) -> float:
+        seen.append((CANDIDATES.index(candidate), count))
+        return (late if count == 12 else early)[candidate]
+
+    best, listed = select_observer(evaluate, 12)
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3), (1, 12), (2, 12)]
+    assert best is CANDIDATES[1]
+    assert list(listed.values()) == [1.0, 4.5, 3.0, 2.0]
+
+
 def test_scores_that_are_not_numbers_never_win() -> None:
-    best, _ = select_observer(lambda o: float("nan") if o.name != "minmax" else -1.0)
+    best, _ = select_observer(lambda o, _: float("nan") if o.name != "minmax" else -1.0, 8)
     assert best.name == "minmax"
 
 

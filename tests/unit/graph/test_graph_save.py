@@ -60,6 +60,41 @@ def test_large_models_switch_to_external_data(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "out.onnx").stat().st_size < 2000
 
 
+def test_variants_share_the_data_of_their_folder(tmp_path: Path) -> None:
+    base = tmp_path / "base.onnx"
+    save_graph(import_graph(two_layers(), tmp_path), base, external_data=True)
+    graph = import_graph(onnx.load(str(base), load_external_data=False), tmp_path)
+    shared, moved = tmp_path / "shared.onnx", tmp_path / "elsewhere"
+    moved.mkdir()
+    save_graph(graph, shared, share=True)
+    save_graph(graph, moved / "own.onnx", share=True)
+    assert shared.stat().st_size < 4000 < (moved / "own.onnx").stat().st_size
+    assert not (tmp_path / "shared.onnx.data").exists()
+    for path in (shared, moved / "own.onnx"):
+        for mine, theirs in zip(
+            onnx.load(str(path)).graph.initializer, onnx.load(str(base)).graph.initializer, strict=True
+        ):
+            assert mine.name == theirs.name
+            assert np.array_equal(onnx.numpy_helper.to_array(mine), onnx.numpy_helper.to_array(theirs))
+
+
+def test_changed_and_cut_constants_are_not_shared(tmp_path: Path) -> None:
+    base = tmp_path / "base.onnx"
+    save_graph(import_graph(two_layers(), tmp_path), base, external_data=True)
+    graph = import_graph(onnx.load(str(base), load_external_data=False), tmp_path)
+    maps = [t for t in graph.tensors().values() if isinstance(getattr(t, "_values", None), np.memmap)]
+    assert len(maps) > 1
+    wanted = {t.name: np.array(t.values) for t in maps}
+    for tensor, change in zip(maps, (lambda v: v * 2, lambda v: v[::-1]), strict=False):
+        tensor.values = change(tensor.values)
+        wanted[tensor.name] = change(wanted[tensor.name])
+    save_graph(graph, tmp_path / "variant.onnx", share=True)
+    found = onnx.load(str(tmp_path / "variant.onnx")).graph.initializer
+    for entry in found:
+        if entry.name in wanted:
+            assert np.array_equal(onnx.numpy_helper.to_array(entry), wanted[entry.name])
+
+
 @pytest.mark.parametrize("external", [False, True])
 def test_packed_types_survive(tmp_path: Path, external: bool) -> None:
     """A 4-bit constant wrapped as LazyValues is written as it stands."""
