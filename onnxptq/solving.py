@@ -11,14 +11,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from onnxptq.calibrate.observers import Observer
 from onnxptq.calibrate.products import choose_softmax_ranges
 from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.select import CANDIDATES, label, select_observer
-from onnxptq.lowering import check_supported
-from onnxptq.packing import PackSolution, solve_by_packs
 from onnxptq.qdq import insert_quantizers
 from onnxptq.recipe import Recipe
 from onnxptq.reconstruct.bias import correct_biases
@@ -28,6 +27,9 @@ from onnxptq.relaxing import find_relaxation, measure_noise
 from onnxptq.samples import Draw
 from onnxptq.trial import Quality, Trial
 from onnxptq.types import CanonicalModel, Feeds, Progress, QParams, QuantPlan, Sample, Solution
+
+if TYPE_CHECKING:
+    from onnxptq.packing import PackSolution
 
 TRIAL_ELEMENTS = 1_250_000
 """Input elements on which alternatives are compared: 8 colour pictures of 224 x 224, or many small samples."""
@@ -246,6 +248,9 @@ class Solver:
 
     def _can_be_lowered(self) -> bool:
         """Whether torch can run the network; only ``auto`` has another way where it cannot."""
+        # Importing torch takes longer than quantizing a small network without it.
+        from onnxptq.lowering import check_supported
+
         gaps = check_supported(self.model.graph)
         if gaps and self.recipe.method == "auto":
             self.notes.append(
@@ -255,6 +260,8 @@ class Solver:
         return True
 
     def _by_packs(self) -> Solution:
+        from onnxptq.packing import solve_by_packs
+
         (everything,) = Draw(self.everything).take((0, len(self.everything)))
         self.packed = solve_by_packs(
             self.model,

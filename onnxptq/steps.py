@@ -40,7 +40,6 @@ from onnxptq.solving import Samples, Solver, draw_samples
 from onnxptq.targets import TARGETS, candidate_tensors
 from onnxptq.types import CanonicalModel, Feeds, InputSpec, Progress, QuantPlan, Solution
 from onnxptq.validate.compare import Comparison, compare
-from onnxptq.validate.html import render_html
 from onnxptq.validate.latency import Latency, measure_latency
 from onnxptq.validate.parity import Parity, check_parity
 from onnxptq.validate.report import DataFacts, ModelFacts, OutputFacts, Report, StageTime
@@ -53,7 +52,7 @@ PARITY_SAMPLES = 2
 RELAXATIONS = 3
 """How often more nodes may be left in float to reach the floor: what each gains is only predicted."""
 
-LAYER_SAMPLES = 8
+LAYER_SAMPLES = 4
 """Held-out samples on which every inner tensor is compared with the float network."""
 
 
@@ -487,6 +486,9 @@ def write_report(report: Report, folder: str | Path | None) -> Path | None:
     """
     if folder is None:
         return None
+    # It imports matplotlib, which a run without a report need not wait for.
+    from onnxptq.validate.html import render_html
+
     place = Path(folder)
     written = json.dumps(report.to_json(), indent=2) + "\n"
     write_texts(place, {"report.json": written, "report.html": render_html(report)})
