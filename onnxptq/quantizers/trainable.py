@@ -35,6 +35,9 @@ _START_WITHIN = 0.25
 """A latent starts at most this far from an integer that is not its nearest: nearer to the boundary between the
 two, the first steps would flip it at random."""
 
+_ON_ITS_SIDE = 0.4999
+"""Nearer to the boundary single precision could round a latent to the other integer."""
+
 
 def round_through(x: torch.Tensor) -> torch.Tensor:
     """Round half to even, with the gradient of the identity."""
@@ -72,7 +75,7 @@ class StraightThroughWeight(torch.nn.Module):
 
     Args:
         weight: float values.
-        start: values on the grid of ``qparams`` where the search begins: ``weight``, rounded in some way.
+        start: where the search begins: ``weight``, rounded in some way or not at all.
         qparams: the grid, with zero point 0.
         learn_scale: whether scales follow the gradient too.
     """
@@ -84,10 +87,9 @@ class StraightThroughWeight(torch.nn.Module):
         self.scale = LearnedScale(qparams, weight.shape, is_learned=learn_scale)
         self._low, self._high = qparams.qtype.qmin, qparams.qtype.qmax
         quotient, chosen = _quotients(weight, start, qparams)
-        moved = chosen + np.clip(quotient - chosen, -_START_WITHIN, _START_WITHIN)
-        latent = np.where(np.abs(quotient - chosen) < 0.5, quotient, moved)
-        # From far beyond the ends of the grid no number of steps would bring a latent back.
-        latent = np.clip(latent, self._low - 0.5, self._high + 0.5)
+        apart = quotient - chosen
+        moved = np.clip(apart, -_START_WITHIN, _START_WITHIN)
+        latent = chosen + np.where(np.abs(apart) < _ON_ITS_SIDE, apart, moved)
         self.latent = torch.nn.Parameter(torch.from_numpy(latent.astype(np.float32)))
 
     def forward(self) -> torch.Tensor:
@@ -123,7 +125,7 @@ class AdaRoundWeight(torch.nn.Module):
         lean = np.where(
             chosen == down + 1, 0.5 + _START_WITHIN, np.where(chosen == down, 0.5 - _START_WITHIN, share)
         )
-        share = np.where(np.abs(quotient - chosen) < 0.5, share, lean)
+        share = np.where(np.abs(quotient - chosen) < _ON_ITS_SIDE, share, lean)
         stretched = np.clip((share - _SHIFT) / _STRETCH, 1e-4, 1 - 1e-4)
         self.down = torch.nn.Buffer(torch.from_numpy(down.astype(np.float32)))
         latent = np.log(stretched / (1 - stretched))
@@ -157,14 +159,19 @@ class LearnedActivation(torch.nn.Module):
     def __init__(self, qparams: QParams, largest: float = math.inf) -> None:
         super().__init__()
         self._largest = largest
+        self._largest_log = math.log(largest / float(qparams.scale))
         self.scale = LearnedScale(qparams, (1,), is_learned=True)
         self._low, self._high = qparams.qtype.qmin, qparams.qtype.qmax
         self.zero_point = torch.nn.Buffer(torch.tensor([float(qparams.zero_point)]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` on the grid, differentiable."""
+        with torch.no_grad():
+            # A step that passes the bound ends on it: from beyond it no gradient would lead back.
+            self.scale.log.clamp_max_(self._largest_log)
+        free = self.scale().reshape(1)
+        scale = free + (free.clamp_max(self._largest) - free).detach()
         # Multiplies by 1 / s where the file divides by s: rounding ties apart, the same values.
-        scale = self.scale().clamp_max(self._largest).reshape(1)
         return torch._fake_quantize_learnable_per_tensor_affine(
             x, scale, self.zero_point, self._low, self._high, 1.0
         )
@@ -176,9 +183,12 @@ class LearnedActivation(torch.nn.Module):
 
 
 def _quotients(weight: FloatArray, start: FloatArray, qparams: QParams) -> tuple[Array, Array]:
-    """W / s, and the integers of ``start``, in double precision: a weight beside a boundary stays on its side."""
+    """W / s, and the integers of ``start``, in double precision.
+
+    A start beyond the grid begins at its end: from far beyond it no gradient would bring a latent back.
+    """
     scale = expand(qparams.scale, qparams.granularity, weight.shape).astype(np.float64)
-    return weight / scale, np.rint(start / scale)
+    return weight / scale, np.clip(np.rint(start / scale), qparams.qtype.qmin, qparams.qtype.qmax)
 
 
 def _on_grid(integers: torch.Tensor, qparams: QParams) -> FloatArray:
