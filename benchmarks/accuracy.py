@@ -93,7 +93,7 @@ def _measured(bed: Bed, setting: Setting, limit: int | None, timeout: float, fre
         return {**row, "error": made.error}
     sessions: dict[str, Any] = {}
     for session in ("default", "exact") if setting.tool == OURS else ("default",):
-        found = _quality(bed, made.path, session, limit, timeout)
+        found = measured_quality(bed, made.path, session, limit, timeout)
         if "error" in found:
             return {**row, "error": f"{session} session: {found['error']}"}
         row["float"] = found.pop("float")
@@ -108,7 +108,10 @@ def _measured(bed: Bed, setting: Setting, limit: int | None, timeout: float, fre
     return row
 
 
-def _quality(bed: Bed, model: Path, session: str, limit: int | None, timeout: float) -> dict[str, Any]:
+def measured_quality(
+    bed: Bed, model: Path, session: str, limit: int | None, timeout: float
+) -> dict[str, Any]:
+    """The distance of a file from its float model, measured in a process of its own; ``error`` where that failed."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "quality.json"
         command = [sys.executable, "-m", "benchmarks.quality", "--bed", bed.name, "--model", str(model)]
