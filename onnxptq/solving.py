@@ -43,7 +43,7 @@ CORRECTION_SAMPLES = (8, 32)
 EQUALIZING_SAMPLES = 32
 """Calibration samples that channels are rescaled by, at most; eight of them judge the result."""
 
-FLOOR_MARGIN_DB = 1.0
+FLOOR_MARGIN_DB = 1.5
 """By how much a relaxed plan aims above the floor: other data than the trial's will score a little less."""
 
 FOCUS_SAMPLES = 2
