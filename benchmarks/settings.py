@@ -92,6 +92,22 @@ SETTINGS: tuple[Setting, ...] = (
         )
         for method in ("rtn", "fast", "balanced")
     ),
+    *(
+        Setting(
+            tool=OURS,
+            name=f"mixed3-{effort}",
+            beds=("resnet20",),
+            recipe={
+                "target": "simulate",
+                "samples": 1024,
+                "average_bits": 3.0,
+                "method": "pack-ptq",
+                "effort": effort,
+            },
+            split="learning",
+        )
+        for effort in ("fast", "balanced")
+    ),
     Setting(tool="onnxruntime", name="default", beds=ALL, peer_setting="default"),
     Setting(tool="onnxruntime", name="minmax", beds=ALL, peer_setting="minmax"),
     Setting(tool="onnxruntime", name="minmax-linear", beds=("vit",), peer_setting="minmax-linear"),

@@ -18,6 +18,7 @@ from onnxptq.version import __version__
 
 from .inspect import inspect
 from .quantize import quantize
+from .sensitivity import sensitivity
 from .validate import validate
 
 EXIT_CODES = """\b
@@ -45,6 +46,7 @@ def cli() -> None:
 cli.add_command(quantize)
 cli.add_command(validate)
 cli.add_command(inspect)
+cli.add_command(sensitivity)
 
 
 def main(arguments: list[str] | None = None) -> None:

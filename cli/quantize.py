@@ -66,6 +66,22 @@ from .progress import TerminalProgress
 @click.option("-w", "--weight-bits", type=int, help="2 to 8. [default: 8]")
 @click.option("-a", "--activation-bits", type=int, help="2 to 8. [default: 8]")
 @click.option(
+    "--average-bits",
+    type=float,
+    help="Choose bits per pack: this many on average over weights, and over activations.",
+)
+@click.option("--average-activation-bits", type=float, help="Another average for activations.")
+@click.option("--max-size", type=float, metavar="MB", help="Choose bits of weights: at most this file size.")
+@click.option(
+    "--max-loss", type=float, help="Choose bits of weights: the smallest file within this expected loss."
+)
+@click.option(
+    "--allocator",
+    type=click.Choice(["exact", "greedy"]),
+    help="exact, or the greedy one of the Pack-PTQ paper. [default: exact]",
+)
+@click.option("--plan", metavar="FILE", help="Apply the bits of a plan.yaml (see docs/mixed_precision.md).")
+@click.option(
     "--observer",
     type=click.Choice(["auto", "mse", "minmax", "percentile", "entropy"]),
     help="How activation ranges are chosen. [default: auto]",

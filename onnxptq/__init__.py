@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from onnxptq.inspection import inspect
     from onnxptq.pipeline import Result, quantize
     from onnxptq.recipe import Recipe
+    from onnxptq.surveying import sensitivity
 
 _HOMES = {
     "ImagePreprocess": "onnxptq.calibrate.feeds",
@@ -29,6 +30,7 @@ _HOMES = {
     "Result": "onnxptq.pipeline",
     "inspect": "onnxptq.inspection",
     "quantize": "onnxptq.pipeline",
+    "sensitivity": "onnxptq.surveying",
     "validate": "onnxptq.comparison",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "__version__",
     "inspect",
     "quantize",
+    "sensitivity",
     "validate",
 ]
 

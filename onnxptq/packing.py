@@ -87,6 +87,11 @@ _ADAROUND: Mapping[str, Any] = {
 }
 
 
+def torch_device(recipe: Recipe) -> str:
+    """Where torch runs the network."""
+    return "cuda" if torch.cuda.is_available() and recipe.provider != "cpu" else "cpu"
+
+
 def find_packing(
     model: CanonicalModel,
     plan: QuantPlan,
@@ -122,6 +127,33 @@ def find_packing(
     return Packing(blocks=blocks, sensitivities=scores, packs=packs)
 
 
+def scored(
+    packing: Packing,
+    model: CanonicalModel,
+    plan: QuantPlan,
+    start: Solution,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    *,
+    device: str,
+    progress: Progress | None = None,
+) -> Packing:
+    """``packing`` with scores of its blocks, where packs did not need them."""
+    if packing.sensitivities:
+        return packing
+    scores = score_blocks(
+        model,
+        packing.blocks,
+        plan,
+        start,
+        samples[:SCORING_SAMPLES],
+        memory=_memory(recipe) // 2,
+        device=device,
+        progress=progress,
+    )
+    return replace(packing, sensitivities=scores)
+
+
 def solve_by_packs(
     model: CanonicalModel,
     plan: QuantPlan,
@@ -131,6 +163,7 @@ def solve_by_packs(
     *,
     scratch: Path,
     work_dir: Path,
+    packing: Packing | None = None,
     progress: Progress | None = None,
 ) -> PackSolution:
     """Reconstruct the network pack by pack. An interrupted call goes on behind its last finished pack.
@@ -139,13 +172,15 @@ def solve_by_packs(
         start: ranges, and weights rounded to nearest.
         samples: all calibration samples; their order has no effect as long as it is the same.
         work_dir: keeps finished packs.
+        packing: found before, for other bits of the same network; None finds it.
 
     Raises:
         UnsupportedOperatorError: a node cannot be lowered; raised before any long work.
         MemoryBudgetError: a single block needs more than ``recipe.max_memory``.
     """
-    device = "cuda" if torch.cuda.is_available() and recipe.provider != "cpu" else "cpu"
-    packing = find_packing(model, plan, start, samples, recipe, device=device, progress=progress)
+    device = torch_device(recipe)
+    if packing is None:
+        packing = find_packing(model, plan, start, samples, recipe, device=device, progress=progress)
     settings = learning(recipe)
     packing, needs = _within(model, plan, packing, samples, settings, recipe)
     spare = _memory(recipe) // 2

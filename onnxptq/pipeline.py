@@ -61,13 +61,14 @@ def quantize(
         float_model = steps.canonical_model(run, source)
         data = steps.open_data(run, float_model, calibration, evaluation, labels)
         form = steps.prepared(run, float_model, data)
+        form = steps.allocated(run, float_model, form)
         solved = steps.solved(run, form)
         plan, solution = solved.plan, solved.solution
         with staging(target) as staged:
-            steps.write(run, form.model, plan, solution, staged)
+            steps.write(run, form.model, solved, staged)
             checks = steps.check(run, float_model, form.model, plan, solution, staged, data)
             report = steps.report(run, form.model, solved, form.statistics, staged, target, data, checks)
-            folder = steps.write_report(report, report_dir)
+            folder = steps.write_report(run, report, report_dir)
             steps.require_quality(run, report, folder)
         steps.forget_packs(solved)
     return Result(output=target, report=report, report_dir=folder)

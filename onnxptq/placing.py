@@ -21,9 +21,16 @@ _SHOWN = 3
 
 
 def placement_request(
-    model: CanonicalModel, index: GraphIndex, recipe: Recipe, uncalibrated: Mapping[str, str]
+    model: CanonicalModel,
+    index: GraphIndex,
+    recipe: Recipe,
+    uncalibrated: Mapping[str, str],
+    planned: Mapping[str, tuple[int, int]] = {},
 ) -> PlacementRequest:
     """Which nodes the recipe quantizes, at which bits.
+
+    Args:
+        planned: bits of weights and activations per node, from a plan; the recipe's rules go before it.
 
     Raises:
         SelectorError: a pattern matches nothing.
@@ -37,7 +44,7 @@ def placement_request(
     for pattern in recipe.exclude:
         matched = match_nodes(pattern, names, ops, option="--exclude")
         declined.update(dict.fromkeys(matched, f"excluded by '{pattern}'"))
-    bits: dict[str, tuple[int, int]] = {}
+    bits: dict[str, tuple[int, int]] = dict(planned)
     for rule in recipe.rules:
         if rule.weight_bits is None and rule.activation_bits is None:
             continue

@@ -19,6 +19,7 @@ Target = Literal["ort-cpu", "tensorrt", "simulate"]
 ObserverChoice = Literal["auto", "mse", "minmax", "percentile", "entropy"]
 Method = Literal["auto", "rtn", "pack-ptq", "brecq", "qdrop", "adaround"]
 Effort = Literal["fast", "balanced", "paper"]
+Allocator = Literal["exact", "greedy"]
 
 
 class TensorRule(BaseModel):
@@ -45,6 +46,7 @@ class Recipe(BaseModel):
             ``paper`` 20 000. None is ``fast`` for ``auto`` and ``balanced`` for the other methods.
         max_pack_blocks: blocks in a pack at most.
         weight_bits, activation_bits: grid sizes, 2 to 8. A deployment target maps what it cannot run to 8.
+            Where bits are chosen per pack, the analysis starts from these (default: nearest to the average).
         observer: how activation ranges are chosen; ``auto`` measures several on calibration samples.
         percentile: percent of values kept by the percentile observer.
         include, exclude: node selectors; with ``include`` only matching nodes are quantized.
@@ -64,6 +66,12 @@ class Recipe(BaseModel):
         enough: once the outputs reach this many dB on calibration samples, no further alternative for the
             weights is tried; None tries all. Packs are solved regardless.
         seed: for random calibration data, where that was asked for.
+        average_bits: choose bits per pack so that weights, and on their own activations, average this many.
+        average_activation_bits: another average for activations.
+        max_size: choose bits of weights so that the file takes at most this many megabytes (10^6 bytes).
+        max_loss: choose bits of weights so that the expected output loss stays within this, at least size.
+        allocator: ``exact``, or the ``greedy`` one of the Pack-PTQ paper (averages only), for comparison.
+        plan: file with the bits of every pack, to apply instead of choosing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -94,6 +102,12 @@ class Recipe(BaseModel):
     floor: float | None = 20.0
     enough: float | None = 35.0
     seed: int = Field(default=0, ge=0)
+    average_bits: float | None = Field(default=None, ge=2.0, le=8.0)
+    average_activation_bits: float | None = Field(default=None, ge=2.0, le=8.0)
+    max_size: float | None = Field(default=None, gt=0.0)
+    max_loss: float | None = Field(default=None, ge=0.0)
+    allocator: Allocator = "exact"
+    plan: str | None = None
 
     @model_validator(mode="after")
     def _baseline_is_plain(self) -> Self:
@@ -108,7 +122,7 @@ class Recipe(BaseModel):
         """Whether anything gets fewer than 8 bits."""
         bits = [self.weight_bits, self.activation_bits]
         bits += [b for rule in self.rules for b in (rule.weight_bits, rule.activation_bits) if b is not None]
-        return min(bits) < 8
+        return min(bits) < 8 or bool(self.bit_budget) or self.plan is not None
 
     @property
     def is_solved_by_packs(self) -> bool:
@@ -126,6 +140,37 @@ class Recipe(BaseModel):
     def least_db(self) -> float | None:
         """The floor, where it holds: few bits rarely reach what 8 bits do, so there it must be asked for."""
         return self.floor if not self.is_low_bit or "floor" in self.model_fields_set else None
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        names = ("average_bits", "max_size", "max_loss", "plan")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other: bits are chosen by one of them")
+        if self.average_activation_bits is not None and self.average_bits is None:
+            raise ValueError("average_activation_bits goes with average_bits")
+        if self.allocator == "greedy" and self.average_bits is None:
+            raise ValueError("the greedy allocator needs average_bits")
+        return self
+
+    @model_validator(mode="after")
+    def _start_near_the_average(self) -> Self:
+        average = self.average_bits
+        if average is not None:
+            activations = self.average_activation_bits
+            near = {
+                "weight_bits": average,
+                "activation_bits": average if activations is None else activations,
+            }
+            for name in near.keys() - self.model_fields_set:
+                object.__setattr__(self, name, round(near[name]))
+        return self
+
+    @property
+    def bit_budget(self) -> dict[str, float]:
+        """The budget that bits per pack are to be chosen for, by field name; empty where there is none."""
+        names = ("average_bits", "average_activation_bits", "max_size", "max_loss")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @classmethod
     def create(cls, values: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -200,6 +245,8 @@ def _explain(error: ValidationError, where: str) -> str:
             near = difflib.get_close_matches(str(item["loc"][-1]), Recipe.model_fields, n=2)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             lines.append(f"unknown key '{name}'{hint}")
+        elif not item["loc"]:
+            lines.append(item["msg"].removeprefix("Value error, "))
         else:
             lines.append(f"'{name}': {item['msg']} (got {item['input']!r})")
     return f"Invalid {where}: " + "; ".join(lines)

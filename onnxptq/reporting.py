@@ -8,20 +8,41 @@ import math
 import platform
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxptq.allocate.choices import PackChoices
+from onnxptq.bit_plan import BitPlan, known_nodes
 from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.statistics import TensorStatistics
 from onnxptq.packing import Packing
 from onnxptq.quantizers.affine import range_of
+from onnxptq.recipe import Recipe
 from onnxptq.runtime import runtime_version
-from onnxptq.types import CanonicalModel, PerAxis, PerTensor, QParams, Quantizer, QuantPlan, Skip, Solution
+from onnxptq.types import (
+    GRAPH_OUTPUT,
+    CanonicalModel,
+    PerAxis,
+    PerTensor,
+    QParams,
+    Quantizer,
+    QuantPlan,
+    Skip,
+    Solution,
+)
 from onnxptq.validate.compare import LayerQuality
-from onnxptq.validate.report import BlockScore, Histogram, QuantizedRow, SizeRow, TensorQuality
+from onnxptq.validate.report import (
+    BitPlanFacts,
+    BitRow,
+    BlockScore,
+    Histogram,
+    QuantizedRow,
+    SizeRow,
+    TensorQuality,
+)
 from onnxptq.version import __version__
 
 _HISTOGRAM_BINS = 64
@@ -162,6 +183,122 @@ def _float_bytes(constant: gs.Constant) -> int:
 
 def _storage_bits(quantizer: Quantizer) -> int:
     return int("".join(c for c in quantizer.qtype.storage if c.isdigit()))
+
+
+def bit_plan_facts(plan: BitPlan) -> BitPlanFacts:
+    """The plan as the report shows it."""
+    return BitPlanFacts(
+        allocator=plan.allocator,
+        budget=plan.budget,
+        average_weight_bits=plan.average_weight_bits,
+        average_activation_bits=plan.average_activation_bits,
+        expected_loss=plan.expected_loss,
+        packs=tuple(
+            BitRow(
+                pack=p.index,
+                start=", ".join(p.inputs),
+                end=", ".join(p.outputs),
+                weight_bits=p.weight_bits,
+                activation_bits=p.activation_bits,
+                weights=p.weights,
+                activations=p.activations,
+                weight_loss=p.weight_loss,
+                activation_loss=p.activation_loss,
+            )
+            for p in plan.packs
+        ),
+    )
+
+
+def bit_rows(model: CanonicalModel, packing: Packing, choices: Sequence[PackChoices]) -> tuple[BitRow, ...]:
+    """What each pack costs at each number of bits, before any are chosen."""
+    return tuple(
+        BitRow(
+            pack=pack.index,
+            start=", ".join(map(model.user_name, pack.inputs)),
+            end=", ".join(map(model.user_name, pack.outputs)),
+            weights=choice.weight_elements,
+            activations=choice.activation_elements,
+            weight_loss={c.bits: c.cost for c in choice.weights},
+            activation_loss={c.bits: c.cost for c in choice.activations},
+        )
+        for pack, choice in zip(packing.packs, choices, strict=True)
+    )
+
+
+def model_annotations(
+    model: CanonicalModel, plan: QuantPlan, recipe: Recipe, bit_plan: BitPlan | None
+) -> dict[str, str]:
+    """What the file says about itself: versions, method, hashes, the request, and bits per pack where they differ."""
+    text = recipe.to_yaml()
+    found = {
+        **model.model_metadata,
+        "onnxptq.version": __version__,
+        "onnxptq.target": plan.target,
+        "onnxptq.method": recipe.method,
+        "onnxptq.source_sha256": model.fingerprint,
+        "onnxptq.recipe": text,
+        "onnxptq.recipe_sha256": _sha256(text),
+    }
+    if bit_plan is not None:
+        decided = bit_plan.to_yaml()
+        found |= {"onnxptq.plan": decided, "onnxptq.plan_sha256": _sha256(decided)}
+    return found
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def node_annotations(
+    model: CanonicalModel, plan: QuantPlan, packing: Packing | None, bit_plan: BitPlan | None
+) -> dict[str, dict[str, str]]:
+    """What the file says about its nodes beside what the user's own said: for quantized ones their bits, their
+    pack, and S and Omega of their block, where the network was packed or given a plan of bits."""
+    if packing is None and bit_plan is None:
+        return {name: dict(values) for name, values in model.node_metadata.items()}
+    found: dict[str, dict[str, str]] = {}
+    for quantizer in plan.quantizers:
+        if quantizer.role != "bias":
+            key = f"onnxptq.{quantizer.role}_bits"
+            for site in quantizer.sites:
+                said = found.setdefault(site.consumer, {})
+                # A product of two activations may read them at different bits.
+                said[key] = str(max(quantizer.qtype.bits, int(said.get(key, 0))))
+    known = known_nodes(model)
+    for entry in () if bit_plan is None else bit_plan.packs:
+        for name in entry.nodes:
+            if known[name] in found:
+                found[known[name]]["onnxptq.pack"] = str(entry.index)
+    if packing is not None:
+        scores = {score.block: score for score in packing.sensitivities}
+        for pack in packing.packs:
+            for block in pack.blocks:
+                for name in set(block.nodes) & found.keys():
+                    found[name].setdefault("onnxptq.pack", str(pack.index))
+                    found[name]["onnxptq.block"] = str(block.index)
+                    if block.index in scores:
+                        found[name]["onnxptq.sensitivity"] = f"{scores[block.index].curvature:.6g}"
+                        found[name]["onnxptq.omega"] = f"{scores[block.index].omega:.6g}"
+    found.pop(GRAPH_OUTPUT, None)
+    own = model.node_metadata
+    return {
+        name: {**own.get(name, {}), **found.get(name, {})} for name in (*own, *(found.keys() - own.keys()))
+    }
+
+
+def bit_plan_note(plan: BitPlan) -> str:
+    """What was allocated, in one line."""
+
+    def spread(values: list[int | None]) -> str:
+        return " ".join("-" if v is None else str(v) for v in values)
+
+    asked = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in plan.budget.items())
+    return (
+        f"Bits per pack for {asked}: weights {spread([p.weight_bits for p in plan.packs])} "
+        f"(average {plan.average_weight_bits:.3f}), activations {spread([p.activation_bits for p in plan.packs])} "
+        f"(average {plan.average_activation_bits:.3f}); expected loss {plan.expected_loss:.3g}."
+    )
 
 
 def parameters(model: CanonicalModel) -> int:

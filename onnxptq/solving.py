@@ -29,7 +29,7 @@ from onnxptq.trial import Quality, Trial
 from onnxptq.types import CanonicalModel, Feeds, Progress, QParams, QuantPlan, Sample, Solution
 
 if TYPE_CHECKING:
-    from onnxptq.packing import PackSolution
+    from onnxptq.packing import Packing, PackSolution
 
 TRIAL_ELEMENTS = 1_250_000
 """Input elements on which alternatives are compared: 8 colour pictures of 224 x 224, or many small samples."""
@@ -80,8 +80,9 @@ class Solver:
 
     Outputs are compared with those of the model at ``reference``, of which ``model`` may be another form (None:
     it is the same). ``declined`` names the nodes that ``plan`` leaves in float to reach the floor. ``notes``
-    collects what was measured and decided; ``packed`` is how packs were solved, where they were. The float
-    network is run once, at the first comparison.
+    collects what was measured and decided; ``packed`` is how packs were solved, where they were, and ``packing``
+    the packs to take, None for those that the plan suggests. The float network is run once, at the first
+    comparison.
     """
 
     model: CanonicalModel
@@ -98,6 +99,7 @@ class Solver:
     declined: Mapping[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     start: Solution = field(default_factory=lambda: Solution(qparams={}))
+    packing: Packing | None = None
     packed: PackSolution | None = None
     _known_trial: Trial | None = None
     _start_quality: Quality | None = None
@@ -271,6 +273,7 @@ class Solver:
             self.recipe,
             scratch=self.scratch,
             work_dir=self.work_dir,
+            packing=self.packing,
             progress=self.progress,
         )
         return self.packed.solution

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import yaml
 
 from onnxptq import reporting
+from onnxptq.bit_plan import MEGABYTE, BitPlan, planned_bits, read_bit_plan
 from onnxptq.calibrate import cache
 from onnxptq.calibrate.feeds import ImagePreprocess, open_feeds, read_labels, split_holdout
 from onnxptq.calibrate.run import DEFAULT_GROUP_BYTES, Calibration, calibrate
@@ -29,7 +30,7 @@ from onnxptq.errors import FeedError, OutputPathError, QualityGateError
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import save_graph
-from onnxptq.packing import PackSolution
+from onnxptq.packing import Packing, PackSolution
 from onnxptq.placing import observer_overrides, placement_request, require_quantizers
 from onnxptq.publish import claimed_folder, space_errors, write_texts
 from onnxptq.qdq import insert_quantizers
@@ -70,6 +71,8 @@ class Run:
     progress: Progress | None
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    bit_plan: BitPlan | None = None
+    bits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def group_bytes(self) -> int:
@@ -114,11 +117,13 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solved:
-    """The final plan with its parameters, and how packs were solved, where they were."""
+    """The final plan with its parameters, and how packs were solved, where they were; ``packing`` is there where
+    packs were scored or solved."""
 
     plan: QuantPlan
     solution: Solution
     packed: PackSolution | None
+    packing: Packing | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +164,8 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
         )
     for note in model.notes:
         run.note(note)
+    if run.recipe.plan is not None:
+        apply_bit_plan(run, model, read_bit_plan(Path(run.recipe.plan)), Path(run.recipe.plan))
     return model
 
 
@@ -311,12 +318,41 @@ def plan(run: Run, model: CanonicalModel, statistics: Calibration) -> QuantPlan:
         return placed
 
 
+def apply_bit_plan(run: Run, model: CanonicalModel, plan: BitPlan, path: Path) -> None:
+    """Place everything from now on at the plan's bits.
+
+    Raises:
+        RecipeError: the plan is not for this model.
+    """
+    run.bits = planned_bits(plan, model, path, (run.recipe.weight_bits, run.recipe.activation_bits))
+    run.bit_plan = plan
+
+
+def allocated(run: Run, source: CanonicalModel, form: Prepared) -> Prepared:
+    """``form`` with bits chosen per pack, where the recipe sets a budget."""
+    if not run.recipe.bit_budget or not form.plan.quantizers:
+        return form
+    # It imports torch, which a run at equal bits may do without.
+    from onnxptq.allocating import choose_bits, survey_bits
+
+    with run.timed("allocate"):
+        survey = survey_bits(form.solver)
+        chosen = choose_bits(form.solver, survey, source.fingerprint)
+        apply_bit_plan(run, source, chosen, Path("plan.yaml"))
+        run.note(reporting.bit_plan_note(chosen))
+    placed = plan(run, form.model, form.statistics)
+    with run.timed("solve"):
+        solver = replace(form.solver.replanned(placed, {}), packing=survey.packing)
+        solver.begin()
+    return replace(form, plan=placed, solver=solver)
+
+
 def _placing(
     run: Run, model: CanonicalModel, statistics: Calibration
 ) -> Callable[[Mapping[str, str]], QuantPlan]:
     """The plan as a function of the nodes to leave in float beyond those that the recipe names, with reasons."""
     index = GraphIndex(model.graph)
-    request = placement_request(model, index, run.recipe, statistics.uncalibrated)
+    request = placement_request(model, index, run.recipe, statistics.uncalibrated, run.bits)
     place = TARGETS[run.recipe.target]
     return lambda declined: place(index, replace(request, declined={**request.declined, **declined}))
 
@@ -343,24 +379,22 @@ def solved(run: Run, form: Prepared) -> Solved:
         else:
             for note in solver.notes:
                 run.note(f"After that: {note}")
-        return Solved(plan=solver.plan, solution=found, packed=solver.packed)
+        return Solved(plan=solver.plan, solution=found, packed=solver.packed, packing=_packing(solver))
 
 
-def write(run: Run, model: CanonicalModel, plan: QuantPlan, solution: Solution, path: Path) -> None:
-    """Write the QDQ file with its provenance."""
+def _packing(solver: Solver) -> Packing | None:
+    return solver.packing if solver.packed is None else solver.packed.packing
+
+
+def write(run: Run, model: CanonicalModel, solved: Solved, path: Path) -> None:
+    """Write the QDQ file with its provenance, and what was decided about each node."""
+    plan, solution = solved.plan, solved.solution
     with run.timed("write"):
         save_graph(
             insert_quantizers(model.graph, plan, solution),
             path,
-            model_metadata={
-                **model.model_metadata,
-                "onnxptq.version": __version__,
-                "onnxptq.target": plan.target,
-                "onnxptq.method": run.recipe.method,
-                "onnxptq.source_sha256": model.fingerprint,
-                "onnxptq.recipe": run.recipe.to_yaml(),
-            },
-            node_metadata=model.node_metadata,
+            model_metadata=reporting.model_annotations(model, plan, run.recipe, run.bit_plan),
+            node_metadata=reporting.node_annotations(model, plan, solved.packing, run.bit_plan),
         )
 
 
@@ -436,6 +470,9 @@ def report(
     note = reporting.larger_note(model.source_bytes, size, sizes)
     if note:
         run.note(note)
+    allowed = run.recipe.max_size
+    if allowed is not None and size > allowed * MEGABYTE:
+        run.note(f"The file takes {size / MEGABYTE:.3f} MB, more than the {allowed:g} MB that were allowed.")
     outputs = () if checks.quality is None else checks.quality.outputs
     missed = missed_gate(outputs, min_sqnr=run.recipe.min_sqnr, min_agreement=run.recipe.min_agreement)
     if missed is not None:
@@ -473,13 +510,14 @@ def report(
         peak_memory_bytes=reporting.peak_memory_bytes(),
         versions=reporting.versions(hashlib.sha256(run.recipe.to_yaml().encode()).hexdigest()),
         notes=tuple(run.notes),
-        blocks=() if packed is None else reporting.block_scores(model, packed.packing),
+        blocks=() if solved.packing is None else reporting.block_scores(model, solved.packing),
         packs=() if packed is None else packed.outcomes,
+        bit_plan=None if run.bit_plan is None else reporting.bit_plan_facts(run.bit_plan),
     )
 
 
-def write_report(report: Report, folder: str | Path | None) -> Path | None:
-    """``report.json`` and ``report.html`` in ``folder``, if one is given.
+def write_report(run: Run, report: Report, folder: str | Path | None) -> Path | None:
+    """``report.json`` and ``report.html`` in ``folder``, if one is given, and ``plan.yaml`` where bits differ.
 
     Raises:
         OutputPathError: the folder cannot be written.
@@ -491,7 +529,8 @@ def write_report(report: Report, folder: str | Path | None) -> Path | None:
 
     place = Path(folder)
     written = json.dumps(report.to_json(), indent=2) + "\n"
-    write_texts(place, {"report.json": written, "report.html": render_html(report)})
+    plan = {} if run.bit_plan is None else {"plan.yaml": run.bit_plan.to_yaml()}
+    write_texts(place, {"report.json": written, "report.html": render_html(report), **plan})
     return place
 
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import onnx_graphsurgeon as gs
 import torch
 
 from onnxptq.errors import UsageError
@@ -32,6 +31,7 @@ from onnxptq.partition.output_loss import LossKind, OutputLoss, choose_loss, pro
 from onnxptq.types import (
     Block,
     CanonicalModel,
+    Pack,
     Progress,
     QuantPlan,
     Sample,
@@ -66,7 +66,7 @@ class _Change:
 
 def score_blocks(
     model: CanonicalModel,
-    blocks: Sequence[Block],
+    blocks: Sequence[Block | Pack],
     plan: QuantPlan,
     solution: Solution,
     samples: Sequence[Sample],
@@ -92,31 +92,72 @@ def score_blocks(
         UnsupportedOperatorError: a node cannot be lowered; raised before anything runs.
         UsageError: no samples, or no output to compare.
     """
-    network = BlockNetwork(model.graph, blocks, device=device)
-    hooks = [quantizing_hooks(model.graph, block, plan, solution) for block in blocks]
-    batches = list(_batches(model, network, samples, memory))
-    changes = [_Change() for _ in blocks]
-    losses: list[OutputLoss] = []
-    count = 0
-    tick = progress.start("score blocks", len(batches) * len(blocks)) if progress else None
-    for batch in batches:
-        values = network.run(batch)
-        count += _rows(batch)
-        if not losses:
-            losses = [_new_loss(model.graph, network, values, loss) for _ in blocks]
-        for t, block in enumerate(blocks):
-            found = _run_quantized(network, t, values, hooks[t])
-            changed = {name: v for name, v in found.items() if not torch.equal(v, values[name])}
-            for name in block.outputs:
-                if values[name].is_floating_point():
-                    changes[t].add(values[name], changed.get(name))
-            losses[t].add(values, network.run_changed(t + 1, values, changed))
-            if tick is not None:
-                tick()
-    return tuple(
-        _sensitivity(block.index, losses[t].value(), changes[t], count if normalize == "sample" else None)
-        for t, block in enumerate(blocks)
-    )
+    scorer = Scorer(model, blocks, samples, loss=loss, normalize=normalize, memory=memory, device=device)
+    return scorer.score(plan, solution, progress=progress)
+
+
+class Scorer:
+    """:func:`score_blocks` for several plans: the network is lowered and the samples are batched once.
+
+    ``sizes`` holds the elements per sample of every tensor that a node of a block writes, and of the inputs.
+    ``loss`` is the kind of loss, known once something was scored.
+    """
+
+    def __init__(
+        self,
+        model: CanonicalModel,
+        blocks: Sequence[Block | Pack],
+        samples: Sequence[Sample],
+        *,
+        loss: Literal["auto"] | LossKind = "auto",
+        normalize: Literal["element", "sample"] = "element",
+        memory: int = MEMORY,
+        device: str = "cpu",
+    ) -> None:
+        self.blocks = tuple(blocks)
+        self.loss = loss
+        self._model = model
+        self._normalize = normalize
+        self._network = BlockNetwork(model.graph, blocks, device=device)
+        if not samples:
+            raise UsageError("Scoring blocks needs at least one sample.", "Give calibration data.")
+        self.sizes = self._network.measure(_tensors([samples[0]]))
+        self._batches = list(_batches(model, self._network, self.sizes, samples, memory))
+
+    def score(
+        self, plan: QuantPlan, solution: Solution, *, progress: Progress | None = None
+    ) -> tuple[Sensitivity, ...]:
+        """One Sensitivity per block, in order."""
+        hooks = [quantizing_hooks(self._model.graph, block, plan, solution) for block in self.blocks]
+        changes = [_Change() for _ in self.blocks]
+        losses: list[OutputLoss] = []
+        count = 0
+        tick = progress.start("score blocks", len(self._batches) * len(self.blocks)) if progress else None
+        for batch in self._batches:
+            values = self._network.run(batch)
+            count += _rows(batch)
+            if not losses:
+                self.loss, losses = self._new_losses(values)
+            for t, block in enumerate(self.blocks):
+                found = _run_quantized(self._network, t, values, hooks[t]) if hooks[t] else {}
+                changed = {name: v for name, v in found.items() if not torch.equal(v, values[name])}
+                for name in block.outputs:
+                    if values[name].is_floating_point():
+                        changes[t].add(values[name], changed.get(name))
+                losses[t].add(values, self._network.run_changed(t + 1, values, changed))
+                if tick is not None:
+                    tick()
+        samples = count if self._normalize == "sample" else None
+        return tuple(
+            _sensitivity(block.index, losses[t].value(), changes[t], samples)
+            for t, block in enumerate(self.blocks)
+        )
+
+    def _new_losses(self, values: Values) -> tuple[LossKind, list[OutputLoss]]:
+        floats = {n: values[n] for n in self._network.outputs if values[n].is_floating_point()}
+        kind = choose_loss(floats) if self.loss == "auto" else self.loss
+        known = probability_outputs(self._model.graph)
+        return kind, [OutputLoss(kind, tuple(floats), probabilities=known) for _ in self.blocks]
 
 
 def _run_quantized(network: BlockNetwork, index: int, values: Values, hooks: Sequence[SiteHook]) -> Values:
@@ -127,14 +168,6 @@ def _run_quantized(network: BlockNetwork, index: int, values: Values, hooks: Seq
         return network.run_block(index, values)
     finally:
         module.clear_hooks()
-
-
-def _new_loss(
-    graph: gs.Graph, network: BlockNetwork, values: Values, loss: Literal["auto"] | LossKind
-) -> OutputLoss:
-    floats = {name: values[name] for name in network.outputs if values[name].is_floating_point()}
-    kind = choose_loss(floats) if loss == "auto" else loss
-    return OutputLoss(kind, tuple(floats), probabilities=probability_outputs(graph))
 
 
 def _sensitivity(index: int, loss: float, change: _Change, samples: int | None) -> Sensitivity:
@@ -152,15 +185,15 @@ def _sensitivity(index: int, loss: float, change: _Change, samples: int | None) 
 
 
 def _batches(
-    model: CanonicalModel, network: BlockNetwork, samples: Sequence[Sample], memory: int
+    model: CanonicalModel,
+    network: BlockNetwork,
+    sizes: Mapping[str, int],
+    samples: Sequence[Sample],
+    memory: int,
 ) -> Iterator[Mapping[str, torch.Tensor]]:
     """``samples`` in order, concatenated along the batch axis where the model allows it."""
-    if not samples:
-        raise UsageError("Scoring blocks needs at least one sample.", "Give calibration data.")
-    first = _tensors([samples[0]])
     size = 1
     if all(spec.shape and not isinstance(spec.shape[0], int) for spec in model.inputs):
-        sizes = network.measure(first)
         between = {name for block in network.blocks for name in (*block.inputs, *block.outputs)}
         within = max(
             (sum(sizes[s.tensor] for s in b.sites if not s.is_weight) for b in network.blocks), default=0

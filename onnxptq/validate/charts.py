@@ -6,7 +6,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from onnxptq.validate.report import BlockScore, TensorQuality
+from onnxptq.validate.report import BitRow, BlockScore, TensorQuality
 
 # Placeholders for the variables of the page's style sheet, so that pictures follow light and dark mode.
 _INK, _MUTED, _LINE, _ACCENT, _WARN = "#010203", "#020304", "#030405", "#040506", "#050607"
@@ -108,6 +108,72 @@ def curvature_chart(blocks: Sequence[BlockScore], title: str) -> str:
         axes.set_xlabel("block; shades are packs")
         axes.set_ylabel("S")
         return _svg(figure, "curvature", title)
+
+
+def bits_chart(packs: Sequence[BitRow], title: str) -> str:
+    """Bits of weights and activations along the packs. Empty where none were chosen."""
+    if not any(p.weight_bits or p.activation_bits for p in packs):
+        return ""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.0, 2.4), layout="constrained")
+        axes = figure.add_subplot()
+        places = np.arange(len(packs))
+        axes.bar(places - 0.2, [p.weight_bits or 0 for p in packs], 0.38, color=_ACCENT)
+        axes.bar(places + 0.2, [p.activation_bits or 0 for p in packs], 0.38, color=_WARN)
+        axes.set_ylim(0, 8.5)
+        axes.set_yticks([0, 2, 4, 6, 8])
+        axes.grid(axis="y", color=_LINE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_xlim(-0.7, len(packs) - 0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("pack")
+        axes.set_ylabel("bits")
+        return _svg(figure, "bits", title)
+
+
+def omega_chart(blocks: Sequence[BlockScore], title: str) -> str:
+    """Omega of each block, logarithmic. Empty where none is finite and positive."""
+    shown = [(b.block, b.omega) for b in blocks if b.omega is not None and 0.0 < b.omega < math.inf]
+    if not shown:
+        return ""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.0, 2.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.bar([i for i, _ in shown], [value for _, value in shown], 0.7, color=_ACCENT)
+        axes.set_yscale("log")
+        axes.minorticks_off()
+        axes.set_xlim(-0.5, len(blocks) - 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("block")
+        axes.set_ylabel("Omega")
+        return _svg(figure, "omega", title)
+
+
+def loss_chart(packs: Sequence[BitRow], part: Literal["weights", "activations"], title: str) -> str:
+    """Loss against bits, one line per pack, named by its number. Empty where no loss is positive."""
+    curves = {p.pack: p.weight_loss if part == "weights" else p.activation_loss for p in packs}
+    lines = {
+        pack: [(bits, loss) for bits, loss in sorted(curve.items()) if 0.0 < loss < math.inf]
+        for pack, curve in curves.items()
+    }
+    lines = {pack: line for pack, line in lines.items() if line}
+    if not lines:
+        return ""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.4, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        colour = _ACCENT if part == "weights" else _WARN
+        for pack, line in lines.items():
+            axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.0, alpha=0.7)
+            # Neighbours take turns, so that fewer names overlap.
+            bits, loss = line[pack % 2 if len(line) > 1 else 0]
+            axes.annotate(str(pack), (bits, loss), color=_INK, fontsize=8)
+        axes.set_yscale("log")
+        axes.minorticks_off()
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(f"bits of {part}")
+        axes.set_ylabel("loss at the output")
+        return _svg(figure, f"loss-{part}", title)
 
 
 def _few_ticks(axes: Axes) -> None:

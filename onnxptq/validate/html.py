@@ -13,8 +13,16 @@ import yaml
 from markupsafe import Markup
 
 from onnxptq.validate import wording
-from onnxptq.validate.charts import curvature_chart, network_chart, range_chart
+from onnxptq.validate.charts import (
+    bits_chart,
+    curvature_chart,
+    loss_chart,
+    network_chart,
+    omega_chart,
+    range_chart,
+)
 from onnxptq.validate.report import Report, TensorQuality, plain
+from onnxptq.validate.sensitivity import SensitivityReport
 
 WORST = 10
 """Number of tensors shown with their histograms."""
@@ -30,7 +38,7 @@ def render_html(report: Report) -> str:
     Every name and text of the report is escaped; only the pictures are inserted as markup.
     """
     worst = worst_tensors(report.tensors)
-    return _template().render(
+    return _template("report.html.j2").render(
         r=report,
         w=wording,
         output_name=PurePath(report.output.path).name,
@@ -39,6 +47,9 @@ def render_html(report: Report) -> str:
         # Safe: made by matplotlib from numbers, without any text of the report.
         network=Markup(network_chart(report.tensors, worst, "SQNR of each tensor along the network")),
         curvature=Markup(curvature_chart(report.blocks, "S of each block, with the packs")),
+        bits=Markup(
+            bits_chart(() if report.bit_plan is None else report.bit_plan.packs, "bits of each pack")
+        ),
         worst=[
             (tensor, Markup(range_chart(tensor, f"range{i}", "histogram and chosen range")))
             for i, tensor in enumerate(worst)
@@ -53,6 +64,20 @@ def render_html(report: Report) -> str:
     )
 
 
+def render_sensitivity(report: SensitivityReport) -> str:
+    """The page of ``onnxptq sensitivity``, as text, under the same rules."""
+    return _template("sensitivity.html.j2").render(
+        r=report,
+        w=wording,
+        model_name=PurePath(report.model).name,
+        curvature=Markup(curvature_chart(report.blocks, "S of each block, with the packs")),
+        omega=Markup(omega_chart(report.blocks, "Omega of each block")),
+        weights=Markup(loss_chart(report.packs, "weights", "loss against bits of weights")),
+        activations=Markup(loss_chart(report.packs, "activations", "loss against bits of activations")),
+        bits=sorted({b for p in report.packs for b in (*p.weight_loss, *p.activation_loss)}),
+    )
+
+
 def worst_tensors(tensors: Sequence[TensorQuality], count: int = WORST) -> list[TensorQuality]:
     """The quantized tensors with the lowest finite SQNR, worst first; float ones where none is quantized."""
     finite = [t for t in tensors if math.isfinite(t.sqnr_db) and t.histogram is not None]
@@ -61,13 +86,16 @@ def worst_tensors(tensors: Sequence[TensorQuality], count: int = WORST) -> list[
 
 
 @cache
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.tests["finite"] = _is_finite
-    source = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source)
+    return environment.get_template(name)
 
 
 def _is_finite(value: Any) -> bool:

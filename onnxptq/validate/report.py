@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,38 @@ class BlockScore:
     omega: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitRow:
+    """A pack and its bits; None where it quantizes no weights (or no activations) or nothing was chosen.
+
+    ``start`` and ``end`` are the tensors at its ends, in the user's names; ``weights`` and ``activations`` count
+    elements (of activations: per sample). ``weight_loss`` and ``activation_loss`` give the loss at the network's
+    output per number of bits, with only these weights (activations) quantized.
+    """
+
+    pack: int
+    start: str
+    end: str
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    weights: int | None = None
+    activations: int | None = None
+    weight_loss: Mapping[int, float] = field(default_factory=dict)
+    activation_loss: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitPlanFacts:
+    """The bits of every pack, what they were chosen for, and their true averages over elements."""
+
+    allocator: str
+    budget: Mapping[str, float]
+    average_weight_bits: float | None
+    average_activation_bits: float | None
+    expected_loss: float | None
+    packs: tuple[BitRow, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Report:
     """One run of ``quantize``.
@@ -132,7 +164,8 @@ class Report:
     they are empty where there was no held-out data. ``kernels`` are the operators that onnxruntime executes
     after its own optimizations, with their counts; ``recipe`` is the request as plain types; ``versions``
     holds versions and hashes by name. ``blocks`` and ``packs`` tell how a network was solved pack by pack;
-    a pack whose weights were rounded in closed form alone has no outcome.
+    a pack whose weights were rounded in closed form alone has no outcome. ``bit_plan`` is there where bits
+    differ from pack to pack.
     """
 
     model: ModelFacts
@@ -156,6 +189,7 @@ class Report:
     notes: tuple[str, ...] = ()
     blocks: tuple[BlockScore, ...] = ()
     packs: tuple[PackOutcome, ...] = ()
+    bit_plan: BitPlanFacts | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Dicts, lists, strings, booleans and finite numbers, under ``schema_version``."""
@@ -168,7 +202,7 @@ class Report:
 def plain(value: Any) -> Any:
     """``value`` in types that JSON knows."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        return {part.name: plain(getattr(value, part.name)) for part in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -127,6 +127,11 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
+def count(value: int | None) -> str:
+    """A whole number with separators."""
+    return "–" if value is None else f"{value:,}"
+
+
 def span(ends: Sequence[float]) -> str:
     """One number where both ends are equal, else both."""
     low, high = ends

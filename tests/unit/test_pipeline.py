@@ -29,6 +29,7 @@ ORDER = (
     "canonical_model",
     "open_data",
     "prepared",
+    "allocated",
     "solved",
     "write",
     "check",

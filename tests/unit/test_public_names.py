@@ -18,6 +18,7 @@ PUBLIC = {
     "__version__",
     "inspect",
     "quantize",
+    "sensitivity",
     "validate",
 }
 

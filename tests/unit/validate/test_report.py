@@ -16,12 +16,14 @@ from rich.console import Console
 
 from onnxptq.types import PackOutcome, Skip
 from onnxptq.validate import wording
-from onnxptq.validate.html import render_html, worst_tensors
+from onnxptq.validate.html import render_html, render_sensitivity, worst_tensors
 from onnxptq.validate.latency import Latency
 from onnxptq.validate.metrics import OutputMetrics
 from onnxptq.validate.parity import EdgeParity, OutputParity, Parity
 from onnxptq.validate.report import (
     SCHEMA_VERSION,
+    BitPlanFacts,
+    BitRow,
     BlockScore,
     DataFacts,
     Histogram,
@@ -34,6 +36,7 @@ from onnxptq.validate.report import (
     TensorQuality,
     plain,
 )
+from onnxptq.validate.sensitivity import SensitivityReport
 from onnxptq.validate.summary import render_summary
 
 HOSTILE = (
@@ -183,7 +186,7 @@ def test_json_is_plain_and_complete() -> None:
     assert list(content) == [
         *("schema_version", "model", "output", "target", "method", "recipe", "calibration", "heldout"),
         *("quantized", "skips", "tensors", "outputs", "parity", "latency", "kernels", "sizes", "stages"),
-        *("peak_memory_bytes", "versions", "notes", "blocks", "packs"),
+        *("peak_memory_bytes", "versions", "notes", "blocks", "packs", "bit_plan"),
     ]
     assert content["tensors"][-1]["sqnr_db"] == "inf"
     assert content["parity"]["outputs"][0]["fast_sqnr_db"] == "inf"
@@ -292,6 +295,65 @@ def test_packs_are_shown_with_the_curvature_of_their_blocks() -> None:
     shown = render_html(_report(blocks=unscored))
     assert "Blocks and packs" in "".join(_parsed(shown).text)
     assert shown.count("<svg") == render_html(_report()).count("<svg")
+
+
+def _bit_rows(count: int, **settings: Any) -> tuple[BitRow, ...]:
+    return tuple(
+        BitRow(
+            pack=i,
+            start="<a>",
+            end="b & c",
+            weights=1000,
+            weight_loss={2: 1.0, 8: 1e-4},
+            activation_loss={2: 0.0, 8: 0.5},
+            **settings,
+        )
+        for i in range(count)
+    )
+
+
+def test_bits_per_pack_are_shown() -> None:
+    plan = BitPlanFacts(
+        allocator="exact",
+        budget={"average_bits": 3.5},
+        average_weight_bits=3.25,
+        average_activation_bits=None,
+        expected_loss=0.125,
+        packs=_bit_rows(3, weight_bits=3),
+    )
+    shown = render_html(_report(bit_plan=plan))
+    text = "".join(_parsed(shown).text)
+    for expected in ("Bits per pack", "average bits 3.5", "3.25", "0.125", "1,000"):
+        assert expected in text
+    assert shown.count("<svg") == render_html(_report()).count("<svg") + 1
+    unchosen = replace(plan, packs=_bit_rows(2))
+    assert render_html(_report(bit_plan=unchosen)).count("<svg") == render_html(_report()).count("<svg")
+
+
+def test_the_page_of_a_sensitivity_run() -> None:
+    blocks = tuple(
+        BlockScore(block=i, pack=i // 2, start="<a>", end="b & c", curvature=score, omega=score)
+        for i, score in enumerate([1.0, math.inf, 0.0, 2.0])
+    )
+    report = SensitivityReport(
+        model="nets/<net>.onnx",
+        fingerprint="abc",
+        target="simulate",
+        loss="kl",
+        weight_bits=4,
+        activation_bits=4,
+        samples=8,
+        blocks=blocks,
+        packs=_bit_rows(2),
+    )
+    shown = render_sensitivity(report)
+    assert shown.count("<svg") == 4  # S, Omega, losses of weights and of activations
+    text = "".join(_parsed(shown).text)
+    assert "<net>.onnx: sensitivity" in text
+    assert "Kullback-Leibler" in text
+    empty = replace(report, blocks=(), packs=())
+    assert render_sensitivity(empty).count("<svg") == 0
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["blocks"][1]["curvature"] == "inf"
 
 
 def test_the_worst_are_quantized_finite_and_in_order() -> None:

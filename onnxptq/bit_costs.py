@@ -1,0 +1,168 @@
+"""What each pack costs at each number of bits: the loss at the network's output with it quantized alone.
+
+For every candidate b the whole network is planned at b bits, and every pack is run twice, quantized alone:
+its weights only, then its activations only, rounded to nearest. So the two costs can be added and compared
+(:mod:`onnxptq.allocate.choices` says how far), and a pack may get different bits for the two.
+
+A node whose bits the request sets by name keeps them: it takes no part in costs and averages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import onnx_graphsurgeon as gs
+
+from onnxptq.allocate.choices import Choice, PackChoices
+from onnxptq.partition.score import Scorer
+from onnxptq.reconstruct.initial import initial_solution
+from onnxptq.types import (
+    CanonicalModel,
+    Pack,
+    Progress,
+    QParams,
+    Quantizer,
+    QuantPlan,
+    Sample,
+    Sensitivity,
+)
+
+CANDIDATES = (2, 3, 4, 5, 6, 8)
+"""Bits that are measured, of weights and of activations."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitPlacing:
+    """How quantizers are placed and activation ranges are chosen at one number of bits everywhere.
+
+    Attributes:
+        plan_at: the plan at so many bits.
+        ranges: parameters of the activation quantizers of a plan.
+        pinned: nodes whose bits are not up for choice.
+    """
+
+    plan_at: Callable[[int], QuantPlan]
+    ranges: Callable[[QuantPlan], Mapping[str, QParams]]
+    pinned: Collection[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """One PackChoices per pack, and the kind of loss that costs are (see :mod:`onnxptq.partition.output_loss`)."""
+
+    packs: tuple[PackChoices, ...]
+    loss: str
+
+
+def measure_costs(
+    model: CanonicalModel,
+    packs: Sequence[Pack],
+    sensitivities: Sequence[Sensitivity],
+    placing: BitPlacing,
+    samples: Sequence[Sample],
+    *,
+    candidates: Sequence[int] = CANDIDATES,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Costs:
+    """The costs of every pack. A candidate that the target does not execute as such is not offered.
+
+    Args:
+        sensitivities: one per block of ``packs``; their mean Omega ranks packs.
+
+    Raises:
+        UnsupportedOperatorError: a node cannot be lowered; raised before anything runs.
+        UsageError: no samples, or no output to compare.
+    """
+    scorer = Scorer(model, packs, samples, device=device)
+    omega = {s.block: s.omega for s in sensitivities}
+    weights: list[list[Choice]] = [[] for _ in packs]
+    activations: list[list[Choice]] = [[] for _ in packs]
+    counts: list[tuple[int, int]] = [(0, 0) for _ in packs]
+    tick = progress.start("measure bits", 2 * len(candidates)) if progress else None
+    constants = {
+        name: math.prod(map(int, t.shape))
+        for name, t in model.graph.tensors().items()
+        if isinstance(t, gs.Constant)
+    }
+    for bits in candidates:
+        plan = placing.plan_at(bits)
+        for role, found in (("weight", weights), ("activation", activations)):
+            part = replace(plan, quantizers=tuple(_free(plan, role, placing.pinned)))
+            ranges = placing.ranges(part) if role == "activation" else {}
+            scores = scorer.score(part, initial_solution(model.graph, part, ranges))
+            for i, pack in enumerate(packs):
+                own = quantizers_of(pack, part)
+                if own and all(q.qtype.bits == bits for q in own):
+                    size = sum(stored_bytes(constants[q.tensor], q) for q in own) if role == "weight" else 0
+                    found[i].append(Choice(bits=bits, cost=max(0.0, scores[i].loss), size=size))
+            if tick is not None:
+                tick()
+        counts = [count_elements(pack, plan, constants, scorer.sizes, placing.pinned) for pack in packs]
+    offered = tuple(
+        PackChoices(
+            pack=pack.index,
+            omega=sum(omega[b.index] for b in pack.blocks) / len(pack.blocks),
+            weight_elements=counts[i][0],
+            activation_elements=counts[i][1],
+            weights=tuple(weights[i]),
+            activations=tuple(activations[i]),
+        )
+        for i, pack in enumerate(packs)
+    )
+    return Costs(packs=offered, loss=scorer.loss)
+
+
+def quantizers_of(pack: Pack, plan: QuantPlan) -> list[Quantizer]:
+    """The quantizers that some node of ``pack`` reads through."""
+    sites = {(s.consumer, s.input_index, s.tensor) for s in pack.sites}
+    return [
+        q for q in plan.quantizers if any((s.consumer, s.input_index, s.tensor) in sites for s in q.sites)
+    ]
+
+
+def count_elements(
+    pack: Pack,
+    plan: QuantPlan,
+    constants: Mapping[str, int],
+    sizes: Mapping[str, int],
+    pinned: Collection[str] = (),
+) -> tuple[int, int]:
+    """Elements of the quantized weights of ``pack``, and of the activations that it reads quantized.
+
+    A tensor counts once for each pack that reads it, since each may read it at bits of its own.
+    """
+    weights = quantizers_of(pack, replace(plan, quantizers=tuple(_free(plan, "weight", pinned))))
+    read = quantizers_of(pack, replace(plan, quantizers=tuple(_free(plan, "activation", pinned))))
+    return (
+        sum(constants[q.tensor] for q in weights),
+        sum(sizes.get(name, 0) for name in {q.tensor for q in read}),
+    )
+
+
+def _free(plan: QuantPlan, role: str, pinned: Collection[str]) -> list[Quantizer]:
+    """Quantizers of ``role``, at the sites of nodes that are not pinned."""
+    kept = []
+    for q in plan.quantizers:
+        sites = tuple(s for s in q.sites if s.consumer not in pinned)
+        if q.role == role and sites:
+            kept.append(q if sites == q.sites else replace(q, sites=sites))
+    return kept
+
+
+def weight_bytes(model: CanonicalModel, plan: QuantPlan) -> int:
+    """Bytes that the quantized weights of ``plan`` take in the file."""
+    tensors = model.graph.tensors()
+    return sum(
+        stored_bytes(math.prod(map(int, tensors[q.tensor].shape)), q)
+        for q in plan.quantizers
+        if q.role == "weight"
+    )
+
+
+def stored_bytes(elements: int, quantizer: Quantizer) -> int:
+    """Bytes that so many integers take in the type that stores them."""
+    bits = int("".join(c for c in quantizer.qtype.storage if c.isdigit()))
+    return -(-elements * bits // 8)

@@ -1,0 +1,72 @@
+"""Where a network is sensitive to quantization, without quantizing it: :func:`sensitivity`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from onnxptq import reporting, steps
+from onnxptq.allocating import survey_bits
+from onnxptq.publish import require_writable_folder, write_texts
+from onnxptq.recipe import Recipe
+from onnxptq.runtime import require_runtime
+from onnxptq.types import Progress
+from onnxptq.validate.html import render_sensitivity
+from onnxptq.validate.sensitivity import SensitivityReport
+
+DEFAULTS = Recipe(target="simulate", method="pack-ptq", weight_bits=4, activation_bits=4)
+
+
+def sensitivity(
+    model: str | Path,
+    *,
+    calibration: object,
+    recipe: Recipe | None = None,
+    report_dir: str | Path | None = None,
+    work_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> SensitivityReport:
+    """S and Omega of every block of ``model``, its packs, and the loss of each pack alone per number of bits.
+
+    Nothing is rounded with compensation, learnt or written but the report: this takes a fraction of what
+    ``quantize`` takes.
+
+    Args:
+        model: path of a float ONNX file.
+        calibration: inputs to calibrate and measure on, as for :func:`onnxptq.quantize`.
+        recipe: target, selectors, observer and so on; 4 bits for ``simulate`` by default. Channels are not
+            rescaled, whatever it says.
+        report_dir: where ``sensitivity.json`` and ``sensitivity.html`` go; none are written by default.
+        work_dir: folder for caches; calibration found there is reused.
+        progress: told about every long step.
+
+    Raises:
+        OnnxPtqError: see :mod:`onnxptq.errors`.
+    """
+    require_runtime()
+    if report_dir is not None:
+        require_writable_folder(Path(report_dir))
+    recipe = (recipe or DEFAULTS).updated(equalize=False)
+    with steps.start(recipe, work_dir, progress) as run:
+        source = steps.canonical_model(run, Path(model))
+        data = steps.open_data(run, source, calibration, None, None)
+        form = steps.prepared(run, source, data)
+        survey = survey_bits(form.solver)
+        report = SensitivityReport(
+            model=str(model),
+            fingerprint=source.fingerprint,
+            target=recipe.target,
+            loss=survey.costs.loss,
+            weight_bits=recipe.weight_bits,
+            activation_bits=recipe.activation_bits,
+            samples=len(data.samples.trial),
+            blocks=reporting.block_scores(source, survey.packing),
+            packs=reporting.bit_rows(source, survey.packing, survey.costs.packs),
+        )
+        if report_dir is not None:
+            written = json.dumps(report.to_json(), indent=2) + "\n"
+            write_texts(
+                Path(report_dir),
+                {"sensitivity.json": written, "sensitivity.html": render_sensitivity(report)},
+            )
+    return report
