@@ -1,0 +1,1 @@
+"""Orthogonal rotations of channels, folded into the weights around them."""

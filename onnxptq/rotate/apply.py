@@ -1,0 +1,92 @@
+"""Writing rotations into a copy of the graph: only values of constants change."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxptq.graph.classes import Classes
+from onnxptq.graph.save import save_graph
+from onnxptq.graph.surgeon import import_graph, new_constant, set_constant
+from onnxptq.rotate.folding import Floats, Folding, Pending, fold
+from onnxptq.rotate.orthogonal import spreading_rotation
+from onnxptq.rotate.spaces import Space
+from onnxptq.rotate.tracing import RotationTracer, Turn
+from onnxptq.types import CanonicalModel
+
+TOLERANCE = 1e-5
+"""Largest difference of an output from the original, relative to that output's largest magnitude.
+
+Rotations are folded in double precision; what is left are single-precision rounding errors of other numbers."""
+
+
+def apply_rotations(
+    model: CanonicalModel,
+    tracer: RotationTracer,
+    foldings: Mapping[str, Folding],
+    spaces: Sequence[Space],
+    path: Path,
+    *,
+    seed: int,
+) -> CanonicalModel:
+    """The model with every space rotated, written to ``path``; ``seed`` chooses the rotations."""
+    pending = Pending()
+    rotated = {root for space in spaces for root in space.roots.tolist()}
+    for name, labels in tracer.normalized.items():
+        if rotated & set(tracer.classes.roots(labels).reshape(-1).tolist()):
+            fold(foldings[name], pending)
+    rotations = [
+        spreading_rotation(s.roots.size, np.random.default_rng([seed, i])) for i, s in enumerate(spaces)
+    ]
+    for turn in tracer.turns:
+        _turn(turn, tracer.classes, spaces, rotations, pending)
+    graph = model.graph.copy()
+    nodes = {node.name: node for node in graph.nodes}
+    for (name, i), value in pending.values.items():
+        _set(graph, nodes[name], i, value.astype(np.float32))
+    save_graph(graph, path, model_metadata=model.model_metadata, node_metadata=model.node_metadata)
+    written = import_graph(onnx.load(str(path), load_external_data=False), path.parent)
+    digest = hashlib.sha256(f"{model.fingerprint} rotated {seed} {sorted(rotated)}".encode()).hexdigest()
+    return replace(model, path=path, graph=written, fingerprint=digest)
+
+
+def _set(graph: gs.Graph, node: gs.Node, i: int, value: npt.NDArray[np.float32]) -> None:
+    if i < len(node.inputs) and node.inputs[i].name:
+        set_constant(graph, node, i, value)
+        return
+    constant = new_constant(graph, f"{node.name}/bias", value)
+    if i < len(node.inputs):
+        node.inputs[i] = constant
+    else:
+        node.inputs.append(constant)
+
+
+def _turn(
+    turn: Turn, classes: Classes, spaces: Sequence[Space], rotations: Sequence[Floats], pending: Pending
+) -> None:
+    """v becomes v Q along the axes of the labels, for each copy of each space that is there."""
+    roots = classes.roots(turn.labels)
+    axes = [axis for axis in range(roots.ndim) if roots.shape[axis] > 1]
+    along = roots.reshape(-1)
+    present = set(along.tolist())
+    for space, rotation in zip(spaces, rotations, strict=True):
+        if int(space.roots[0]) not in present:
+            continue
+        value = pending.find(turn.node, turn.index)
+        if value is None:
+            return
+        moved = np.moveaxis(value, axes, range(-len(axes), 0))
+        flat = moved.reshape(*moved.shape[: moved.ndim - len(axes)], along.size).copy()
+        # The k-th place of every coordinate belongs to the k-th copy.
+        places = np.stack([np.flatnonzero(along == root) for root in space.roots.tolist()], axis=1)
+        for copy in places:
+            flat[..., copy] = flat[..., copy] @ rotation
+        turned = np.moveaxis(flat.reshape(moved.shape), range(-len(axes), 0), axes)
+        pending.set(turn.node, turn.index, np.ascontiguousarray(turned))

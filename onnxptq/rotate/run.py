@@ -1,0 +1,114 @@
+"""Rotating what can be rotated, and checking that the network still computes the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from onnxptq.errors import FeedError
+from onnxptq.graph.index import GraphIndex
+from onnxptq.rotate.apply import TOLERANCE, apply_rotations
+from onnxptq.rotate.folding import NORMALIZATIONS, find_foldings
+from onnxptq.rotate.rules import RULES
+from onnxptq.rotate.spaces import Space, find_spaces
+from onnxptq.rotate.tracing import RotationTracer
+from onnxptq.runtime import Provider, Session, concrete_shapes, difference
+from onnxptq.types import CanonicalModel, Feeds, Skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """What was rotated.
+
+    Attributes:
+        streams: numbers of channels of the rotated spaces that normalizations read.
+        heads: numbers of channels of the other rotated spaces (queries with keys, values).
+        skips: normalizations whose input stays, with reasons.
+        difference: of the float outputs, relative to their largest magnitude.
+    """
+
+    streams: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+    skips: tuple[Skip, ...] = ()
+    difference: float = 0.0
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        parts = [
+            f"{len(sizes)} {name} of {' or '.join(str(n) for n in sorted(set(sizes)))} channels"
+            for name, sizes in (("residual streams", self.streams), ("spaces inside attention", self.heads))
+            if sizes
+        ]
+        if not parts:
+            return "No channels can be rotated."
+        return f"Rotated: {', '.join(parts)}; the float outputs differ by {self.difference:.1e}."
+
+
+def rotate(
+    model: CanonicalModel, feeds: Feeds, *, work_dir: Path, seed: int = 0, provider: Provider = "cpu"
+) -> tuple[CanonicalModel, Rotation]:
+    """Rotate the channels of residual streams and inside attention by random orthogonal matrices.
+
+    The result computes the same function with the same nodes; only constants differ. It is written to
+    ``work_dir/rotated.onnx``.
+
+    Args:
+        feeds: the first sample tells shapes, and the float outputs are compared on it.
+        seed: chooses the matrices.
+
+    Returns:
+        The new model (the old one if nothing can be rotated) and what was done.
+
+    Raises:
+        FeedError: there is no sample.
+        OutputPathError: ``work_dir`` cannot be written.
+    """
+    if len(feeds) == 0:
+        raise FeedError(
+            "There is no calibration sample.", "Point --calib at a folder with at least one sample."
+        )
+    sample = next(iter(feeds))
+    shapes, values = concrete_shapes(model, sample, provider)
+    index = GraphIndex(model.graph)
+    foldings = find_foldings(index, shapes, values)
+    tracer = RotationTracer(index, shapes, values, {name: f.reason for name, f in foldings.items()})
+    tracer.follow(RULES)
+    spaces = find_spaces(tracer)
+    skips = _skips(model, index, tracer, spaces)
+    if not spaces:
+        return model, Rotation(skips=skips)
+    result = apply_rotations(model, tracer, foldings, spaces, work_dir / "rotated.onnx", seed=seed)
+    before, after = (Session(m.path, provider=provider).run(sample) for m in (model, result))
+    gap = difference(before, after)
+    if not gap <= TOLERANCE:
+        reason = f"not rotated: the float outputs would differ by {gap:.1e} of their largest magnitude"
+        return model, Rotation(skips=(*skips, Skip(site=model.user_name(model.outputs[0]), reason=reason)))
+    return result, Rotation(
+        streams=tuple(space.roots.size for space in spaces if space.is_stream),
+        heads=tuple(space.roots.size for space in spaces if not space.is_stream),
+        skips=skips,
+        difference=gap,
+    )
+
+
+def _skips(
+    model: CanonicalModel, index: GraphIndex, tracer: RotationTracer, spaces: tuple[Space, ...]
+) -> tuple[Skip, ...]:
+    """One for each stream that a normalization reads and that stays."""
+    rotated = np.concatenate([np.zeros(0, np.int64), *(space.roots for space in spaces)])
+    found: dict[bytes, Skip] = {}
+    for node in index.nodes:
+        labels = tracer.labels.get(node.inputs[0].name) if node.op in NORMALIZATIONS else None
+        if labels is None:
+            continue
+        roots = tracer.classes.roots(labels)
+        if np.isin(roots, rotated).any():
+            continue
+        reasons = [tracer.classes.reason(root) for root in np.unique(roots).tolist()]
+        reason = next((text for text in reasons if text), "its channels cannot be mixed, or are too few")
+        site = model.user_name(node.inputs[0].name)
+        found.setdefault(np.unique(roots).tobytes(), Skip(site=site, reason=f"not rotated: {reason}"))
+    return tuple(found.values())
