@@ -21,11 +21,14 @@ _FEWEST = 6
 
 def spreading_rotation(size: int, rng: np.random.Generator) -> Floats:
     """A random orthogonal ``size`` x ``size`` matrix Q with Q 1 = 1."""
-    rest = size
+    fours, rest = 0, size
+    while rest % 4 == 0:
+        fours, rest = fours + 1, rest // 4
+    if 1 < rest < _FEWEST and fours:
+        fours, rest = fours - 1, rest * 4
     flat: Floats = np.ones((1, 1))
-    while rest % 4 == 0 and (rest // 4 == 1 or rest // 4 >= _FEWEST):
+    for _ in range(fours):
         flat = np.kron(flat, np.full((4, 4), 0.5) - np.eye(4)).astype(np.float64)
-        rest //= 4
     result: Floats = np.kron(flat, _uniform(rest, rng)).astype(np.float64)
     shuffled: Floats = result[rng.permutation(size)][:, rng.permutation(size)]
     return shuffled
