@@ -295,5 +295,6 @@ def _key(
         hasher.update(np.ascontiguousarray(value).tobytes())
     for sample in samples:
         for name in sorted(sample):
+            add(name, sample[name].shape, sample[name].dtype.str)
             hasher.update(np.ascontiguousarray(sample[name]).tobytes())
     return hasher.hexdigest()[:24]

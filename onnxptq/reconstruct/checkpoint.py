@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from onnxptq.types import Array, PackOutcome, QParams, Solution
+
+_DIGEST = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,7 +31,7 @@ class Finished:
 class Checkpoints:
     """One file per finished pack in a folder of its own; the folder's name stands for everything that matters.
 
-    A file appears whole or not at all. What cannot be read is as good as absent.
+    A file appears whole or not at all. It starts with a digest of the rest: what is damaged is as good as absent.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,21 +40,25 @@ class Checkpoints:
     def load(self, pack: int, before: Solution, settled: Collection[str]) -> Finished | None:
         """The state behind ``pack``, given the one before it; None if there is none."""
         try:
-            with np.load(self._path(pack), allow_pickle=False) as stored:
-                header = json.loads(str(stored["header"]))
-                qparams, weights = dict(before.qparams), dict(before.weights)
-                for i, name in enumerate(header["qparams"]):
-                    known = qparams[name]
-                    qparams[name] = QParams(
-                        scale=stored[f"scale_{i}"],
-                        zero_point=stored[f"zero_point_{i}"],
-                        qtype=known.qtype,
-                        granularity=known.granularity,
-                    )
-                for i, name in enumerate(header["weights"]):
-                    weights[name] = stored[f"weight_{i}"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            contents = self._path(pack).read_bytes()
+        except OSError:
             return None
+        digest, archive = contents[:_DIGEST], contents[_DIGEST:]
+        if hashlib.sha256(archive).digest() != digest:
+            return None
+        qparams, weights = dict(before.qparams), dict(before.weights)
+        with np.load(io.BytesIO(archive), allow_pickle=False) as stored:
+            header = json.loads(str(stored["header"]))
+            for i, name in enumerate(header["qparams"]):
+                known = qparams[name]
+                qparams[name] = QParams(
+                    scale=stored[f"scale_{i}"],
+                    zero_point=stored[f"zero_point_{i}"],
+                    qtype=known.qtype,
+                    granularity=known.granularity,
+                )
+            for i, name in enumerate(header["weights"]):
+                weights[name] = stored[f"weight_{i}"]
         outcome = header["outcome"]
         return Finished(
             solution=Solution(qparams=qparams, weights=weights),
@@ -82,11 +89,13 @@ class Checkpoints:
         handle, name = tempfile.mkstemp(dir=self._folder, suffix=".part")
         try:
             with os.fdopen(handle, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
+                archive = io.BytesIO()
+                np.savez(archive, **arrays)  # type: ignore[arg-type]
+                file.write(hashlib.sha256(archive.getbuffer()).digest() + archive.getvalue())
             Path(name).replace(self._path(pack))
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
 
     def _path(self, pack: int) -> Path:
-        return self._folder / f"pack_{pack:04d}.npz"
+        return self._folder / f"pack_{pack:04d}.state"

@@ -16,12 +16,13 @@ class Vault:
 
     Args:
         budget: bytes of tensors to leave in memory. They are counted when they come and not when they go, so
-            call ``forget`` for what is no longer held.
+            call ``forget`` for what is no longer held, once and before it is gone.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
         self._folder = folder
         self._budget = budget
+        self._sizes: dict[int, int] = {}
         self._held = 0
 
     def keep(self, value: torch.Tensor) -> torch.Tensor:
@@ -31,7 +32,10 @@ class Vault:
             OSError: the folder has no room.
         """
         size = value.numel() * value.element_size()
-        if self._held + size <= self._budget or size == 0:
+        if size == 0:
+            return value
+        if self._held + size <= self._budget:
+            self._sizes[id(value)] = size
             self._held += size
             return value
         with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".values", delete=False) as file:
@@ -46,5 +50,5 @@ class Vault:
         return stored.reshape(value.shape)
 
     def forget(self, value: torch.Tensor) -> None:
-        """Take a tensor that was in memory off the account."""
-        self._held = max(0, self._held - value.numel() * value.element_size())
+        """Take a tensor off the account, if it is one that was left in memory."""
+        self._held -= self._sizes.pop(id(value), 0)
