@@ -26,6 +26,8 @@ DAMPING = 0.01
 
 _BLOCK = 64
 
+_LARGEST_SHARE = 1e30
+
 Matrix = npt.NDArray[np.float64]
 
 
@@ -41,16 +43,13 @@ def round_weights(
     """
     groups, channels, _ = matrix.shape
     g, c = gram.quantized, gram.mixed
-    h = damped(gram, damping)
+    order = np.argsort(-np.einsum("gkk->gk", g), axis=1, kind="stable")
+    h, factor = _factored(gram, order, damping)
     weight = matrix.astype(np.float64)
     if gram.mixed is not gram.quantized:
         # The damping pulls towards the float weight, not towards zero.
         right = (c + (h - g)) @ np.swapaxes(weight, 1, 2)
         weight = np.swapaxes(np.linalg.solve(h, right), 1, 2)
-    diagonal = np.einsum("gkk->gk", g)
-    order = np.argsort(-diagonal, axis=1, kind="stable")
-    permuted = np.take_along_axis(np.take_along_axis(h, order[:, :, None], 1), order[:, None, :], 2)
-    factor = _inverse_factor(permuted)
     work = np.ascontiguousarray(np.take_along_axis(weight, order[:, None, :], 2).transpose(2, 0, 1))
     done = _compensated(work, factor, qparams, groups * channels)
     result = np.empty(matrix.shape, np.float32)
@@ -58,14 +57,14 @@ def round_weights(
     return result
 
 
-def damped(gram: Gram, share: float) -> Matrix:
-    """G + lam I with lam = ``share`` of G's mean diagonal, (groups, K, K)."""
+def damped(gram: Gram, share: float | Matrix) -> Matrix:
+    """G + lam I with lam = ``share`` of G's mean diagonal, (groups, K, K); one share, or one per group."""
     g = gram.quantized
     width = g.shape[1]
     strength = np.trace(g, axis1=1, axis2=2) / width
     # A group that saw nothing but zeros keeps the nearest grid points: its damped G is a multiple of the identity.
     strength = np.where(strength > 0.0, strength, 1.0)
-    result: Matrix = g + share * strength[:, None, None] * np.eye(width)
+    result: Matrix = g + (share * strength)[:, None, None] * np.eye(width)
     return result
 
 
@@ -88,6 +87,32 @@ def _compensated(work: Matrix, factor: Matrix, qparams: QParams, channels: int) 
             spread = np.swapaxes(factor[:, start:end, end:], 1, 2) @ errors.transpose(1, 0, 2)
             work[end:] -= spread.transpose(1, 0, 2)
     return done
+
+
+def _factored(gram: Gram, order: npt.NDArray[np.int64], damping: float) -> tuple[Matrix, Matrix]:
+    """G + lam I, and U in the order of the inputs.
+
+    Where inputs hardly leave their mean, their sums about it are what rounding left over, and need not be
+    definite. Such a group is damped more, up to the nearest grid points.
+    """
+    share = np.full(len(order), damping)
+    while True:
+        h = damped(gram, share)
+        permuted = np.take_along_axis(np.take_along_axis(h, order[:, :, None], 1), order[:, None, :], 2)
+        try:
+            return h, _inverse_factor(permuted)
+        except np.linalg.LinAlgError:
+            if share.max() > _LARGEST_SHARE:
+                raise
+            share = np.where([_is_definite(matrix) for matrix in permuted], share, 10.0 * share)
+
+
+def _is_definite(matrix: Matrix) -> bool:
+    try:
+        np.linalg.cholesky(matrix[::-1, ::-1])
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def _inverse_factor(matrix: Matrix) -> Matrix:

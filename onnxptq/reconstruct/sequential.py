@@ -88,7 +88,12 @@ def _sums(layer: Linear, qparams: QParams | None, data: PackData, hooks: Sequenc
 def _solved(index: GraphIndex, layer: Linear, gram: Gram, solution: Solution, weight: str) -> Solution:
     value = np.asarray(layer.weight.values, np.float32)
     matrix = weight_matrix(layer, value)
-    has_bias = layer.bias is not None and len(index.uses(layer.bias.name)) == 1
+    channels = matrix.shape[0] * matrix.shape[1]
+    has_bias = (
+        layer.bias is not None
+        and len(index.uses(layer.bias.name)) == 1
+        and int(np.prod(layer.bias.shape)) == channels
+    )
     sums = gram.centred() if has_bias else gram
     rounded = round_weights(matrix, sums, solution.qparams[weight], damping=DAMPING)
     weights = {**solution.weights, layer.weight.name: weight_tensor(layer, rounded)}
@@ -96,7 +101,7 @@ def _solved(index: GraphIndex, layer: Linear, gram: Gram, solution: Solution, we
         assert layer.bias is not None
         bias = np.asarray(layer.bias.values, np.float32)
         shift = _shift(matrix, rounded, gram)
-        if bias.size == shift.size and np.isfinite(shift).all():
+        if np.isfinite(shift).all():
             weights[layer.bias.name] = (bias + shift.reshape(bias.shape)).astype(np.float32)
     return Solution(qparams=solution.qparams, weights=weights)
 
