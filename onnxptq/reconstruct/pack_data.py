@@ -105,6 +105,8 @@ def most_together(network: BlockNetwork, position: int, values: Sequence[Values]
     pair = values[:2]
     if any(part[name].ndim == 0 for part in pair for name in names):
         return 1
+    if any(part[name].shape[1:] != pair[0][name].shape[1:] for part in values for name in names):
+        return 1
     try:
         apart = [network.run_block(position, _on(network.device, part)) for part in pair]
         at_once = network.run_block(position, _on(network.device, joined(pair, names)))
@@ -138,14 +140,18 @@ def run_all(
             name: torch.split(value, [row * len(value) // sum(rows) for row in rows])
             for name, value in out.items()
         }
-        # A view would hold all samples of the pass.
-        found.extend({name: _kept(split[name][i].clone(), keep) for name in split} for i in range(len(parts)))
+        found.extend(
+            {name: _kept(split[name][i], keep, is_part=True) for name in split} for i in range(len(parts))
+        )
     return found
 
 
-def _kept(value: torch.Tensor, keep: Keep) -> torch.Tensor:
+def _kept(value: torch.Tensor, keep: Keep, *, is_part: bool = False) -> torch.Tensor:
     # A stand-in for a shape has no memory of its own.
-    return value if 0 in value.stride() and value.numel() > 1 else keep(value.cpu())
+    if 0 in value.stride() and value.numel() > 1:
+        return value
+    # A view would hold all samples of the pass.
+    return keep(value.cpu().clone() if is_part else value.cpu())
 
 
 def _on(device: torch.device, values: Values) -> Values:
