@@ -136,7 +136,9 @@ class AdaRoundWeight(torch.nn.Module):
         return (torch.sigmoid(self.latent) * _STRETCH + _SHIFT).clamp(0.0, 1.0)
 
     def forward(self) -> torch.Tensor:
-        """The weight between its two grid points, differentiable."""
+        """The weight between its two grid points, differentiable; in evaluation mode on one of them."""
+        if not self.training:
+            return self._integers() * self.scale
         return (self.down + self.share()).clamp(self._low, self._high) * self.scale
 
     def indecision(self, beta: float) -> torch.Tensor:
@@ -146,8 +148,10 @@ class AdaRoundWeight(torch.nn.Module):
     @torch.no_grad()
     def hardened(self) -> tuple[QParams, FloatArray]:
         """Parameters and weight as the file will hold them: up where a >= 0."""
-        chosen = (self.down + (self.latent >= 0)).clamp(self._low, self._high)
-        return self._qparams, _on_grid(chosen, self._qparams)
+        return self._qparams, _on_grid(self._integers(), self._qparams)
+
+    def _integers(self) -> torch.Tensor:
+        return (self.down + (self.latent >= 0)).clamp(self._low, self._high)
 
 
 LearnedWeight = StraightThroughWeight | AdaRoundWeight

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +82,9 @@ class PackQuantizers:
             elif isinstance(qparams.granularity, PerTensor) and settings.activation_scale_rate > 0.0:
                 activation = self.activations.get(quantizer.scale_group)
                 if activation is None:
-                    activation = LearnedActivation(qparams, _largest_scale(quantizer, qparams)).to(device)
+                    members = [q for q in plan.quantizers if q.scale_group == quantizer.scale_group]
+                    largest = min(_largest_scale(member, qparams) for member in members)
+                    activation = LearnedActivation(qparams, largest).to(device)
                     self.activations[quantizer.scale_group] = activation
                 module.set_hook(*edge, activation)
         if settings.bias_rate > 0.0:
@@ -141,6 +144,17 @@ class PackQuantizers:
         """Go back to a former ``state``."""
         for parameter, value in zip(self.parameters(), state, strict=True):
             parameter.copy_(value)
+
+    @contextmanager
+    def hard(self) -> Iterator[None]:
+        """Within it the pack computes with the weights as ``hardened`` would leave them."""
+        for weight in self.weights.values():
+            weight.eval()
+        try:
+            yield
+        finally:
+            for weight in self.weights.values():
+                weight.train()
 
     def indecision(self, beta: float) -> torch.Tensor:
         """AdaRound's regulariser, summed over the weights; zero without any."""

@@ -44,7 +44,7 @@ def train(
     held_out = math.ceil(settings.held_out * len(data)) if len(data) > 1 else 0
     judges, pupils = order[:held_out], order[held_out:]
     norms = _norms(data, judges or pupils)
-    before = _judged(data, judges or pupils, norms)
+    before = _judged(data, learned, judges or pupils, norms)
     best, best_state, stale, done = before, learned.state(), 0, 0
     optimizer = torch.optim.Adam(learned.groups(settings))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
@@ -63,14 +63,14 @@ def train(
         schedule.step()
         done += 1
         if judges and done % every == 0:
-            seen = _judged(data, judges, norms)
+            seen = _judged(data, learned, judges, norms)
             stale = 0 if seen < (1.0 - _LOWEST_GAIN) * best else stale + 1
             if seen < best:
                 best, best_state = seen, learned.state()
             if stale >= settings.patience:
                 break
     if not judges:
-        return before, _judged(data, pupils, norms), done
+        return before, _judged(data, learned, pupils, norms), done
     learned.restore(best_state)
     return before, best, done
 
@@ -91,10 +91,13 @@ def _sharpness(progress: float, settings: Learning) -> float | None:
 
 
 @torch.no_grad()
-def _judged(data: PackData, chosen: Sequence[int], norms: _Norms) -> float:
+def _judged(data: PackData, learned: PackQuantizers, chosen: Sequence[int], norms: _Norms) -> float:
+    """The loss of what would be hardened now: an undecided AdaRound weight is closer to the float one."""
     total = 0.0
-    for part in data.chunks(chosen):
-        total += float(_relative(data.module(data.quantized(part)), data.targets(part), norms)) * len(part)
+    with learned.hard():
+        for part in data.chunks(chosen):
+            found = data.module(data.quantized(part))
+            total += float(_relative(found, data.targets(part), norms)) * len(part)
     return total / len(chosen)
 
 
