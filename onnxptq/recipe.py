@@ -132,6 +132,11 @@ class Recipe(BaseModel):
         return True
 
     @property
+    def needs_torch(self) -> bool:
+        """Whether nothing can be done without a differentiable form of every operator."""
+        return bool(self.bit_budget) or self.method not in ("auto", "rtn")
+
+    @property
     def reconstruction_effort(self) -> Effort:
         """The effort, or the method's own."""
         return self.effort or ("fast" if self.method == "auto" else "balanced")

@@ -157,13 +157,22 @@ def start(recipe: Recipe, work_dir: str | Path | None, progress: Progress | None
 
 
 def canonical_model(run: Run, source: Path) -> CanonicalModel:
-    """The user's model in canonical form."""
+    """The user's model in canonical form.
+
+    Raises:
+        UnsupportedOperatorError: the recipe needs torch, and an operator has no form in it.
+        RecipeError: the recipe's plan is not for this model.
+    """
     with run.timed("canonicalize"):
         model = canonicalize(
             source, run.scratch, opset=run.recipe.opset, simplify=run.recipe.simplify, progress=run.progress
         )
     for note in model.notes:
         run.note(note)
+    if run.recipe.needs_torch:
+        from onnxptq.lowering import require_supported
+
+        require_supported(model.graph)
     if run.recipe.plan is not None:
         apply_bit_plan(run, model, read_bit_plan(Path(run.recipe.plan)), Path(run.recipe.plan))
     return model

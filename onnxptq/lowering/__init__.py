@@ -12,6 +12,7 @@ from onnxptq.lowering.registry import (
     entries,
     lookup,
     register,
+    require_supported,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "lower",
     "needed_nodes",
     "register",
+    "require_supported",
 ]

@@ -20,6 +20,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import torch
 
+from onnxptq.errors import UnsupportedOperatorError
 from onnxptq.types import Array
 
 MIN_OPSET = 7
@@ -38,6 +39,9 @@ with one entry per node output. Never writes to its arguments."""
 
 class Declined(Exception):  # noqa: N818 - a decision with a reason, caught in this package
     """A builder cannot express this node; the text is the reason."""
+
+
+_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,6 +321,20 @@ def check_supported(graph: gs.Graph, nodes: Iterable[gs.Node] | None = None) -> 
         if isinstance(prepared, Unsupported):
             found.append(prepared)
     return tuple(found)
+
+
+def require_supported(graph: gs.Graph) -> None:
+    """Refuse a graph that ``lower`` would refuse as a whole; cheap.
+
+    Raises:
+        UnsupportedOperatorError: names the operators, their versions and their nodes.
+    """
+    refused = check_supported(graph)
+    if refused:
+        raise UnsupportedOperatorError(
+            "These operators cannot be turned into torch: " + "; ".join(str(u) for u in refused[:_SHOWN]),
+            "Choose method auto or rtn and equal bits, which need no torch.",
+        )
 
 
 def _plain(domain: str | None) -> str:

@@ -165,8 +165,8 @@ def loss_chart(packs: Sequence[BitRow], part: Literal["weights", "activations"],
         colour = _ACCENT if part == "weights" else _WARN
         for pack, line in lines.items():
             axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.0, alpha=0.7)
-            # Neighbours take turns, so that fewer names overlap.
-            bits, loss = line[pack % 2 if len(line) > 1 else 0]
+            # They take turns, so that fewer names overlap.
+            bits, loss = line[pack % len(line)]
             axes.annotate(str(pack), (bits, loss), color=_INK, fontsize=8)
         axes.set_yscale("log")
         axes.minorticks_off()

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import onnxptq
 from cli.main import cli
 from onnxptq.bit_plan import BitPlan, read_bit_plan
-from onnxptq.errors import BudgetError, RecipeError
+from onnxptq.errors import BudgetError, RecipeError, UnsupportedOperatorError
 from onnxptq.pipeline import Result
 from onnxptq.recipe import Recipe
 from onnxptq.types import Sample
@@ -194,6 +194,20 @@ def test_the_smallest_file_within_a_loss(model: Path, samples: list[Sample], tmp
     assert losses[0] > losses[1]
     with pytest.raises(BudgetError, match=r"A loss of 1e-12 cannot be reached"):
         quantized(model, samples, tmp_path, max_loss=1e-12, method="rtn")
+
+
+@pytest.mark.parametrize("settings", [{"average_bits": 4, "method": "rtn"}, {"method": "pack-ptq"}])
+def test_what_torch_cannot_run_is_refused_before_any_work(
+    settings: dict[str, Any], samples: list[Sample], tmp_path: Path
+) -> None:
+    net = Net()
+    stem = net.conv("stem", "x", (8, 3, 3, 3))
+    x = net.op("Unique", "unique", net.op("Relu", "relu", stem))
+    onnx.save(net.proto({"x": [1, 3, 8, 8]}, [stem, x]), str(tmp_path / "net.onnx"))
+    with pytest.raises(UnsupportedOperatorError, match=r"Unique version 11 \(node 'unique'\)") as caught:
+        quantized(tmp_path / "net.onnx", samples, tmp_path, **settings)
+    assert caught.value.exit_code == 3
+    assert not list((tmp_path / "work").glob("calibration-*"))
 
 
 def test_the_greedy_allocator(model: Path, samples: list[Sample], tmp_path: Path) -> None:
