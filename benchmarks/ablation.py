@@ -33,6 +33,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "nearest": {"method": "rtn"},
     "closed form": {"method": "pack-ptq", "effort": "fast"},
     "packs": {"method": "pack-ptq", "effort": "balanced"},
+    "packs, fisher": {"method": "pack-ptq", "effort": "balanced", "loss": "fisher"},
     "single blocks": {"method": "pack-ptq", "effort": "balanced", "max_pack_blocks": 1},
     "qdrop": {"method": "qdrop", "effort": "balanced"},
     "brecq": {"method": "brecq", "effort": "balanced"},
@@ -88,7 +89,7 @@ def _measured(bed: Bed, bits: tuple[int, int], variant: str, seed: int, timeout:
         "seed": seed,
         **VARIANTS[variant],
     }
-    name = f"ablation-w{bits[0]}a{bits[1]}-{variant.replace(' ', '-')}-{seed}"
+    name = f"ablation-w{bits[0]}a{bits[1]}-{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
     setting = Setting(tool=OURS, name=name, beds=(bed.name,), recipe=recipe, split="learning")
     prepare(bed)
     made = produce(bed, setting, None, timeout=timeout)

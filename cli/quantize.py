@@ -62,6 +62,12 @@ from .progress import TerminalProgress
     help="How packs are solved: in closed form, with a few hundred gradient steps each, or with 20 000. "
     "Left out: fast for auto, else balanced.",
 )
+@click.option(
+    "--loss",
+    type=click.Choice(["plain", "fisher"]),
+    help="What gradient steps make small: the error of a pack's outputs, or that weighed by its effect on the "
+    "network's output. [default: plain]",
+)
 @click.option("--max-pack-blocks", type=int, help="Blocks in a pack, at most. [default: 4]")
 @click.option("-w", "--weight-bits", type=int, help="2 to 8. [default: 8]")
 @click.option("-a", "--activation-bits", type=int, help="2 to 8. [default: 8]")

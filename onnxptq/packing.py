@@ -43,6 +43,10 @@ SCORING_SAMPLES = 32
 DEFAULT_MEMORY = 2 << 30
 """Bytes for activations where the user states no budget; half of it may hold samples between packs."""
 
+FISHER_EXPONENT = 0.5
+"""Half way, on a logarithmic scale, between equal weights and those of the Fisher information, which a few dozen
+samples do not tell exactly."""
+
 MOST_TOGETHER = 64
 """Samples in one pass, at most: beyond it nothing runs faster."""
 
@@ -70,6 +74,8 @@ def learning(recipe: Recipe) -> Learning:
     """The settings of the reconstruction that a recipe asks for."""
     chosen: Mapping[Effort, Learning] = {"fast": FAST, "balanced": BALANCED, "paper": PAPER}
     found = chosen[recipe.reconstruction_effort]
+    if recipe.loss == "fisher":
+        found = replace(found, weighting=FISHER_EXPONENT)
     if recipe.method == "brecq":
         return replace(found, weights="adaround", mixing=0.0, **_ADAROUND)
     if recipe.method == "qdrop":

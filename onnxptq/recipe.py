@@ -45,6 +45,8 @@ class Recipe(BaseModel):
         effort: how packs are solved. ``fast`` takes no gradient step, ``balanced`` a few hundred per pack,
             ``paper`` 20 000. None is ``fast`` for ``auto`` and ``balanced`` for the other methods.
         max_pack_blocks: blocks in a pack at most.
+        loss: what gradient steps make small: ``plain`` noise over signal of a pack's outputs, or with ``fisher``
+            the same with each channel weighed by how much it moves the network's output.
         weight_bits, activation_bits: grid sizes, 2 to 8. A deployment target maps what it cannot run to 8.
             Where bits are chosen per pack, the analysis starts from these (default: nearest to the average).
         observer: how activation ranges are chosen; ``auto`` measures several on calibration samples.
@@ -80,6 +82,7 @@ class Recipe(BaseModel):
     method: Method = "auto"
     effort: Effort | None = None
     max_pack_blocks: int | None = Field(default=4, ge=1)
+    loss: Literal["plain", "fisher"] = "plain"
     weight_bits: int = Field(default=8, ge=2, le=8)
     activation_bits: int = Field(default=8, ge=2, le=8)
     observer: ObserverChoice = "auto"

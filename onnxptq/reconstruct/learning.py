@@ -23,6 +23,8 @@ class Learning:
         latent_rate: Adam's rate for latents: in steps of the grid, or of a for AdaRound.
         weight_scale_rate, activation_scale_rate: the same for logarithms of scales; 0 keeps them.
         bias_rate: the same for biases, relative to the root mean square of each; 0 keeps them.
+        weighting: exponent of the Fisher weights of a pack's outputs (:mod:`onnxptq.reconstruct.fisher`); 0 weighs
+            all elements alike.
         warm_up: share of the steps before AdaRound's indecision counts.
         decision: its weight.
     """
@@ -39,6 +41,7 @@ class Learning:
     weight_scale_rate: float = 1e-3
     activation_scale_rate: float = 1e-3
     bias_rate: float = 1e-3
+    weighting: float = 0.0
     warm_up: float = 0.2
     decision: float = 0.01
 

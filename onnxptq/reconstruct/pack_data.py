@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,7 +23,8 @@ class PackData:
     """One pack with its data: ``floats`` and ``quants`` hold the values of each sample at the pack's ends, in
     the float network and behind the quantized packs in front of it; ``targets_of`` its float outputs.
 
-    ``together`` samples run in one pass: 1 where the pack does not treat the first axis as a batch.
+    ``together`` samples run in one pass: 1 where the pack does not treat the first axis as a batch. ``importance``
+    weighs the elements of outputs in the loss, by tensor; outputs without an entry weigh 1 throughout.
     """
 
     network: BlockNetwork
@@ -32,6 +33,7 @@ class PackData:
     quants: Sequence[Values]
     targets_of: Sequence[Values]
     together: int
+    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.floats)

@@ -7,17 +7,19 @@ the samples move on. The next pack sees hard weights only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import torch
 
 from onnxptq.graph.index import GraphIndex
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.quantized import quantizing_hooks
 from onnxptq.reconstruct.checkpoint import Checkpoints, Finished
+from onnxptq.reconstruct.fisher import fisher_weights
 from onnxptq.reconstruct.initial import with_bias_grids
 from onnxptq.reconstruct.learning import Learning
 from onnxptq.reconstruct.pack_data import PackData, most_together, run_all, set_hooks
@@ -26,6 +28,9 @@ from onnxptq.reconstruct.sequential import round_pack
 from onnxptq.reconstruct.training import train
 from onnxptq.reconstruct.vault import Vault
 from onnxptq.types import CanonicalModel, Pack, PackOutcome, Progress, QuantPlan, Sample, Solution
+
+FISHER_SAMPLES = 128
+"""Calibration samples that tell how much the elements of outputs matter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +88,11 @@ def reconstruct(
         {name: torch.from_numpy(np.array(sample[name])) for name in network.inputs} for sample in samples
     ]
     quants = [dict(values) for values in floats]
+    importance: Mapping[str, torch.Tensor] = {}
+    if settings.steps and settings.weighting > 0.0:
+        generator = torch.Generator().manual_seed(seed)
+        weights = fisher_weights(network, floats[:FISHER_SAMPLES], _probabilities(model.graph), generator)
+        importance = {name: value.pow(settings.weighting) for name, value in weights.items()}
     state = Finished(solution=solution, settled=frozenset(), outcome=None)
     outcomes: list[PackOutcome] = []
     tick = progress.start("solve packs", len(packs)) if progress else None
@@ -92,7 +102,7 @@ def reconstruct(
         store = resources.checkpoints
         known = None if store is None else store.load(position, state.solution, state.settled)
         if known is None:
-            data = PackData(network, position, floats, quants, after, together)
+            data = PackData(network, position, floats, quants, after, together, importance)
             generator = torch.Generator().manual_seed((seed << 20) + position)
             known = _solved(index, pack, plan, state, data, settings, generator)
             if store is not None:
@@ -113,6 +123,10 @@ def reconstruct(
             tick()
     solution = with_bias_grids(model.graph, plan, state.solution)
     return Reconstruction(solution=solution, outcomes=tuple(outcomes))
+
+
+def _probabilities(graph: gs.Graph) -> frozenset[str]:
+    return frozenset(t.name for t in graph.outputs if t.inputs and t.inputs[0].op == "Softmax")
 
 
 def _solved(

@@ -41,6 +41,9 @@ them by heart: ResNet-20 at 3 bits then agrees with its float network on 74 % of
 _ROWS_PER_LAYER = 16_384
 """Rows over all samples, at least."""
 
+_ELEMENTS_AT_ONCE = 1 << 24
+"""Elements of the rows that are added in one go; hundreds of groups would fill gigabytes otherwise."""
+
 
 def round_pack(
     index: GraphIndex,
@@ -73,15 +76,18 @@ def _sums(layer: Linear, qparams: QParams | None, data: PackData, hooks: Sequenc
     chosen = range(0, len(data), -(-len(data) // SAMPLES))
     wanted = max(_ROWS_PER_LAYER, _ROWS_PER_INPUT * width_of(layer))
     limit = -(-wanted // len(chosen)) * min(len(chosen), data.together)
+    pieces = -(-limit * layer.group * width_of(layer) // _ELEMENTS_AT_ONCE)
     gram: Gram | None = None
     for value, changed in data.inner(layer.input.name, hooks, chosen):
-        read = changed.numpy() if qparams is None else fake_quantize(changed.numpy(), qparams)
-        rows = layer_rows(layer, value.numpy(), read, limit)
-        if rows is None:
-            return None
-        if gram is None:
-            gram = Gram.empty(rows[0].shape[0], rows[0].shape[2])
-        gram.add(*rows)
+        parts = max(1, min(pieces, len(value)))
+        for own, other in zip(*(np.array_split(v.numpy(), parts) for v in (value, changed)), strict=True):
+            read = other if qparams is None else fake_quantize(other, qparams)
+            rows = layer_rows(layer, own, read, -(-limit // parts))
+            if rows is None:
+                return None
+            if gram is None:
+                gram = Gram.empty(rows[0].shape[0], rows[0].shape[2])
+            gram.add(*rows)
     return gram
 
 

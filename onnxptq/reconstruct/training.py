@@ -1,16 +1,17 @@
 """Learning one pack: its quantized outputs are drawn to the float ones.
 
-    loss = sum over outputs o of  E||o_q - o_fp||^2 / V_o,     V_o = E||o_fp - mean(o_fp)||^2
-           + decision / P * indecision(beta)                   AdaRound only; P = sum over o of channels * V_o
+    loss = sum over outputs o of  E[w (o_q - o_fp)^2] / V_o,     V_o = E||o_fp - mean(o_fp)||^2
+           + decision / P * indecision(beta)                    AdaRound only; P = sum over o of channels * V_o
 
 so that the loss is noise over signal for a pack of any size, and AdaRound's second term weighs as much as
-beside the published sum of squares over channels. beta falls from 20 to 2 after the warm-up.
+beside the published sum of squares over channels. beta falls from 20 to 2 after the warm-up. w is 1, or a power
+of the Fisher weights of :mod:`onnxptq.reconstruct.fisher`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +27,11 @@ _LOWEST_GAIN = 0.005
 
 @dataclass(frozen=True, slots=True)
 class _Norms:
-    """V of each output, and P."""
+    """V of each output, P, and the weights of the outputs' elements where they are not 1."""
 
     variance: dict[str, float]
     positions: float
+    importance: Mapping[str, torch.Tensor]
 
 
 def train(
@@ -128,12 +130,14 @@ def _norms(data: PackData, chosen: Sequence[int]) -> _Norms:
                     entry[i] += term
                 channels[name] = value.shape[1] if value.ndim > 1 else 1
     variance = {name: max(q / n - (s / n) ** 2, 1e-30) for name, (n, s, q) in sums.items() if n}
-    return _Norms(variance, sum(v * channels[name] for name, v in variance.items()) or 1.0)
+    positions = sum(v * channels[name] for name, v in variance.items()) or 1.0
+    return _Norms(variance, positions, data.importance)
 
 
 def _relative(found: Values, targets: Values, norms: _Norms) -> torch.Tensor:
-    parts = [
-        torch.nn.functional.mse_loss(found[name], targets[name]) / variance
-        for name, variance in norms.variance.items()
-    ]
+    parts = []
+    for name, variance in norms.variance.items():
+        squares = (found[name] - targets[name]).square()
+        weights = norms.importance.get(name)
+        parts.append((squares if weights is None else squares * weights).mean() / variance)
     return torch.stack(parts).sum()

@@ -1,0 +1,97 @@
+"""How much each element of a pack's output matters to the network's output.
+
+The change of the loss at the network's output that an error dz of an inner tensor makes is, to second order,
+1/2 dz^T F dz with the Fisher information (for class logits) or the Gauss-Newton matrix (for other outputs) F.
+Its diagonal is estimated without bias by one backward pass per sample,
+
+    class logits      g = d log p_y / dz,   y drawn from p = softmax(logits)
+    other outputs     g = d (v . o / ||o||) / dz,   v standard normal
+    weight of z_i     w_i = E[g_i^2],   scaled to mean 1
+
+and averaged over the samples and, where a tensor has positions behind its channel axis, over these.
+(BRECQ, Li et al., arXiv 2102.05426; FIMA-Q, Wu et al., arXiv 2506.11543.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+
+from onnxptq.lowering.network import BlockNetwork, Values
+
+_LEAST = 0.05
+"""Smallest weight: an element that no sample has shown to matter may matter on others."""
+
+
+def fisher_weights(
+    network: BlockNetwork,
+    samples: Sequence[Values],
+    probabilities: Collection[str],
+    generator: torch.Generator,
+) -> Mapping[str, torch.Tensor]:
+    """Weights of the float tensors between the blocks of ``network``, shaped to broadcast against them.
+
+    A tensor that no gradient reaches has none.
+
+    Args:
+        samples: the network's inputs, one sample at a time: a network need not treat an axis as a batch.
+        probabilities: outputs that hold p itself and not logits.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    for sample in samples:
+        values = _run(network, sample)
+        inner = {n: v for n, v in values.items() if v.requires_grad and n not in network.outputs}
+        target = _target([(n, values[n]) for n in network.outputs], probabilities, generator)
+        if not inner or not target.requires_grad:
+            continue
+        found = torch.autograd.grad(target, list(inner.values()), allow_unused=True)
+        for (name, value), gradient in zip(inner.items(), found, strict=True):
+            if gradient is not None and value.ndim > 1:
+                squares = _averaged(gradient.detach().square())
+                known = sums.get(name)
+                # A tensor whose channels change in number with the sample has no weight per channel.
+                sums[name] = squares if known is None or known.shape != squares.shape else known + squares
+    return {name: _scaled(total) for name, total in sums.items()}
+
+
+def _run(network: BlockNetwork, sample: Values) -> Values:
+    values = {name: sample[name].to(network.device) for name in network.inputs}
+    for block, module in zip(network.blocks, network.modules, strict=True):
+        for name, value in module({n: values[n] for n in (*block.inputs, *block.shape_inputs)}).items():
+            if value.is_floating_point() and not value.requires_grad:
+                value.requires_grad_(True)
+            values[name] = value
+    return values
+
+
+def _target(
+    outputs: Sequence[tuple[str, torch.Tensor]], probabilities: Collection[str], generator: torch.Generator
+) -> torch.Tensor:
+    parts = []
+    for name, value in outputs:
+        if not value.is_floating_point():
+            continue
+        if value.ndim == 2 and value.shape[1] > 1:
+            tiny = torch.finfo(value.dtype).tiny
+            log_p = value.clamp_min(tiny).log() if name in probabilities else torch.log_softmax(value, dim=1)
+            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(value.device)
+            parts.append(log_p.gather(1, drawn).sum())
+        else:
+            direction = torch.randn(value.shape, generator=generator).to(value.device)
+            parts.append((direction * value).sum() / value.detach().norm().clamp_min(1e-30))
+    return torch.stack(parts).sum() if parts else torch.zeros(())
+
+
+def _averaged(squares: torch.Tensor) -> torch.Tensor:
+    """Mean over the batch and over positions; the axis that is kept is 1 for maps and the last for rows of tokens."""
+    kept = squares.ndim - 1 if squares.ndim == 3 else 1
+    return squares.mean(dim=[axis for axis in range(squares.ndim) if axis != kept], keepdim=True)
+
+
+def _scaled(total: torch.Tensor) -> torch.Tensor:
+    mean = total.mean()
+    if not bool(torch.isfinite(mean)) or float(mean) <= 0.0:
+        return torch.ones_like(total)
+    weights = (total / mean).clamp_min(_LEAST)
+    return weights / weights.mean()

@@ -1,0 +1,71 @@
+"""Fisher weights against the matrix that they are the diagonal of."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxptq.lowering.network import BlockNetwork
+from onnxptq.partition.blocks import find_blocks
+from onnxptq.reconstruct.fisher import fisher_weights
+
+RNG = np.random.default_rng(5)
+FIRST = RNG.standard_normal((4, 6)).astype(np.float32)
+SECOND = (RNG.standard_normal((6, 3)) * np.linspace(0.2, 2.0, 6)[:, None]).astype(np.float32)
+DRAWS = 4000
+
+
+def _network(last: str) -> BlockNetwork:
+    """x -> x FIRST -> Relu -> hidden SECOND -> (Softmax or nothing)."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "first"], ["a"], name="a"),
+        helper.make_node("Relu", ["a"], ["h"], name="h"),
+        helper.make_node("MatMul", ["h", "second"], ["z"], name="z"),
+    ]
+    if last == "Softmax":
+        nodes.append(helper.make_node("Softmax", ["z"], ["p"], name="p", axis=1))
+    out = nodes[-1].output[0]
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info(out, TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(FIRST, "first"), numpy_helper.from_array(SECOND, "second")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    imported = gs.import_onnx(onnx.shape_inference.infer_shapes(model))
+    return BlockNetwork(imported, find_blocks(imported))
+
+
+@pytest.mark.parametrize("last", ["logits", "Softmax"])
+def test_weights_are_the_diagonal_of_the_fisher_matrix(last: str) -> None:
+    network = _network(last)
+    x = torch.from_numpy(RNG.standard_normal((1, 4)).astype(np.float32)).abs()
+    probabilities = frozenset(network.outputs) if last == "Softmax" else frozenset()
+    found = fisher_weights(network, [{"x": x}] * DRAWS, probabilities, torch.Generator().manual_seed(1))
+    hidden = np.maximum(x.numpy() @ FIRST, 0.0)
+    z = hidden @ SECOND
+    p = (np.exp(z - z.max()) / np.exp(z - z.max()).sum())[0]
+    exact = np.diag(SECOND @ (np.diag(p) - np.outer(p, p)) @ SECOND.T)
+    exact = np.maximum(exact / exact.mean(), 0.05)
+    inner = [name for name in found if found[name].shape[-1] == 6]
+    assert inner
+    for name in inner:
+        got = found[name].numpy().reshape(-1)
+        assert got.mean() == pytest.approx(1.0, abs=1e-5)
+        if name == "h":
+            # The standard error of a mean of 4000 squares is a few percent of it.
+            np.testing.assert_allclose(got, exact / exact.mean(), rtol=0.15, atol=0.02)
+
+
+def test_same_generator_same_weights_and_every_sample_counts() -> None:
+    network = _network("logits")
+    xs = [{"x": torch.from_numpy(RNG.standard_normal((1, 4)).astype(np.float32))} for _ in range(8)]
+    one, two = (fisher_weights(network, xs, frozenset(), torch.Generator().manual_seed(3)) for _ in range(2))
+    fewer = fisher_weights(network, xs[:-1], frozenset(), torch.Generator().manual_seed(3))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert any(not torch.equal(one[name], fewer[name]) for name in one)
