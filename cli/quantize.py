@@ -104,6 +104,11 @@ from .progress import TerminalProgress
     "--equalize/--no-equalize", default=None, help="Rescale channels, exactly, beforehand. [default: yes]"
 )
 @click.option(
+    "--rotate/--no-rotate",
+    default=None,
+    help="Try rotated channels, exact as well. Left out: with fewer than 8 bits.",
+)
+@click.option(
     "--compensate/--no-compensate", default=None, help="Try error-compensated rounding. [default: yes]"
 )
 @click.option(

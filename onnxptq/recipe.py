@@ -54,6 +54,7 @@ class Recipe(BaseModel):
         include, exclude: node selectors; with ``include`` only matching nodes are quantized.
         rules: per-tensor exceptions; the last match wins.
         equalize, compensate, correct_bias: parts of ``auto`` that can be turned off.
+        rotate: whether rotated channels are tried; None tries them with fewer than 8 bits.
         samples: at most this many calibration samples, spread evenly over the data.
         holdout: share of the samples kept out of calibration for the quality numbers, where no evaluation
             data is given.
@@ -91,6 +92,7 @@ class Recipe(BaseModel):
     exclude: tuple[str, ...] = ()
     rules: tuple[TensorRule, ...] = ()
     equalize: bool = True
+    rotate: bool | None = None
     compensate: bool = True
     correct_bias: bool = True
     samples: int = Field(default=256, ge=1)
@@ -126,6 +128,11 @@ class Recipe(BaseModel):
         bits = [self.weight_bits, self.activation_bits]
         bits += [b for rule in self.rules for b in (rule.weight_bits, rule.activation_bits) if b is not None]
         return min(bits) < 8 or bool(self.bit_budget) or self.plan is not None
+
+    @property
+    def tries_rotation(self) -> bool:
+        """Whether rotated channels are tried."""
+        return self.method != "rtn" and (self.is_low_bit if self.rotate is None else self.rotate)
 
     @property
     def is_solved_by_packs(self) -> bool:

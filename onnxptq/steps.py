@@ -35,6 +35,7 @@ from onnxptq.placing import observer_overrides, placement_request, require_quant
 from onnxptq.publish import claimed_folder, space_errors, write_texts
 from onnxptq.qdq import insert_quantizers
 from onnxptq.recipe import Recipe
+from onnxptq.rotate.run import rotate
 from onnxptq.runtime import count_kernels, runtime_version
 from onnxptq.samples import ListFeeds, pick_samples
 from onnxptq.solving import Samples, Solver, draw_samples
@@ -225,18 +226,21 @@ def picture_preprocess(
 
 
 def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
-    """``model``, or the same function with its channels rescaled, whichever quantizes better to begin with.
+    """The model with its channels rotated or rescaled, or both, or neither: what quantizes best to begin with.
 
-    Where the rescaled one is good enough, the other is not tried.
+    Rotations come first, rescaling works on what they leave. Where rescaled channels are good enough, others are
+    not tried.
     """
+    turned = _rotated(run, model, data) if run.recipe.tries_rotation else None
+    form = model if turned is None else turned.model
     if run.recipe.method == "rtn" or not run.recipe.equalize:
-        return _prepared(run, model, data, model.path)
+        return turned or _prepared(run, model, data, model.path)
     with run.timed("equalize"):
         equalized, summary = equalize(
-            model,
+            form,
             ListFeeds(data.samples.equalizing),
             work_dir=run.scratch,
-            tensors=candidate_tensors(GraphIndex(model.graph)),
+            tensors=candidate_tensors(GraphIndex(form.graph)),
             symmetric=run.recipe.target == "tensorrt",
             weight_bits=COMPENSATED_BITS if run.recipe.compensate else 8,
             samples=len(data.samples.equalizing),
@@ -245,16 +249,38 @@ def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
             progress=run.progress,
         )
     run.note(summary.summary)
+    if equalized is form and turned is not None:
+        return turned
     found = _prepared(run, equalized, data, model.path)
     with run.timed("solve"):
-        if equalized is model or found.solver.is_enough:
+        if equalized is form or found.solver.is_enough:
             return found
+    return _better(run, turned or _prepared(run, model, data, model.path), found, "rescaled channels")
+
+
+def _rotated(run: Run, model: CanonicalModel, data: Data) -> Prepared | None:
+    """The model with rotated channels or as it was, whichever quantizes better; None if nothing can be rotated."""
+    with run.timed("rotate"):
+        rotated, summary = rotate(
+            model,
+            ListFeeds(data.samples.correction[:1]),
+            work_dir=run.scratch,
+            seed=run.recipe.seed,
+            provider=run.recipe.provider,
+        )
+    run.note(summary.summary)
+    if rotated is model:
+        return None
     plain = _prepared(run, model, data, model.path)
+    return _better(run, plain, _prepared(run, rotated, data, model.path), "rotated channels")
+
+
+def _better(run: Run, plain: Prepared, changed: Prepared, what: str) -> Prepared:
     with run.timed("solve"):
-        before, after = plain.solver.prospect(), found.solver.prospect()
+        before, after = plain.solver.prospect(), changed.solver.prospect()
     kept = "kept" if after > before else "dropped"
-    run.note(f"The rescaled channels were {kept}: {before:.2f} dB without, {after:.2f} dB with them.")
-    return found if after > before else plain
+    run.note(f"The {what} were {kept}: {before:.2f} dB without, {after:.2f} dB with them.")
+    return changed if after > before else plain
 
 
 def _prepared(run: Run, model: CanonicalModel, data: Data, reference: Path) -> Prepared:

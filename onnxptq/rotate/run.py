@@ -17,6 +17,9 @@ from onnxptq.rotate.tracing import RotationTracer
 from onnxptq.runtime import Provider, Session, concrete_shapes, difference
 from onnxptq.types import CanonicalModel, Feeds, Skip
 
+_TOLD = 3
+"""Streams that a summary tells reasons of."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotation:
@@ -42,9 +45,11 @@ class Rotation:
             for name, sizes in (("residual streams", self.streams), ("spaces inside attention", self.heads))
             if sizes
         ]
-        if not parts:
-            return "No channels can be rotated."
-        return f"Rotated: {', '.join(parts)}; the float outputs differ by {self.difference:.1e}."
+        text = "No channels can be rotated"
+        if parts:
+            text = f"Rotated: {', '.join(parts)}; the float outputs differ by {self.difference:.1e}"
+        left = "; ".join(f"{skip.site} {skip.reason}" for skip in self.skips[:_TOLD])
+        return f"{text}. Left: {left}." if left else f"{text}."
 
 
 def rotate(

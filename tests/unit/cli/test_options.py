@@ -53,6 +53,7 @@ def test_options_that_are_not_given_leave_the_recipe_alone(monkeypatch: pytest.M
         (("-t", "simulate", "--method", "rtn"), {"target": "simulate", "method": "rtn", "observer": "mse"}),
         (("--exclude", "a", "--exclude", "b"), {"exclude": ("a", "b")}),
         (("--no-equalize", "--no-compensate"), {"equalize": False, "compensate": False}),
+        (("--no-rotate",), {"rotate": False}),
         (("--holdout", "0"), {"holdout": 0.0}),
         (("--seed", "0"), {"seed": 0}),
         (("--size", "8", "--color", "BGR"), {"preprocess": {"size": [8, 8], "color": "BGR"}}),

@@ -1,0 +1,63 @@
+"""Rotation as a form of the model: when it is tried, and that a run keeps or drops it and says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxptq.pipeline import quantize
+from onnxptq.recipe import Recipe
+from tests.unit.rotate.rotate_nets import one_stream
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_tried"),
+    [
+        ({}, False),
+        ({"rotate": True}, True),
+        ({"weight_bits": 4}, True),
+        ({"activation_bits": 6}, True),
+        ({"weight_bits": 4, "rotate": False}, False),
+        ({"weight_bits": 4, "method": "rtn"}, False),
+        ({"rules": ({"match": "Conv", "weight_bits": 4},)}, True),
+    ],
+)
+def test_rotation_is_tried_below_8_bits_or_when_asked_for(settings: dict[str, Any], is_tried: bool) -> None:
+    assert Recipe.create(settings).tries_rotation is is_tried
+
+
+def outlier_net(path: Path) -> Path:
+    """One channel of the stream is offset by far more than the others vary: the case that rotations are made for."""
+    model = one_stream("none")
+    for tensor in model.graph.initializer:
+        if tensor.name == "stem.b":
+            value = onnx.numpy_helper.to_array(tensor).copy()
+            value[3] = 20.0
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    onnx.save(model, str(path))
+    return path
+
+
+def run(path: Path, folder: Path, recipe: Recipe) -> Any:
+    rng = np.random.default_rng(0)
+    feeds = [{"x": rng.standard_normal((1, 6, 16)).astype(np.float32)} for _ in range(40)]
+    return quantize(
+        path, calibration=feeds, recipe=recipe, work_dir=folder / "work", output=folder / "out.onnx"
+    )
+
+
+def test_a_stream_with_an_outlier_is_rotated_and_the_run_says_so(tmp_path: Path) -> None:
+    # Twenty samples are held out; the gain on them is 2.5 dB.
+    recipe = Recipe(target="simulate", activation_bits=4, equalize=False, simplify=False, holdout=0.5)
+    path = outlier_net(tmp_path / "net.onnx")
+    report = run(path, tmp_path, recipe).report
+    said = "\n".join(report.notes)
+    assert "Rotated: 1 residual streams of 16 channels" in said
+    assert "The rotated channels were kept" in said
+    plain = run(path, tmp_path, recipe.updated(rotate=False)).report
+    assert "otat" not in "\n".join(plain.notes)
+    assert report.outputs[0].sqnr_db > plain.outputs[0].sqnr_db
