@@ -115,7 +115,7 @@ def test_what_does_not_commute_is_declined_with_a_reason(middle: str, reason: st
     assert result is source
     assert [skip.reason for skip in found.skips] == [reason]
     assert rotate(result, feeds, work_dir=tmp_path) == (result, found)  # declining changes nothing
-    assert found.summary == "No channels can be rotated."
+    assert found.summary == f"No channels can be rotated. Left: {found.skips[0].site} {reason}."
 
 
 def test_channels_that_went_different_ways_are_not_mixed(tmp_path: Path) -> None:
