@@ -1,0 +1,319 @@
+"""Networks solved pack by pack, through the whole product: what is written is what was simulated."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import onnxptq
+from onnxptq import packing
+from onnxptq.errors import RecipeError
+from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.linear import find_linears
+from onnxptq.packing import find_packing
+from onnxptq.recipe import Recipe
+from onnxptq.types import CanonicalModel, Sensitivity
+from tests.e2e.command import Bench, classifier, process
+from tests.unit.reconstruct.pack_cases import case
+from tests.unit.small_nets import Net, attention_block, max_pool_net, residual_block
+
+Shapes = Mapping[str, tuple[int, ...]]
+ONE: Shapes = {"x": (1, 3, 8, 8)}
+
+
+def windows() -> onnx.ModelProto:
+    """Depthwise and grouped, non-square, dilated and transposed convolutions."""
+    net = Net(seed=2)
+    x = net.op("Relu", "r1", net.conv("square", "x", (16, 3, 3, 3)))
+    x = net.relu6("r2", net.conv("depthwise", x, (16, 1, 3, 3), group=16))
+    x = net.op("Relu", "r3", net.conv("flat", x, (16, 8, 1, 5), group=2, pads=[0, 2, 0, 2]))
+    x = net.op("Relu", "r4", net.conv("dilated", x, (12, 16, 3, 2), dilations=[2, 1], pads=[2, 0, 2, 1]))
+    up = net.op(
+        "ConvTranspose",
+        "up",
+        x,
+        net.weight("up.w", 12, 4, 2, 2),
+        net.weight("up.b", 8),
+        group=2,
+        strides=[2, 2],
+    )
+    return net.proto({"x": ["n", 3, 8, 8]}, [net.conv("last", net.op("Relu", "r5", up), (4, 8, 3, 3))])
+
+
+def two_inputs() -> onnx.ModelProto:
+    net = Net(seed=3)
+    a = net.op("Relu", "ra", net.linear("a", "left", 6, 16))
+    b = net.op("Relu", "rb", net.linear("b", "right", 4, 16))
+    return net.proto(
+        {"left": ["n", 6], "right": ["n", 4]}, [net.linear("y", net.op("Add", "s", a, b), 16, 8)]
+    )
+
+
+def two_outputs() -> onnx.ModelProto:
+    net = Net(seed=4)
+    x = net.op("Relu", "r1", net.conv("stem", "x", (16, 3, 3, 3)))
+    first = net.conv("map", x, (2, 16, 3, 3))
+    y = net.op("Relu", "r2", net.conv("deep", x, (16, 16, 3, 3)))
+    y = net.op("Flatten", "f", net.op("GlobalAveragePool", "p", y))
+    return net.proto({"x": ["n", 3, 8, 8]}, [first, net.linear("scores", y, 16, 10)])
+
+
+NETS: Mapping[str, tuple[Callable[[], onnx.ModelProto], Shapes]] = {
+    "residual, fixed batch": (residual_block, ONE),
+    "windows": (windows, ONE),
+    "attention": (attention_block, {"x": (1, 8, 32)}),
+    "points, fixed batch": (max_pool_net, {"x": (1, 64, 3)}),
+    "two inputs": (two_inputs, {"left": (5, 6), "right": (5, 4)}),
+    "two outputs": (two_outputs, {"x": (2, 3, 8, 8)}),
+}
+SETTINGS = {
+    "residual, fixed batch": ((2, 8), (4, 4)),
+    "windows": ((3, 5), (4, 8)),
+    "attention": ((2, 8), (3, 8)),
+    "points, fixed batch": ((3, 3), (2, 6)),
+    "two inputs": ((2, 3), (5, 4)),
+    "two outputs": ((3, 6), (8, 4)),
+}
+"""Bits of weights and activations: solved in closed form with the first, learnt with the second."""
+
+PLAIN: Mapping[str, Any] = {
+    "simplify": False,
+    "observer": "minmax",
+    "equalize": False,
+    "floor": None,
+    "holdout": 0.25,
+}
+
+
+def _feeds(shapes: Shapes, count: int = 24) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(1)
+    return [{n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()} for _ in range(count)]
+
+
+def _quantized(kind: str, folder: Path, **recipe: Any) -> onnxptq.Result:
+    build, shapes = NETS[kind]
+    path = folder / "net.onnx"
+    onnx.save(build(), str(path))
+    return onnxptq.quantize(
+        path,
+        folder / "out.onnx",
+        calibration=_feeds(shapes, 96 if kind == "attention" else 24),
+        recipe=Recipe(**{**PLAIN, **recipe}),
+        work_dir=folder / "work",
+    )
+
+
+def _is_proven(result: onnxptq.Result) -> None:
+    parity = result.report.parity
+    assert parity is not None
+    assert parity.edges
+    assert parity.elements > 0
+    assert parity.max_steps == 0.0
+    assert all(edge.different == 0 for edge in parity.edges)
+
+
+def _noise(result: onnxptq.Result) -> float:
+    """Noise over signal of all outputs on held-out samples."""
+    return float(sum(10 ** (-o.sqnr_db / 10) for o in result.report.outputs if o.sqnr_db is not None))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("kind", NETS)
+def test_few_bits(kind: str, place: int, tmp_path: Path) -> None:
+    weight_bits, activation_bits = SETTINGS[kind][place]
+    options = {"target": "simulate", "weight_bits": weight_bits, "activation_bits": activation_bits}
+    nearest = _quantized(kind, tmp_path, method="rtn", **options)
+    effort = ("fast", "balanced")[place]
+    found = _quantized(kind, tmp_path, method="pack-ptq", effort=effort, **options)
+    _is_proven(found)
+    assert _noise(found) < _noise(nearest)
+    assert any("packs" in note for note in found.report.notes)
+    assert bool(found.report.packs) == (effort == "balanced")
+    assert not list((tmp_path / "work" / "packs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "effort"),
+    [
+        ("windows", "ort-cpu", "balanced"),
+        ("windows", "tensorrt", "fast"),
+        ("two outputs", "tensorrt", "fast"),
+    ],
+)
+def test_deployment_targets(kind: str, target: str, effort: str, tmp_path: Path) -> None:
+    options = {"target": target, "weight_bits": 4}
+    nearest = _quantized(kind, tmp_path, method="rtn", **options)
+    found = _quantized(kind, tmp_path, method="pack-ptq", effort=effort, **options)
+    _is_proven(found)
+    assert _noise(found) < _noise(nearest)
+
+
+@pytest.mark.parametrize("method", ["brecq", "qdrop", "adaround"])
+def test_methods_of_others(method: str, tmp_path: Path) -> None:
+    kind, options = "residual, fixed batch", {"target": "simulate", "weight_bits": 3, "activation_bits": 6}
+    nearest = _quantized(kind, tmp_path, method="rtn", **options)
+    found = _quantized(kind, tmp_path, method=method, **options)
+    _is_proven(found)
+    assert _noise(found) < _noise(nearest)
+    if method == "adaround":
+        for row in found.report.packs:
+            assert row.blocks == 1
+
+
+def test_units_of_adaround_hold_one_layer_each(tmp_path: Path) -> None:
+    made = case(residual_block(), tmp_path, samples=2)
+
+    def layers(method: str) -> list[int]:
+        recipe = Recipe(method=method, target="simulate")
+        packs = find_packing(made.model, made.plan, made.start, made.samples, recipe, device="cpu").packs
+        own = {layer.node.name for layer in find_linears(GraphIndex(made.model.graph))}
+        return [sum(node in own for node in pack.nodes) for pack in packs]
+
+    assert max(layers("adaround")) == 1
+    assert sum(layers("adaround")) == sum(layers("brecq")) == 4
+    assert max(layers("brecq")) == 2
+
+
+def test_effort_and_floor() -> None:
+    with pytest.raises(RecipeError, match="no effort"):
+        Recipe.create({"method": "rtn", "effort": "fast"})
+    assert Recipe().least_db == 20.0
+    assert Recipe(weight_bits=4).least_db is None
+    assert Recipe(rules=[{"match": "x", "activation_bits": 4}]).least_db is None
+    assert Recipe(weight_bits=4, floor=15.0).least_db == 15.0
+    assert [Recipe(method=m).is_solved_by_packs for m in ("auto", "rtn", "qdrop")] == [False, False, True]
+    assert Recipe(weight_bits=7).is_solved_by_packs
+    assert not Recipe(method="rtn", weight_bits=4).is_solved_by_packs
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def _blocks(size: int) -> onnx.ModelProto:
+    net = Net(seed=5)
+    x = net.op("Relu", "stem_relu", net.conv("stem", "x", (16, 3, 3, 3)))
+    for i in range(4):
+        y = net.op("Relu", f"r{i}", net.conv(f"a{i}", x, (16, 16, 3, 3)))
+        x = net.op("Add", f"s{i}", net.conv(f"b{i}", y, (16, 16, 3, 3)), x)
+    return net.proto({"x": ["n", 3, size, size]}, [net.conv("last", x, (4, 16, 1, 1))])
+
+
+def test_a_block_that_does_not_fit_is_named(bench: Bench) -> None:
+    bench.write(_blocks(96))
+    np.savez(bench.data, x=np.random.default_rng(0).standard_normal((4, 3, 96, 96)).astype(np.float32))
+    done = bench.quantize(
+        *("--target", "simulate", "-w", "4", "-a", "4", "--method", "pack-ptq", "--max-memory", "4"),
+        *("--no-simplify", "--no-equalize", "--observer", "minmax"),
+        fast=False,
+    )
+    assert done.code == 6
+    assert "The block from" in done.err
+    assert any(f"s{i}" in done.err for i in range(4))
+    assert "--max-memory" in done.err
+    assert not bench.output.exists()
+
+
+def test_packs_get_shorter_where_memory_is_scarce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = case(_blocks(48), tmp_path, samples=3)
+    seen: list[tuple[int, list[int]]] = []
+
+    def stop(*given: Any, **_: Any) -> None:
+        seen.append((max(len(pack.blocks) for pack in given[3]), list(given[6].together)))
+        raise KeyboardInterrupt
+
+    def rising(model: CanonicalModel, blocks: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
+        """Scores that make one pack of everything between the ends."""
+        return tuple(
+            Sensitivity(
+                block=b.index,
+                loss=0.0,
+                squared_error=0.0,
+                absolute_error=0.0,
+                curvature=1.0 + b.index,
+                omega=0.0,
+            )
+            for b in blocks
+        )
+
+    monkeypatch.setattr(packing, "reconstruct", stop)
+    monkeypatch.setattr(packing, "score_blocks", rising)
+    for memory in (2048, 16, 10):
+        recipe = Recipe(target="simulate", weight_bits=4, method="pack-ptq", max_memory=memory)
+        with pytest.raises(KeyboardInterrupt):
+            packing.solve_by_packs(
+                made.model, made.plan, made.start, made.samples, recipe, scratch=tmp_path, work_dir=tmp_path
+            )
+    longest = [length for length, _ in seen]
+    assert longest[0] == 4
+    assert longest[0] > longest[1] > longest[2] >= 1
+    assert min(seen[0][1]) > 3 * min(seen[2][1])
+
+
+# ---- interruption --------------------------------------------------------------------------------
+
+SLOW = """
+import sys, time
+from onnxptq.reconstruct.checkpoint import Checkpoints
+from onnxptq.cli.main import main
+count, ready = int(sys.argv[1]), sys.argv[2]
+real, done = Checkpoints.save, []
+def slow(*arguments):
+    real(*arguments)
+    done.append(1)
+    if len(done) == count:
+        open(ready, "w").close()
+        time.sleep(120)
+Checkpoints.save = slow
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_killed_between_packs_and_started_again(bench: Bench) -> None:
+    bench.write(classifier())
+    bench.data.unlink()
+    data = bench.folder / "data.npy"
+    np.save(data, np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32))
+    options = ("--target", "simulate", "-w", "3", "-a", "4", "--method", "pack-ptq", "--effort", "balanced",
+               "--no-simplify", "--no-equalize", "--observer", "minmax")  # fmt: skip
+
+    def arguments(work: Path, output: Path) -> list[str]:
+        given = ("quantize", bench.model, "-o", output, "--calib", data, "--work-dir", work, *options)
+        return [str(value) for value in given]
+
+    whole, resumed = bench.folder / "whole.onnx", bench.folder / "resumed.onnx"
+    done = process(*arguments(bench.work.parent / "other", whole))
+    assert done.code == 0, done.err
+    ready = bench.work.parent / "ready"
+    running = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "2", str(ready), *arguments(bench.work, resumed)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not ready.exists():
+            assert running.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        running.kill()
+        running.wait()
+    finished = sorted((bench.work / "packs").rglob("*.state"))
+    assert [path.name for path in finished] == ["pack_0000.state", "pack_0001.state"]
+    assert not resumed.exists()
+    done = process(*arguments(bench.work, resumed))
+    assert done.code == 0, done.err
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert not finished[0].exists()
