@@ -228,19 +228,33 @@ def picture_preprocess(
 def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
     """The model with its channels rotated or rescaled, or both, or neither: what quantizes best to begin with.
 
-    Rotations come first, rescaling works on what they leave. Where rescaled channels are good enough, others are
-    not tried.
+    What rotations leave is rescaled before they are compared. Where rescaled channels are good enough, nothing else
+    is tried.
     """
-    turned = _rotated(run, model, data) if run.recipe.tries_rotation else None
-    form = model if turned is None else turned.model
-    if run.recipe.method == "rtn" or not run.recipe.equalize:
-        return turned or _prepared(run, model, data, model.path)
+    if run.recipe.method == "rtn":
+        return _prepared(run, model, data, model.path)
+    base, found = model, _rescaled(run, model, data, model.path, run.scratch)
+    if run.recipe.tries_rotation and not found.solver.is_enough:
+        rotated = _rotated(run, model, data)
+        if rotated is not model:
+            other = _rescaled(run, rotated, data, model.path, rotated.path.parent)
+            if _better(run, found, other, "rotated channels") is other:
+                base, found = rotated, other
+    if found.model is base or found.solver.is_enough:
+        return found
+    return _better(run, _prepared(run, base, data, model.path), found, "rescaled channels")
+
+
+def _rescaled(run: Run, model: CanonicalModel, data: Data, reference: Path, work_dir: Path) -> Prepared:
+    """The model with rescaled channels, where the recipe allows it and anything can be gained."""
+    if not run.recipe.equalize:
+        return _prepared(run, model, data, reference)
     with run.timed("equalize"):
         equalized, summary = equalize(
-            form,
+            model,
             ListFeeds(data.samples.equalizing),
-            work_dir=run.scratch,
-            tensors=candidate_tensors(GraphIndex(form.graph)),
+            work_dir=work_dir,
+            tensors=candidate_tensors(GraphIndex(model.graph)),
             symmetric=run.recipe.target == "tensorrt",
             weight_bits=COMPENSATED_BITS if run.recipe.compensate else 8,
             samples=len(data.samples.equalizing),
@@ -249,30 +263,22 @@ def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
             progress=run.progress,
         )
     run.note(summary.summary)
-    if equalized is form and turned is not None:
-        return turned
-    found = _prepared(run, equalized, data, model.path)
-    with run.timed("solve"):
-        if equalized is form or found.solver.is_enough:
-            return found
-    return _better(run, turned or _prepared(run, model, data, model.path), found, "rescaled channels")
+    return _prepared(run, equalized, data, reference)
 
 
-def _rotated(run: Run, model: CanonicalModel, data: Data) -> Prepared | None:
-    """The model with rotated channels or as it was, whichever quantizes better; None if nothing can be rotated."""
+def _rotated(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
+    folder = run.scratch / "rotated"
+    folder.mkdir(exist_ok=True)
     with run.timed("rotate"):
         rotated, summary = rotate(
             model,
             ListFeeds(data.samples.correction[:1]),
-            work_dir=run.scratch,
+            work_dir=folder,
             seed=run.recipe.seed,
             provider=run.recipe.provider,
         )
     run.note(summary.summary)
-    if rotated is model:
-        return None
-    plain = _prepared(run, model, data, model.path)
-    return _better(run, plain, _prepared(run, rotated, data, model.path), "rotated channels")
+    return rotated
 
 
 def _better(run: Run, plain: Prepared, changed: Prepared, what: str) -> Prepared:
