@@ -145,6 +145,15 @@ def test_a_plan_applied_again_gives_the_same_quantizers(
     assert bits == {r.tensor: r.bits for r in average.report.quantized if r.role == "weight"} | {"head.w": 7}
 
 
+def test_the_same_request_gives_the_same_bytes(model: Path, samples: list[Sample], tmp_path: Path) -> None:
+    results = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        found = quantized(model, samples, tmp_path / name, average_bits=4, method="rtn")
+        results.append((found.output.read_bytes(), plan_of(found).to_yaml()))
+    assert results[0] == results[1]
+
+
 def test_a_rule_goes_before_the_plan(
     average: Result, model: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
