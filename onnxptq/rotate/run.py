@@ -41,8 +41,12 @@ class Rotation:
     def summary(self) -> str:
         """One line."""
         parts = [
-            f"{len(sizes)} {name} of {' or '.join(str(n) for n in sorted(set(sizes)))} channels"
-            for name, sizes in (("residual streams", self.streams), ("spaces inside attention", self.heads))
+            f"{len(sizes)} {one if len(sizes) == 1 else many} of "
+            f"{' or '.join(str(n) for n in sorted(set(sizes)))} channels"
+            for one, many, sizes in (
+                ("residual stream", "residual streams", self.streams),
+                ("space inside attention", "spaces inside attention", self.heads),
+            )
             if sizes
         ]
         text = "No channels can be rotated"

@@ -185,6 +185,14 @@ def test_a_difference_beyond_the_tolerance_keeps_the_original(
     assert "the float outputs would differ" in found.skips[-1].reason
 
 
+def test_the_summary_counts_streams_and_heads() -> None:
+    found = Rotation(streams=(16, 32), heads=(8,), difference=1.2e-6)
+    assert found.summary == (
+        "Rotated: 2 residual streams of 16 or 32 channels, 1 space inside attention of 8 channels; "
+        "the float outputs differ by 1.2e-06."
+    )
+
+
 def test_no_sample_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FeedError):
         rotate(canonical(nets.one_stream("none"), tmp_path), Samples([]), work_dir=tmp_path)

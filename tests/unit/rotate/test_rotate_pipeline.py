@@ -56,7 +56,7 @@ def test_a_stream_with_an_outlier_is_rotated_and_the_run_says_so(tmp_path: Path)
     path = outlier_net(tmp_path / "net.onnx")
     report = run(path, tmp_path, recipe).report
     said = "\n".join(report.notes)
-    assert "Rotated: 1 residual streams of 16 channels" in said
+    assert "Rotated: 1 residual stream of 16 channels" in said
     assert "The rotated channels were kept" in said
     plain = run(path, tmp_path, recipe.updated(rotate=False)).report
     assert "otat" not in "\n".join(plain.notes)
