@@ -20,6 +20,8 @@ import numpy.typing as npt
 from onnxptq.graph.linear import Linear
 from onnxptq.types import Array, FloatArray
 
+Matrices = npt.NDArray[np.float64]
+
 
 @dataclass(slots=True)
 class Gram:
@@ -52,6 +54,18 @@ class Gram:
             self.float_total += rows.sum(axis=1, dtype=np.float64)
             self.quantized_total += quantized.sum(axis=1, dtype=np.float64)
         self.rows += rows.shape[1]
+
+    def plus(self, other: Gram) -> Gram:
+        """The sums over the rows of both."""
+        quantized = self.quantized + other.quantized
+        is_mixed = self.mixed is not self.quantized
+        return Gram(
+            quantized,
+            self.mixed + other.mixed if is_mixed else quantized,
+            self.float_total + other.float_total,
+            self.quantized_total + other.quantized_total,
+            self.rows + other.rows,
+        )
 
     def centred(self) -> Gram:
         """The same sums about the means of the rows."""

@@ -20,6 +20,7 @@ from onnxptq.graph.linear import Linear
 from onnxptq.lowering.quantized import SiteHook, quantizing_hooks
 from onnxptq.quantizers.affine import fake_quantize
 from onnxptq.reconstruct.closed_form import round_weights
+from onnxptq.reconstruct.damping import DAMPINGS, choose_damping
 from onnxptq.reconstruct.gram import Gram, layer_rows, weight_matrix, weight_tensor
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.rounding import compensable_layers, width_of
@@ -27,9 +28,6 @@ from onnxptq.types import FloatArray, Pack, QParams, QuantPlan, Solution
 
 MAX_WIDTH = 8192
 """Layers with more inputs keep the nearest grid points: solving for them takes minutes."""
-
-DAMPING = 0.1
-"""More than where a layer reads float values: what it is to make up for differs from sample to sample."""
 
 SAMPLES = 512
 """Most samples that sums are taken over: beyond it they only become more exact."""
@@ -66,32 +64,39 @@ def round_pack(
         if weight in settled:
             continue
         hooks = quantizing_hooks(index.graph, pack, plan, solution)
-        gram = _sums(layer, qparams, data, hooks)
-        if gram is not None and gram.is_finite:
-            solution = _solved(index, layer, gram, solution, weight)
+        halves = _sums(layer, qparams, data, hooks)
+        if halves is not None and all(half.is_finite for half in halves):
+            solution = _solved(index, layer, halves, solution, weight)
     return solution
 
 
-def _sums(layer: Linear, qparams: QParams | None, data: PackData, hooks: Sequence[SiteHook]) -> Gram | None:
+def _sums(
+    layer: Linear, qparams: QParams | None, data: PackData, hooks: Sequence[SiteHook]
+) -> list[Gram] | None:
+    """Sums over two halves of the samples, or over all where they run in one piece."""
     chosen = range(0, len(data), -(-len(data) // SAMPLES))
     wanted = max(_ROWS_PER_LAYER, _ROWS_PER_INPUT * width_of(layer))
     limit = -(-wanted // len(chosen)) * min(len(chosen), data.together)
     pieces = -(-limit * layer.group * width_of(layer) // _ELEMENTS_AT_ONCE)
-    gram: Gram | None = None
+    halves: list[Gram] = []
+    count = 0
     for value, changed in data.inner(layer.input.name, hooks, chosen):
-        parts = max(1, min(pieces, len(value)))
+        parts = min(max(pieces, 2), max(1, len(value)))
         for own, other in zip(*(np.array_split(v.numpy(), parts) for v in (value, changed)), strict=True):
             read = other if qparams is None else fake_quantize(other, qparams)
             rows = layer_rows(layer, own, read, -(-limit // parts))
             if rows is None:
                 return None
-            if gram is None:
-                gram = Gram.empty(rows[0].shape[0], rows[0].shape[2])
-            gram.add(*rows)
-    return gram
+            if len(halves) < 2:
+                halves.append(Gram.empty(rows[0].shape[0], rows[0].shape[2]))
+            halves[count % 2].add(*rows)
+            count += 1
+    return halves or None
 
 
-def _solved(index: GraphIndex, layer: Linear, gram: Gram, solution: Solution, weight: str) -> Solution:
+def _solved(
+    index: GraphIndex, layer: Linear, halves: Sequence[Gram], solution: Solution, weight: str
+) -> Solution:
     value = np.asarray(layer.weight.values, np.float32)
     matrix = weight_matrix(layer, value)
     channels = matrix.shape[0] * matrix.shape[1]
@@ -100,8 +105,11 @@ def _solved(index: GraphIndex, layer: Linear, gram: Gram, solution: Solution, we
         and len(index.uses(layer.bias.name)) == 1
         and int(np.prod(layer.bias.shape)) == channels
     )
+    used = [half.centred() if has_bias else half for half in halves]
+    damping = choose_damping(matrix, *used) if len(used) == 2 else DAMPINGS[-1]
+    gram = halves[0] if len(halves) == 1 else halves[0].plus(halves[1])
     sums = gram.centred() if has_bias else gram
-    rounded = round_weights(matrix, sums, solution.qparams[weight], damping=DAMPING)
+    rounded = round_weights(matrix, sums, solution.qparams[weight], damping=damping)
     weights = {**solution.weights, layer.weight.name: weight_tensor(layer, rounded)}
     if has_bias:
         assert layer.bias is not None
