@@ -25,11 +25,14 @@ def test_damaged_models(part: int, tmp_path: Path) -> None:
     found = _run(tmp_path, seeds)
     assert [case["seed"] for case in found] == list(seeds)
     for case in found:
-        assert case["code"] in (0, 2, 3), case
+        assert case["code"] in (0, 2, 3, 7), case
         assert case["left"] == (["net.int8.onnx"] if case["code"] == 0 else []), case
         assert "Traceback" not in case["err"], case
         assert case["err"].startswith("error: ") if case["code"] else case["err"] == "", case
         assert len(case["err"]) < 2000, case
+    # A damaged weight near the end of float32 overflows in integer kernels only: the check of the written file
+    # refuses it, which must stay rare.
+    assert sum(case["code"] == 7 for case in found) <= len(found) // 100
     # Otherwise the mutants are too broken, or too sound, to test anything behind the parser.
     quantized = sum(case["code"] == 0 for case in found)
     assert len(found) // 20 < quantized < len(found) // 2
