@@ -32,7 +32,12 @@ Matrix = npt.NDArray[np.float64]
 
 
 def round_weights(
-    matrix: FloatArray, gram: Gram, qparams: QParams, *, damping: float = DAMPING
+    matrix: FloatArray,
+    gram: Gram,
+    qparams: QParams,
+    *,
+    damping: float = DAMPING,
+    ridge: float | None = None,
 ) -> FloatArray:
     """Weights on the grid of ``qparams`` for which the layer's output is closest to the float one.
 
@@ -40,6 +45,7 @@ def round_weights(
         matrix: (groups, channels, K) float weights.
         qparams: one scale per output channel, in the order of groups and channels.
         damping: lam as a share of the mean diagonal of G.
+        ridge: another lam for the ridge start, which needs more where it makes up for errors of other layers.
     """
     groups, channels, _ = matrix.shape
     g, c = gram.quantized, gram.mixed
@@ -47,9 +53,17 @@ def round_weights(
     h, factor = _factored(gram, order, damping)
     weight = matrix.astype(np.float64)
     if gram.mixed is not gram.quantized:
+        held = h
+        if ridge is not None:
+            held = damped(gram, ridge)
+            # A group that is too close to singular for the rounding to work with ``damping`` is so here too.
+            is_raised = np.trace(h, axis1=1, axis2=2) > 1.01 * np.trace(
+                damped(gram, damping), axis1=1, axis2=2
+            )
+            held = np.where(is_raised[:, None, None], np.maximum(h, held), held)
         # The damping pulls towards the float weight, not towards zero.
-        right = (c + (h - g)) @ np.swapaxes(weight, 1, 2)
-        weight = np.swapaxes(np.linalg.solve(h, right), 1, 2)
+        right = (c + (held - g)) @ np.swapaxes(weight, 1, 2)
+        weight = np.swapaxes(np.linalg.solve(held, right), 1, 2)
     work = np.ascontiguousarray(np.take_along_axis(weight, order[:, None, :], 2).transpose(2, 0, 1))
     done = _compensated(work, factor, qparams, groups * channels)
     result = np.empty(matrix.shape, np.float32)

@@ -29,6 +29,9 @@ from onnxptq.types import FloatArray, Pack, QParams, QuantPlan, Solution
 MAX_WIDTH = 8192
 """Layers with more inputs keep the nearest grid points: solving for them takes minutes."""
 
+ROUNDING_DAMPING = 0.1
+"""For spreading the errors of roundings; the damping of the start is chosen per layer."""
+
 SAMPLES = 512
 """Most samples that sums are taken over: beyond it they only become more exact."""
 
@@ -106,10 +109,10 @@ def _solved(
         and int(np.prod(layer.bias.shape)) == channels
     )
     used = [half.centred() if has_bias else half for half in halves]
-    damping = choose_damping(matrix, *used) if len(used) == 2 else DAMPINGS[-1]
+    ridge = choose_damping(matrix, *used) if len(used) == 2 else DAMPINGS[-1]
     gram = halves[0] if len(halves) == 1 else halves[0].plus(halves[1])
     sums = gram.centred() if has_bias else gram
-    rounded = round_weights(matrix, sums, solution.qparams[weight], damping=damping)
+    rounded = round_weights(matrix, sums, solution.qparams[weight], damping=ROUNDING_DAMPING, ridge=ridge)
     weights = {**solution.weights, layer.weight.name: weight_tensor(layer, rounded)}
     if has_bias:
         assert layer.bias is not None
