@@ -50,6 +50,24 @@ samples do not tell exactly."""
 MOST_TOGETHER = 64
 """Samples in one pass, at most: beyond it nothing runs faster."""
 
+_ADAROUND: Mapping[str, Any] = {
+    "weights": "adaround",
+    "is_closed_form_first": False,
+    "latent_rate": 3e-2,
+    "weight_scale_rate": 0.0,
+    "bias_rate": 0.0,
+}
+
+_METHODS: Mapping[str, Mapping[str, Any]] = {
+    "brecq": {**_ADAROUND, "mixing": 0.0},
+    "qdrop": {**_ADAROUND, "mixing": 0.5},
+    "adaround": {**_ADAROUND, "mixing": 0.0, "activation_scale_rate": 0.0},
+}
+"""How the published methods differ from the settings of an effort."""
+
+_ANY = 1_000
+"""Live tensors at a cut: wherever it falls."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
@@ -76,21 +94,7 @@ def learning(recipe: Recipe) -> Learning:
     found = chosen[recipe.reconstruction_effort]
     if recipe.loss == "fisher":
         found = replace(found, weighting=FISHER_EXPONENT)
-    if recipe.method == "brecq":
-        return replace(found, weights="adaround", mixing=0.0, **_ADAROUND)
-    if recipe.method == "qdrop":
-        return replace(found, weights="adaround", mixing=0.5, **_ADAROUND)
-    if recipe.method == "adaround":
-        return replace(found, weights="adaround", mixing=0.0, activation_scale_rate=0.0, **_ADAROUND)
-    return found
-
-
-_ADAROUND: Mapping[str, Any] = {
-    "is_closed_form_first": False,
-    "latent_rate": 3e-2,
-    "weight_scale_rate": 0.0,
-    "bias_rate": 0.0,
-}
+    return replace(found, **_METHODS.get(recipe.method, {}))
 
 
 def torch_device(recipe: Recipe) -> str:
@@ -116,21 +120,11 @@ def find_packing(
         blocks = find_blocks(model.graph, max_linears=1, max_live=_ANY, join=False)
     else:
         blocks = find_blocks(model.graph)
+    packing = Packing(blocks=blocks, sensitivities=(), packs=_singles(blocks))
     if recipe.method in ("brecq", "qdrop", "adaround") or recipe.reconstruction_effort == "fast":
-        return Packing(blocks=blocks, sensitivities=(), packs=_singles(blocks))
-    scores = score_blocks(
-        model,
-        blocks,
-        plan,
-        start,
-        samples[:SCORING_SAMPLES],
-        memory=_memory(recipe) // 2,
-        device=device,
-        progress=progress,
-    )
-    ends = (0, len(blocks) - 1) if len(blocks) > 2 else ()
-    packs = pack_blocks(blocks, scores, max_pack_blocks=recipe.max_pack_blocks, alone=ends)
-    return Packing(blocks=blocks, sensitivities=scores, packs=packs)
+        return packing
+    packing = scored(packing, model, plan, start, samples, recipe, device=device, progress=progress)
+    return replace(packing, packs=_packs(packing, recipe.max_pack_blocks))
 
 
 def scored(
@@ -214,9 +208,6 @@ def solve_by_packs(
     return PackSolution(packing=packing, solution=found.solution, outcomes=found.outcomes, checkpoints=folder)
 
 
-_ANY = 1_000
-
-
 def _memory(recipe: Recipe) -> int:
     return DEFAULT_MEMORY if recipe.max_memory is None else recipe.max_memory << 20
 
@@ -251,7 +242,7 @@ def _within(
     budget = _memory(recipe) // 2
     longest = max(len(pack.blocks) for pack in packing.packs)
     for limit in range(longest, 0, -1):
-        packs = packing.packs if limit == longest else _shortened(packing, limit)
+        packs = packing.packs if limit == longest else _packs(packing, limit)
         needs = [pack_memory(pack, plan, sizes, weights, samples=len(samples), batch=1) for pack in packs]
         worst = max(range(len(packs)), key=lambda i: needs[i].activations + needs[i].parameters)
         need = needs[worst].activations + needs[worst].parameters
@@ -267,9 +258,11 @@ def _within(
     )
 
 
-def _shortened(packing: Packing, limit: int) -> tuple[Pack, ...]:
-    ends = (0, len(packing.blocks) - 1) if len(packing.blocks) > 2 else ()
-    return pack_blocks(packing.blocks, packing.sensitivities, max_pack_blocks=limit, alone=ends)
+def _packs(packing: Packing, most: int | None) -> tuple[Pack, ...]:
+    """Packs of at most ``most`` blocks by the scores; the first and the last block stay alone."""
+    blocks = packing.blocks
+    ends = (0, len(blocks) - 1) if len(blocks) > 2 else ()
+    return pack_blocks(blocks, packing.sensitivities, max_pack_blocks=most, alone=ends)
 
 
 def _key(
@@ -294,10 +287,9 @@ def _key(
         qparams = start.qparams[quantizer.quantizer_id]
         add(quantizer, qparams.qtype, qparams.granularity)
         hasher.update(qparams.scale.tobytes() + qparams.zero_point.tobytes())
-    # An equalized form of a model has the model's fingerprint and other weights.
-    tensors = model.graph.tensors()
-    for name in sorted({q.tensor for q in plan.quantizers if q.role != "activation"}):
-        value = start.weights.get(name, tensors[name].values)
+    # The model's own weights are known by its fingerprint.
+    for name, value in sorted(start.weights.items()):
+        add(name)
         hasher.update(np.ascontiguousarray(value).tobytes())
     for sample in samples:
         for name in sorted(sample):

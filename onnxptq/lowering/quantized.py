@@ -8,11 +8,17 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 
+from onnxptq.lowering.module import LoweredModule
 from onnxptq.quantizers.torch_affine import fake_quantize, fake_quantizer
-from onnxptq.types import Array, Block, Pack, QuantPlan, Solution
+from onnxptq.types import Array, Block, Pack, Quantizer, QuantPlan, Solution
 
 SiteHook = tuple[str, str, int, Callable[[torch.Tensor], torch.Tensor]]
 """Arguments of :meth:`onnxptq.lowering.LoweredModule.set_hook`."""
+
+
+def quantizers_by_edge(plan: QuantPlan) -> dict[tuple[str, str, int], Quantizer]:
+    """The quantizer on each edge: tensor, consumer, input index."""
+    return {(s.tensor, s.consumer, s.input_index): q for q in plan.quantizers for s in q.sites}
 
 
 def quantizing_hooks(
@@ -20,11 +26,11 @@ def quantizing_hooks(
 ) -> Sequence[SiteHook]:
     """What makes the lowered ``block`` compute with quantized weights and activations: arguments of
     ``LoweredModule.set_hook``."""
-    quantizer_at = {(s.consumer, s.input_index, s.tensor): q for q in plan.quantizers for s in q.sites}
+    quantizer_at = quantizers_by_edge(plan)
     tensors = graph.tensors()
     hooks: list[SiteHook] = []
     for site in block.sites:
-        quantizer = quantizer_at.get((site.consumer, site.input_index, site.tensor))
+        quantizer = quantizer_at.get((site.tensor, site.consumer, site.input_index))
         replacement: Array | None = solution.weights.get(site.tensor) if site.is_weight else None
         if quantizer is None and replacement is None:
             continue
@@ -38,6 +44,13 @@ def quantizing_hooks(
             read = fake_quantizer(qparams)
         hooks.append((site.tensor, site.consumer, site.input_index, read))
     return hooks
+
+
+def set_hooks(module: LoweredModule, hooks: Sequence[SiteHook]) -> None:
+    """Put ``hooks``, and only these, on ``module``."""
+    module.clear_hooks()
+    for hook in hooks:
+        module.set_hook(*hook)
 
 
 def _constantly(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

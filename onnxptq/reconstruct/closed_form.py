@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from onnxptq.reconstruct.gram import Gram
+from onnxptq.reconstruct.gram import Gram, Matrix
 from onnxptq.types import FloatArray, QParams
 
 DAMPING = 0.01
@@ -27,8 +27,6 @@ DAMPING = 0.01
 _BLOCK = 64
 
 _LARGEST_SHARE = 1e30
-
-Matrix = npt.NDArray[np.float64]
 
 
 def round_weights(
@@ -50,17 +48,13 @@ def round_weights(
     groups, channels, _ = matrix.shape
     g, c = gram.quantized, gram.mixed
     order = np.argsort(-np.einsum("gkk->gk", g), axis=1, kind="stable")
-    h, factor = _factored(gram, order, damping)
+    share, factor = _factored(gram, order, damping)
     weight = matrix.astype(np.float64)
     if gram.mixed is not gram.quantized:
-        held = h
         if ridge is not None:
-            held = damped(gram, ridge)
             # A group that is too close to singular for the rounding to work with ``damping`` is so here too.
-            is_raised = np.trace(h, axis1=1, axis2=2) > 1.01 * np.trace(
-                damped(gram, damping), axis1=1, axis2=2
-            )
-            held = np.where(is_raised[:, None, None], np.maximum(h, held), held)
+            share = np.where(share > damping, np.maximum(share, ridge), ridge)
+        held = damped(gram, share)
         # The damping pulls towards the float weight, not towards zero.
         right = (c + (held - g)) @ np.swapaxes(weight, 1, 2)
         weight = np.swapaxes(np.linalg.solve(held, right), 1, 2)
@@ -104,7 +98,7 @@ def _compensated(work: Matrix, factor: Matrix, qparams: QParams, channels: int) 
 
 
 def _factored(gram: Gram, order: npt.NDArray[np.int64], damping: float) -> tuple[Matrix, Matrix]:
-    """G + lam I, and U in the order of the inputs.
+    """The share per group that ``damped`` takes, and U in the order of the inputs.
 
     Where inputs hardly leave their mean, their sums about it are what rounding left over, and need not be
     definite. Such a group is damped more, up to the nearest grid points.
@@ -114,7 +108,7 @@ def _factored(gram: Gram, order: npt.NDArray[np.int64], damping: float) -> tuple
         h = damped(gram, share)
         permuted = np.take_along_axis(np.take_along_axis(h, order[:, :, None], 1), order[:, None, :], 2)
         try:
-            return h, _inverse_factor(permuted)
+            return share, _inverse_factor(permuted)
         except np.linalg.LinAlgError:
             if share.max() > _LARGEST_SHARE:
                 raise

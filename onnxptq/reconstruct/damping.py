@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxptq.reconstruct.gram import Gram, Matrices
+from onnxptq.reconstruct.gram import Gram, Matrix
 from onnxptq.types import FloatArray
 
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
@@ -32,7 +32,7 @@ def choose_damping(matrix: FloatArray, first: Gram, second: Gram) -> float:
     return DAMPINGS[best]
 
 
-def _errors(matrix: FloatArray, seen: Gram, unseen: Gram) -> Matrices:
+def _errors(matrix: FloatArray, seen: Gram, unseen: Gram) -> Matrix:
     """E per damping, with lam fitted to ``seen``."""
     weight = matrix.astype(np.float64)
     values, basis = np.linalg.eigh(seen.quantized)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from onnxptq.graph.linear import Linear
 from onnxptq.types import Array, FloatArray
 
-Matrices = npt.NDArray[np.float64]
+Matrix = npt.NDArray[np.float64]
 
 
 @dataclass(slots=True)
@@ -31,10 +31,10 @@ class Gram:
     are C equals G and is the same array.
     """
 
-    quantized: npt.NDArray[np.float64]
-    mixed: npt.NDArray[np.float64]
-    float_total: npt.NDArray[np.float64]
-    quantized_total: npt.NDArray[np.float64]
+    quantized: Matrix
+    mixed: Matrix
+    float_total: Matrix
+    quantized_total: Matrix
     rows: int = 0
 
     @staticmethod

@@ -20,8 +20,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnxptq.reconstruct.closed_form import Matrix, damped, round_weights
-from onnxptq.reconstruct.gram import Gram
+from onnxptq.reconstruct.closed_form import damped, round_weights
+from onnxptq.reconstruct.gram import Gram, Matrix
 from onnxptq.types import FloatArray, QParams
 
 NARROW = 32

@@ -9,7 +9,7 @@ import torch
 
 from onnxptq.lowering import LoweredModule
 from onnxptq.lowering.network import BlockNetwork, Values
-from onnxptq.lowering.quantized import SiteHook
+from onnxptq.lowering.quantized import SiteHook, set_hooks
 
 _SAME = 1e-3
 """By how much, relative to the largest value, running samples together may change a result: summation order
@@ -81,13 +81,6 @@ class PackData:
                 found.append(value.cpu())
             self.module.clear_hooks()
             yield found[0], found[1]
-
-
-def set_hooks(module: LoweredModule, hooks: Sequence[SiteHook]) -> None:
-    """Put ``hooks``, and only these, on ``module``."""
-    module.clear_hooks()
-    for hook in hooks:
-        module.set_hook(*hook)
 
 
 def joined(parts: Sequence[Values], names: Sequence[str]) -> Values:

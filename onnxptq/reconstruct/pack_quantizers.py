@@ -13,7 +13,7 @@ import torch
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import find_linears
 from onnxptq.lowering import LoweredModule
-from onnxptq.lowering.quantized import quantizing_hooks
+from onnxptq.lowering.quantized import quantizers_by_edge, quantizing_hooks, set_hooks
 from onnxptq.quantizers.affine import asymmetric_qparams
 from onnxptq.quantizers.trainable import (
     AdaRoundWeight,
@@ -62,13 +62,11 @@ class PackQuantizers:
         self._biases: dict[str, _Bias] = {}
         self._ids: dict[str, str] = {}
         tensors = index.graph.tensors()
-        quantizer_at = {(s.consumer, s.input_index, s.tensor): q for q in plan.quantizers for s in q.sites}
-        module.clear_hooks()
-        for hook in quantizing_hooks(index.graph, pack, plan, solution):
-            module.set_hook(*hook)
+        quantizer_at = quantizers_by_edge(plan)
+        set_hooks(module, quantizing_hooks(index.graph, pack, plan, solution))
         for site in pack.sites:
             edge = (site.tensor, site.consumer, site.input_index)
-            quantizer = quantizer_at.get((site.consumer, site.input_index, site.tensor))
+            quantizer = quantizer_at.get(edge)
             if quantizer is None or quantizer.role == "bias" or quantizer.quantizer_id in settled:
                 continue
             qparams = solution.qparams[quantizer.quantizer_id]
@@ -162,7 +160,7 @@ class PackQuantizers:
         return torch.stack(parts).sum() if parts else torch.zeros(())
 
     def hardened(self) -> Solution:
-        """The solution with what was learnt here in it; biases that inherit their scale follow."""
+        """The solution with what was learnt here in it; biases that inherit their scale do not follow yet."""
         qparams: dict[str, QParams] = dict(self._solution.qparams)
         weights = dict(self._solution.weights)
         by_tensor: Mapping[str, str] = {tensor: i for i, tensor in self._ids.items()}

@@ -17,12 +17,12 @@ import torch
 
 from onnxptq.graph.index import GraphIndex
 from onnxptq.lowering.network import BlockNetwork, Values
-from onnxptq.lowering.quantized import quantizing_hooks
+from onnxptq.lowering.quantized import quantizing_hooks, set_hooks
 from onnxptq.reconstruct.checkpoint import Checkpoints, Finished
 from onnxptq.reconstruct.fisher import fisher_weights
 from onnxptq.reconstruct.initial import with_bias_grids
 from onnxptq.reconstruct.learning import Learning
-from onnxptq.reconstruct.pack_data import PackData, most_together, run_all, set_hooks
+from onnxptq.reconstruct.pack_data import PackData, most_together, run_all
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 from onnxptq.reconstruct.sequential import round_pack
 from onnxptq.reconstruct.training import train

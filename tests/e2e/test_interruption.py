@@ -14,9 +14,11 @@ import pytest
 from tests.e2e.command import Bench, process, snapshot
 
 SLOW = """
-import sys, time
+import signal, sys, time
 import onnxptq.steps as steps
 from onnxptq.cli.main import main
+# A shell's background job starts with the signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 name, ready = sys.argv[1], sys.argv[2]
 real = getattr(steps, name)
 def slow(*arguments, **options):
