@@ -16,6 +16,7 @@ from .options import MODEL, output_options
 from .progress import TerminalProgress
 
 if TYPE_CHECKING:
+    from onnxptq.inspection import AttentionRow, PostNormRow
     from onnxptq.partition.describe import BlockRow
 
 
@@ -24,12 +25,16 @@ if TYPE_CHECKING:
 @click.option("--include", multiple=True, metavar="PATTERN", help="As in quantize.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="As in quantize.")
 @click.option("--blocks", is_flag=True, help="Also list the blocks that the network falls into.")
+@click.option(
+    "--attention", is_flag=True, help="Also list attention, layers behind normalizations, and Gelu outputs."
+)
 @output_options
 def inspect(
     model: Path,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     blocks: bool,
+    attention: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -71,6 +76,10 @@ def inspect(
             console.print(f"  ... {len(view.skips) - 5} more with --verbose")
     if blocks:
         console.print(_block_table(found.blocks))
+    if attention:
+        console.print(_attention_table(found.attention))
+        console.print(_norm_table(found.post_norms))
+        console.print(f"Gelu outputs: {escape(', '.join(found.gelus)) or 'none'}", soft_wrap=True)
     for note in (*found.notes, *(f"{s.site}: {s.reason}" for s in found.untrainable)):
         console.print(f"note: {escape(note)}", soft_wrap=True)
 
@@ -80,4 +89,19 @@ def _block_table(rows: Sequence[BlockRow]) -> Table:
     for row in rows:
         ends = (escape(", ".join(names)) for names in (row.inputs, row.outputs))
         table.add_row(str(row.index), row.kind, str(row.layers), f"{row.weights:,}", *ends)
+    return table
+
+
+def _attention_table(rows: Sequence[AttentionRow]) -> Table:
+    table = Table("form", "scores", "weights applied by", title="Attention", title_justify="left")
+    for row in rows:
+        scores = " and ".join(row.scores) or "computed otherwise"
+        table.add_row(row.form, escape(scores + (", masked" if row.is_masked else "")), escape(row.product))
+    return table
+
+
+def _norm_table(rows: Sequence[PostNormRow]) -> Table:
+    table = Table("normalization", "read by", title="Layers behind normalizations", title_justify="left")
+    for row in rows:
+        table.add_row(escape(row.norm), escape(", ".join(row.layers)))
     return table

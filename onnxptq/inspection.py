@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
+from onnxptq.graph.attention import Attention, find_attention, find_gelus, find_post_norms
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.index import GraphIndex
 from onnxptq.lowering import check_supported
@@ -34,11 +35,33 @@ class TargetView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRow:
+    """An attention as :class:`~onnxptq.graph.attention.Attention` has it: nodes and, in the user's names, tensors."""
+
+    form: str
+    softmax: str
+    product: str
+    weights: str
+    values: str
+    scores: tuple[str, ...]
+    is_masked: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostNormRow:
+    """A normalization over features and the nodes of the weighted layers that read it."""
+
+    norm: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
     """A model after canonicalization.
 
     ``weight_bytes`` are those of the float initializers; ``untrainable`` names the nodes that learnt methods
-    would have to leave in float, with the reason; ``blocks`` are the units that such methods work on.
+    would have to leave in float, with the reason; ``blocks`` are the units that such methods work on. What
+    methods for transformers look at: ``attention``, ``post_norms`` and, by tensor, ``gelus``.
     """
 
     model: str
@@ -51,6 +74,9 @@ class Inspection:
     weight_bytes: int
     targets: Mapping[str, TargetView]
     blocks: tuple[BlockRow, ...]
+    attention: tuple[AttentionRow, ...]
+    post_norms: tuple[PostNormRow, ...]
+    gelus: tuple[str, ...]
     untrainable: tuple[Skip, ...]
     notes: tuple[str, ...]
 
@@ -87,12 +113,30 @@ def inspect(
             weight_bytes=sum(4 * size for size in sizes),
             targets={name: _view(name, canonical, index, recipe) for name in TARGETS},
             blocks=tuple(describe_blocks(find_blocks(canonical.graph), canonical)),
+            attention=tuple(_attention_row(found, canonical) for found in find_attention(index)),
+            post_norms=tuple(
+                PostNormRow(norm=found.norm.name, layers=tuple(layer.node.name for layer in found.layers))
+                for found in find_post_norms(index)
+            ),
+            gelus=tuple(map(canonical.user_name, find_gelus(index))),
             untrainable=tuple(
                 Skip(site=gap.node, reason=f"no differentiable form of {gap.op} (since opset {gap.version})")
                 for gap in check_supported(canonical.graph)
             ),
             notes=(*canonical.notes, *(f"{s.site}: {s.reason}" for s in canonical.skips)),
         )
+
+
+def _attention_row(found: Attention, model: CanonicalModel) -> AttentionRow:
+    return AttentionRow(
+        form=found.form,
+        softmax=found.softmax.name,
+        product=found.product.name,
+        weights=model.user_name(found.weights),
+        values=model.user_name(found.values),
+        scores=tuple(node.name for node in found.scores),
+        is_masked=found.is_masked,
+    )
 
 
 def _view(name: str, model: CanonicalModel, index: GraphIndex, recipe: Recipe) -> TargetView:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from onnxptq.graph.attention import Attention, find_attention
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import exposed_copy
 from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, symmetric_qparams
@@ -45,11 +46,11 @@ def choose_softmax_ranges(
         ranges: the parameters found so far; their upper ends bound the search from above together with the
             largest weight in ``samples``.
     """
-    index = GraphIndex(model.graph)
-    sites = {q.quantizer_id: (q, found) for q in plan.quantizers if (found := _product(index, q)) is not None}
+    sites = _softmax_sites(GraphIndex(model.graph), plan)
     if not sites or not samples:
         return {}
-    exposed = sorted({name for _, pair in sites.values() for name in pair})
+    read = {name for _, products in sites.values() for a in products for name in (a.weights, a.values)}
+    exposed = sorted(read - set(samples[0]))
     session = open_transient(
         model.path.with_name(f"products_{model.path.name}"),
         lambda path: exposed_copy(model.path, exposed, path),
@@ -59,10 +60,10 @@ def choose_softmax_ranges(
     top = {i: float(_upper_end(ranges[i])) for i in sites}
     step = progress.start("softmax ranges", len(samples)) if progress else None
     for sample in samples:
-        values = session.run(sample, exposed)
-        for quantizer_id, (quantizer, (weights, other)) in sites.items():
+        values = {**sample, **session.run(sample, exposed)}
+        for quantizer_id, (quantizer, products) in sites.items():
             for k, qparams in enumerate(_candidates(quantizer, top[quantizer_id])):
-                losses[quantizer_id][k].append(_product_error(values[weights], values[other], qparams))
+                losses[quantizer_id][k] += [_product_error(product, values, qparams) for product in products]
         if step:
             step()
     result = {}
@@ -72,16 +73,21 @@ def choose_softmax_ranges(
     return result
 
 
-def _product(index: GraphIndex, quantizer: Quantizer) -> tuple[str, str] | None:
-    """The softmax output and the other operand of the one MatMul that reads it, if that is what this is."""
-    node = index.producer(quantizer.tensor)
-    reader = index.sole_user(quantizer.tensor)
-    if quantizer.role != "activation" or node is None or node.op != "Softmax":
-        return None
-    if reader is None or reader.op != "MatMul" or reader.inputs[0].name != quantizer.tensor:
-        return None
-    other = reader.inputs[1].name
-    return (quantizer.tensor, other) if index.producer(other) is not None else None
+def _softmax_sites(index: GraphIndex, plan: QuantPlan) -> dict[str, tuple[Quantizer, Sequence[Attention]]]:
+    """The quantizers of softmax weights, by id, with the products that read them. One that serves another reader
+    as well is left out: its range is not for the product alone to choose."""
+    products = {
+        (found.product.name, found.weights_index): found
+        for found in find_attention(index)
+        if found.form == "product" and found.product.op in ("MatMul", "Gemm")
+    }
+    result: dict[str, tuple[Quantizer, Sequence[Attention]]] = {}
+    for quantizer in plan.quantizers:
+        read = [products.get((site.consumer, site.input_index)) for site in quantizer.sites]
+        known = [found for found in read if found is not None]
+        if quantizer.role == "activation" and len(known) == len(read):
+            result[quantizer.quantizer_id] = (quantizer, known)
+    return result
 
 
 def _candidates(quantizer: Quantizer, top: float) -> list[QParams]:
@@ -94,8 +100,19 @@ def _upper_end(qparams: QParams) -> float:
     return float((qparams.qtype.qmax - qparams.zero_point) * qparams.scale)
 
 
-def _product_error(weights: Array, other: Array, qparams: QParams) -> float:
+def _product_error(found: Attention, values: Mapping[str, Array], qparams: QParams) -> float:
+    weights, other = _operands(found, values)
     rows = weights[..., :: max(1, weights.shape[-2] // _ROWS), :]
     error = (rows - fake_quantize(rows, qparams)) @ other
     flat = error.reshape(-1).astype(np.float64)
     return float(flat @ flat)
+
+
+def _operands(found: Attention, values: Mapping[str, Array]) -> tuple[Array, Array]:
+    """P and V of the product P V; of V P they are P^T and V^T, as (V P)^T = P^T V^T."""
+    names = ("transA", "transB") if found.product.op == "Gemm" else ("", "")
+    left, right = (
+        values[tensor.name].T if found.product.attrs.get(name, 0) else values[tensor.name]
+        for tensor, name in zip(found.product.inputs[:2], names, strict=True)
+    )
+    return (left, right) if found.weights_index == 0 else (right.swapaxes(-1, -2), left.swapaxes(-1, -2))

@@ -14,9 +14,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnxptq.graph.attention import is_mixing
 from onnxptq.graph.index import is_constant
 from onnxptq.partition.dataflow import Dataflow
-from onnxptq.partition.operators import is_linear, is_mixing
+from onnxptq.partition.operators import is_linear
 from onnxptq.partition.units import Limits, Span, Sweep
 from onnxptq.types import GRAPH_OUTPUT, Block, BlockKind, Site
 

@@ -45,13 +45,6 @@ def is_linear(node: gs.Node) -> bool:
     return is_product(node) and any(is_constant(t) for t in node.inputs[:2])
 
 
-def is_mixing(node: gs.Node) -> bool:
-    """Whether ``node`` multiplies tensors that are all computed: scores and values of an attention."""
-    return node.op == "Attention" or (
-        node.op in ("MatMul", "Gemm", "Einsum") and not any(is_constant(t) for t in node.inputs)
-    )
-
-
 def is_elementwise(node: gs.Node) -> bool:
     """Whether every element of the output depends on one element of each input."""
     return node.op in _ELEMENTWISE

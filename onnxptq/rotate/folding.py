@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from onnxptq.graph import layouts
+from onnxptq.graph.attention import NORMALIZATIONS
 from onnxptq.graph.classes import Literals
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear, linear_of
@@ -25,8 +26,6 @@ from onnxptq.rotate.rules import average_rule, ignore_rule, reduce_rule, same_ru
 from onnxptq.types import Array
 
 Floats = npt.NDArray[np.float64]
-
-NORMALIZATIONS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 
 _LARGEST_RATIO = 8.0
 """Largest c / g that stays behind: it is added to numbers of mean square 1, which it must not drown."""

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxptq.graph import layouts
+from onnxptq.graph.attention import NORMALIZATIONS
 from onnxptq.graph.classes import Literals
 from onnxptq.graph.index import is_constant, is_float32
 from onnxptq.graph.movements import MOVEMENTS
@@ -232,9 +233,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("Conv", "ConvTranspose"), _conv),
     "Gemm": _gemm,
     "MatMul": _matmul,
-    **dict.fromkeys(
-        ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"), _normalization
-    ),
+    **dict.fromkeys(NORMALIZATIONS, _normalization),
     **dict.fromkeys(("ReduceMean", "ReduceSum"), reduce_rule),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool"), average_rule),
     "Gather": _gather,

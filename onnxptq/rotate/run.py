@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from onnxptq.errors import FeedError
+from onnxptq.graph.attention import NORMALIZATIONS
 from onnxptq.graph.index import GraphIndex
 from onnxptq.rotate.apply import TOLERANCE, apply_rotations
-from onnxptq.rotate.folding import NORMALIZATIONS, find_foldings
+from onnxptq.rotate.folding import find_foldings
 from onnxptq.rotate.rules import RULES
 from onnxptq.rotate.spaces import Space, find_spaces
 from onnxptq.rotate.tracing import RotationTracer

@@ -49,7 +49,18 @@ def run(graph: gs.Graph) -> int:
     return sum(_fuse(graph, node) for node in live_nodes(graph, "Erf", "Tanh"))
 
 
-def _fuse(graph: gs.Graph, function: gs.Node) -> bool:
+@dataclass(frozen=True, slots=True, eq=False)
+class Match:
+    """A decomposed GELU of ``source``: ``tail`` writes it, ``inner`` are the nodes in front; ``attrs`` of a Gelu."""
+
+    source: gs.Tensor
+    tail: gs.Node
+    inner: tuple[gs.Node, ...]
+    attrs: Mapping[str, str]
+
+
+def match_gelu(graph: gs.Graph, function: gs.Node) -> Match | None:
+    """The GELU that the Erf or Tanh node ``function`` is in, if it is one and nothing reads its insides."""
     wanted = _ERF_ARGUMENT if function.op == "Erf" else _TANH_ARGUMENT
     for source in _ancestors(function.inputs[0]):
         if source.dtype != np.float32:
@@ -60,10 +71,17 @@ def _fuse(graph: gs.Graph, function: gs.Node) -> bool:
         tail = _tail(graph, function, reader)
         if tail is not None:
             attrs = {} if function.op == "Erf" else {"approximate": "tanh"}
-            node = gs.Node(op="Gelu", name=tail.name, attrs=attrs, inputs=[source])
-            replace_nodes(graph, reader.visited.values(), tail, node)
-            return True
-    return False
+            return Match(source, tail, tuple(reader.visited.values()), attrs)
+    return None
+
+
+def _fuse(graph: gs.Graph, function: gs.Node) -> bool:
+    found = match_gelu(graph, function)
+    if found is None:
+        return False
+    node = gs.Node(op="Gelu", name=found.tail.name, attrs=dict(found.attrs), inputs=[found.source])
+    replace_nodes(graph, found.inner, found.tail, node)
+    return True
 
 
 @dataclass(slots=True)

@@ -59,3 +59,35 @@ def test_nothing_to_choose_without_a_product(tmp_path: Path) -> None:
     model = canonical(net.proto({"x": [4, 8]}, [net.linear("b", y, 8, 8)]), tmp_path)
     plan = planned(model, "simulate")
     assert choose_softmax_ranges(model, plan, {}, random_samples(model, 1)) == {}
+
+
+@pytest.mark.parametrize("order", ["PV", "VP", "PV^T", "PTtV"])
+def test_the_weights_may_be_on_either_side(order: str, tmp_path: Path) -> None:
+    """The same numbers in another order of operands get the same range."""
+
+    def chosen(order: str) -> float:
+        folder = tmp_path / order
+        folder.mkdir(exist_ok=True)
+        net, n = Net(), 12
+        x = net.linear("a", "x", n, n)
+        scores = net.op("Gemm", "qk", x, net.linear("k", "x", n, n), transB=1)
+        p = net.op("Softmax", "p", net.op("Mul", "s", scores, net.constant("c", np.float32(0.5))), axis=-1)
+        v = net.linear("v", "x", n, n)
+        if order == "VP":
+            turned = [net.op("Transpose", f"{t}t", t, perm=[1, 0]) for t in (v, p)]
+            y = net.op("MatMul", "y", *turned)
+        elif order == "PV":
+            y = net.op("MatMul", "y", p, v)
+        elif order == "PV^T":
+            y = net.op("Gemm", "y", p, net.op("Transpose", "vt", v, perm=[1, 0]), transB=1)
+        else:
+            y = net.op("Gemm", "y", net.op("Transpose", "pt", p, perm=[1, 0]), v, transA=1)
+        model = canonical(net.proto({"x": [n, n]}, [y]), folder)
+        plan = planned(model, "simulate", activation_bits=3)
+        samples = random_samples(model, 2)
+        tensors = sorted({q.tensor for q in plan.quantizers if q.role == "activation"})
+        ranges = choose_ranges(plan, calibrate(model, ListFeeds(samples), tensors), Observer(name="minmax"))
+        (found,) = choose_softmax_ranges(model, plan, ranges, samples).values()
+        return float(found.scale)
+
+    assert 0 < chosen(order) == chosen("PV") < 0.14

@@ -1,0 +1,211 @@
+"""Finds the parts of transformers by structure: attention, layers that read a normalization, Gelu outputs.
+
+Attention takes one of three forms, whatever surrounds it (fused or separate projections, windows, masks, position
+biases, other tokens as keys):
+
+    product        softmax(scores) V, or V softmax(scores): a product of two activations
+    weighted sum   sum_j softmax(scores)_ijc v_ijc: every channel has weights of its own (Point Transformer,
+                   arXiv 2012.09164)
+    operator       an Attention node, whose weights no tensor of the graph holds
+
+Between softmax and product the weights may be moved, dropped out, masked or rescaled. Scores are the products of
+two activations that reach the softmax, however they are moved, scaled, masked and biased on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_graphsurgeon as gs
+
+from onnxptq.graph.index import GraphIndex, Use, is_constant
+from onnxptq.graph.linear import Linear, linear_of
+from onnxptq.graph.movements import MOVEMENTS
+from onnxptq.graph.passes.fuse_gelu import match_gelu
+
+NORMALIZATIONS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+"""Normalizations over features, with a scale per channel."""
+
+_OPERATORS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
+_MOVING = frozenset({*MOVEMENTS, "Cast", "Dropout", "Identity"})
+_RESCALING = frozenset({"Where", "Mul", "Div"})
+_SCORING = _MOVING | _RESCALING | {"Add", "Clip", "Max", "Min", "Neg", "Sub", "Tanh"}
+
+Form = Literal["product", "weighted sum", "operator"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Attention:
+    """Weights that sum to one, applied to values.
+
+    Attributes:
+        form: see the module.
+        softmax: the node that writes the softmax, or the Attention node that holds it.
+        product: the node that applies the weights to the values; an Attention node is its own.
+        weights: the weights as ``product`` reads them; "" inside an Attention node.
+        weights_index: which input of ``product`` they are.
+        values: what they are applied to.
+        scores: the products of two activations that the softmax gets; none in the scores of vector attention,
+            which are subtracted or computed by layers.
+        is_masked: whether anything is added to the scores, or put in their place, on the way.
+    """
+
+    form: Form
+    softmax: gs.Node
+    product: gs.Node
+    weights: str
+    weights_index: int
+    values: str
+    scores: tuple[gs.Node, ...]
+    is_masked: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PostNorm:
+    """The layers that read one normalization, moved at most."""
+
+    norm: gs.Node
+    layers: tuple[Linear, ...]
+
+
+def is_mixing(node: gs.Node) -> bool:
+    """Whether ``node`` multiplies tensors that are all computed: scores and values of an attention."""
+    return node.op in _OPERATORS or (
+        node.op in ("MatMul", "Gemm", "Einsum") and not any(is_constant(t) for t in node.inputs)
+    )
+
+
+def find_attention(index: GraphIndex) -> tuple[Attention, ...]:
+    """Every application of softmax weights to values, in the order of the graph."""
+    found: list[Attention] = []
+    for node in index.nodes:
+        if node.op in _OPERATORS:
+            found.append(_inside(node))
+        elif (logits := _softmax_input(index, node)) is not None:
+            scores, is_masked = _scores(index, logits)
+            for form, use in _applications(index, node):
+                found.append(
+                    Attention(
+                        form=form,
+                        softmax=node,
+                        product=use.node,
+                        weights=use.node.inputs[use.index].name,
+                        weights_index=use.index,
+                        values=use.node.inputs[1 - use.index].name,
+                        scores=scores,
+                        is_masked=is_masked,
+                    )
+                )
+    return tuple(found)
+
+
+def find_post_norms(index: GraphIndex) -> tuple[PostNorm, ...]:
+    """Every normalization over features that layers with weights read, in the order of the graph."""
+    found = []
+    for node in index.nodes:
+        if node.op in NORMALIZATIONS:
+            uses = _uses_behind(index, node.outputs[0].name, _MOVING)
+            layers = (linear_of(index, use.node) for use in uses)
+            readers = tuple(layer for layer in layers if layer is not None)
+            if readers:
+                found.append(PostNorm(norm=node, layers=readers))
+    return tuple(found)
+
+
+def find_gelus(index: GraphIndex) -> tuple[str, ...]:
+    """Every tensor that is the Gelu of another: written by one node or, before opset 20, by several."""
+    found = []
+    for node in index.nodes:
+        if node.op == "Gelu":
+            found.append(node.outputs[0].name)
+        elif node.op in ("Erf", "Tanh") and (match := match_gelu(index.graph, node)) is not None:
+            found.append(match.tail.outputs[0].name)
+    return tuple(found)
+
+
+def _inside(node: gs.Node) -> Attention:
+    names = [tensor.name for tensor in node.inputs]
+    return Attention(
+        form="operator",
+        softmax=node,
+        product=node,
+        weights="",
+        weights_index=-1,
+        values=names[2] if len(names) > 2 else "",
+        scores=(node,),
+        is_masked=len(names) > 3 and bool(names[3]),
+    )
+
+
+def _softmax_input(index: GraphIndex, node: gs.Node) -> gs.Tensor | None:
+    """What the softmax that ends at ``node`` is of: one node, or exp(x) / sum exp(x) written out."""
+    if node.op == "Softmax":
+        return node.inputs[0]
+    if node.op != "Div":
+        return None
+    top, bottom = (index.producer(tensor.name) for tensor in node.inputs)
+    if top is None or bottom is None or top.op != "Exp" or bottom.op != "ReduceSum":
+        return None
+    return top.inputs[0] if bottom.inputs[0] is node.inputs[0] else None
+
+
+def _applications(index: GraphIndex, softmax: gs.Node) -> Iterator[tuple[Form, Use]]:
+    """Where the weights meet values."""
+    for use in _uses_behind(index, softmax.outputs[0].name, _MOVING | _RESCALING):
+        if use.node.op == "Mul" and _is_summed(index, use.node):
+            yield "weighted sum", use
+        elif is_mixing(use.node) and len(use.node.inputs) >= 2 and use.index < 2:
+            yield "product", use
+
+
+def _is_summed(index: GraphIndex, node: gs.Node) -> bool:
+    """Whether the product of two activations goes into a sum over an axis and nowhere else (as it does where masked
+    weights are divided by their sum)."""
+    if any(is_constant(tensor) for tensor in node.inputs):
+        return False
+    reader = index.sole_user(node.outputs[0].name)
+    while reader is not None and reader.op in _MOVING:
+        reader = index.sole_user(reader.outputs[0].name)
+    return reader is not None and reader.op == "ReduceSum"
+
+
+def _uses_behind(index: GraphIndex, tensor: str, through: frozenset[str]) -> Iterator[Use]:
+    """Every read of ``tensor``, and of what nodes of ``through`` make of it; nodes are passed through once."""
+    waiting, seen = [tensor], set()
+    while waiting:
+        for use in index.uses(waiting.pop(0)):
+            yield use
+            if use.node.op in through and use.node.name not in seen and _keeps_values(use):
+                seen.add(use.node.name)
+                waiting += [t.name for t in use.node.outputs if t.name]
+
+
+def _keeps_values(use: Use) -> bool:
+    """Whether the output holds what is read, and not only its shape, indices or a choice by it."""
+    if use.node.op == "Where":
+        return use.index > 0
+    return use.index == 0 or use.node.op in ("Concat", "Mul")
+
+
+def _scores(index: GraphIndex, logits: gs.Tensor) -> tuple[tuple[gs.Node, ...], bool]:
+    """The products of activations that ``logits`` come from, and whether something else joins them."""
+    found: dict[str, gs.Node] = {}
+    seen: set[str] = set()
+    is_masked = False
+    waiting = [logits]
+    while waiting:
+        node = index.producer(waiting.pop(0).name)
+        if node is None or node.name in seen:
+            continue
+        seen.add(node.name)
+        if is_mixing(node):
+            found[node.name] = node
+        elif node.op in _SCORING:
+            joins = node.op in ("Add", "Where", "Min", "Max")
+            is_masked |= joins and len(node.inputs) > 1
+            several = joins or node.op in ("Concat", "Mul", "Sub")
+            waiting += list(node.inputs) if several else [node.inputs[0]]
+    order = [node for node in index.nodes if node.name in found]
+    return tuple(order), is_masked and bool(found)
