@@ -52,8 +52,8 @@ from .progress import TerminalProgress
 )
 @click.option(
     "--method",
-    type=click.Choice(["auto", "rtn", "pack-ptq", "brecq", "qdrop", "adaround"]),
-    help="auto; pack-ptq: reconstruct packs of blocks; brecq, qdrop, adaround: as published; rtn: plain "
+    type=click.Choice(["auto", "rtn", "pack-ptq", "brecq", "qdrop", "adaround", "aiqvit"]),
+    help="auto; pack-ptq: reconstruct packs of blocks; brecq, qdrop, adaround, aiqvit: as published; rtn: plain "
     "round-to-nearest. [default: auto]",
 )
 @click.option(
@@ -67,6 +67,12 @@ from .progress import TerminalProgress
     type=click.Choice(["plain", "fisher"]),
     help="What gradient steps make small: the error of a pack's outputs, or that weighed by its effect on the "
     "network's output. [default: plain]",
+)
+@click.option(
+    "--low-rank",
+    type=click.Choice(["merge", "off"]),
+    help="merge: learn weights through low-rank corrections, merged before rounding. Left out: merge for aiqvit, "
+    "else off.",
 )
 @click.option("--max-pack-blocks", type=int, help="Blocks in a pack, at most. [default: 4]")
 @click.option("-w", "--weight-bits", type=int, help="2 to 8. [default: 8]")

@@ -62,8 +62,15 @@ _METHODS: Mapping[str, Mapping[str, Any]] = {
     "brecq": {**_ADAROUND, "mixing": 0.0},
     "qdrop": {**_ADAROUND, "mixing": 0.5},
     "adaround": {**_ADAROUND, "mixing": 0.0, "activation_scale_rate": 0.0},
+    "aiqvit": {"weights": "straight-through", "is_closed_form_first": False, "mixing": 0.0, "bias_rate": 0.0},
 }
 """How the published methods differ from the settings of an effort."""
+
+_LOW_RANK: Mapping[Effort, Mapping[str, Any]] = {
+    "balanced": {"search_steps": 60, "steps": 240},
+    "paper": {"search_steps": 2_000, "steps": 6_000, "batch": 24},
+}
+"""Steps where weights are learnt through low-rank corrections: those of the search come first."""
 
 _ANY = 1_000
 """Live tensors at a cut: wherever it falls."""
@@ -94,7 +101,10 @@ def learning(recipe: Recipe) -> Learning:
     found = chosen[recipe.reconstruction_effort]
     if recipe.loss == "fisher":
         found = replace(found, weighting=FISHER_EXPONENT)
-    return replace(found, **_METHODS.get(recipe.method, {}))
+    found = replace(found, **_METHODS.get(recipe.method, {}))
+    if recipe.merges_low_rank:
+        found = replace(found, weights="low-rank", **_LOW_RANK[recipe.reconstruction_effort])
+    return found
 
 
 def torch_device(recipe: Recipe) -> str:
@@ -121,7 +131,7 @@ def find_packing(
     else:
         blocks = find_blocks(model.graph)
     packing = Packing(blocks=blocks, sensitivities=(), packs=_singles(blocks))
-    if recipe.method in ("brecq", "qdrop", "adaround") or recipe.reconstruction_effort == "fast":
+    if recipe.method in _METHODS or recipe.reconstruction_effort == "fast":
         return packing
     packing = scored(packing, model, plan, start, samples, recipe, device=device, progress=progress)
     return replace(packing, packs=_packs(packing, recipe.max_pack_blocks))

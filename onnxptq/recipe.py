@@ -17,7 +17,7 @@ from onnxptq.errors import RecipeError
 
 Target = Literal["ort-cpu", "tensorrt", "simulate"]
 ObserverChoice = Literal["auto", "mse", "minmax", "percentile", "entropy"]
-Method = Literal["auto", "rtn", "pack-ptq", "brecq", "qdrop", "adaround"]
+Method = Literal["auto", "rtn", "pack-ptq", "brecq", "qdrop", "adaround", "aiqvit"]
 Effort = Literal["fast", "balanced", "paper"]
 Allocator = Literal["exact", "greedy"]
 
@@ -41,12 +41,16 @@ class Recipe(BaseModel):
         method: ``auto`` equalizes channels, corrects biases and picks ranges by measuring the output, and with
             fewer than 8 bits solves the network pack by pack; ``rtn`` is plain round-to-nearest with one
             observer, the baseline. ``pack-ptq`` reconstructs packs of blocks; ``brecq`` and ``qdrop`` single
-            blocks, ``adaround`` single layers, as published.
+            blocks, ``adaround`` single layers, as published; ``aiqvit`` single blocks through low-rank
+            corrections of their weights.
         effort: how packs are solved. ``fast`` takes no gradient step, ``balanced`` a few hundred per pack,
             ``paper`` 20 000. None is ``fast`` for ``auto`` and ``balanced`` for the other methods.
         max_pack_blocks: blocks in a pack at most.
         loss: what gradient steps make small: ``plain`` noise over signal of a pack's outputs, or with ``fisher``
             the same with each channel weighed by how much it moves the network's output.
+        low_rank: ``merge`` learns weights through low-rank corrections, of ranks that are searched for, and merges
+            these before rounding; ``off`` learns the weights themselves. None is ``merge`` for ``aiqvit`` and
+            ``off`` for the other methods.
         weight_bits, activation_bits: grid sizes, 2 to 8. A deployment target maps what it cannot run to 8.
             Where bits are chosen per pack, the analysis starts from these (default: nearest to the average).
         observer: how activation ranges are chosen; ``auto`` measures several on calibration samples.
@@ -84,6 +88,7 @@ class Recipe(BaseModel):
     effort: Effort | None = None
     max_pack_blocks: int | None = Field(default=4, ge=1)
     loss: Literal["plain", "fisher"] = "plain"
+    low_rank: Literal["merge", "off"] | None = None
     weight_bits: int = Field(default=8, ge=2, le=8)
     activation_bits: int = Field(default=8, ge=2, le=8)
     observer: ObserverChoice = "auto"
@@ -122,6 +127,15 @@ class Recipe(BaseModel):
             raise ValueError("method rtn learns nothing, so it takes no effort")
         return self
 
+    @model_validator(mode="after")
+    def _low_rank_is_learnt(self) -> Self:
+        if self.low_rank == "merge":
+            if not self.learns:
+                raise ValueError("low_rank merge is learnt: it needs effort balanced or paper")
+            if self.method in ("brecq", "qdrop", "adaround"):
+                raise ValueError(f"method {self.method} learns roundings, so it takes no low_rank merge")
+        return self
+
     @property
     def is_low_bit(self) -> bool:
         """Whether anything gets fewer than 8 bits."""
@@ -140,6 +154,16 @@ class Recipe(BaseModel):
         if self.method in ("auto", "rtn"):
             return self.method == "auto" and (self.is_low_bit or self.effort is not None)
         return True
+
+    @property
+    def merges_low_rank(self) -> bool:
+        """Whether weights are learnt through low-rank corrections."""
+        return self.low_rank == "merge" or (self.low_rank is None and self.learns and self.method == "aiqvit")
+
+    @property
+    def learns(self) -> bool:
+        """Whether gradient steps are taken."""
+        return self.is_solved_by_packs and self.reconstruction_effort != "fast"
 
     @property
     def needs_torch(self) -> bool:

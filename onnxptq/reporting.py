@@ -9,6 +9,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from onnxptq.runtime import runtime_version
 from onnxptq.types import (
     GRAPH_OUTPUT,
     CanonicalModel,
+    PackOutcome,
     PerAxis,
     PerTensor,
     QParams,
@@ -82,6 +84,17 @@ def block_scores(model: CanonicalModel, packing: Packing) -> tuple[BlockScore, .
             omega=scores[block.index].omega if block.index in scores else None,
         )
         for block in packing.blocks
+    )
+
+
+def pack_outcomes(model: CanonicalModel, outcomes: Sequence[PackOutcome]) -> tuple[PackOutcome, ...]:
+    """``outcomes`` in the user's names."""
+    return tuple(
+        replace(
+            outcome,
+            ranks=tuple(replace(rank, weight=model.user_name(rank.weight)) for rank in outcome.ranks),
+        )
+        for outcome in outcomes
     )
 
 

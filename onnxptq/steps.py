@@ -552,7 +552,7 @@ def report(
         versions=reporting.versions(hashlib.sha256(run.recipe.to_yaml().encode()).hexdigest()),
         notes=tuple(run.notes),
         blocks=() if solved.packing is None else reporting.block_scores(model, solved.packing),
-        packs=() if packed is None else packed.outcomes,
+        packs=() if packed is None else reporting.pack_outcomes(model, packed.outcomes),
         bit_plan=None if run.bit_plan is None else reporting.bit_plan_facts(run.bit_plan),
     )
 

@@ -239,11 +239,33 @@ class Pack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRank:
+    """The low-rank correction that was merged into the weight of one layer.
+
+    Attributes:
+        weight: the weight tensor.
+        rank: of the correction.
+        candidates, shares: ranks that were tried, and softmax(alpha) of each at the end of the search; one
+            candidate where there was no search.
+        before, after: noise over signal of the layer's output with the float weight rounded to nearest, and with
+            the weight of the solution. Both read what the layers in front compute in the end.
+    """
+
+    weight: str
+    rank: int
+    candidates: tuple[int, ...]
+    shares: tuple[float, ...]
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackOutcome:
     """What reconstruction did to a pack of ``blocks`` blocks.
 
     ``before`` and ``after`` are noise over signal of the pack's outputs, on the samples that judge: with weights
-    rounded to nearest, and at the end. ``steps`` gradient steps were taken.
+    rounded to nearest, and at the end. ``steps`` gradient steps were taken. ``ranks`` are there where weights were
+    learnt through low-rank corrections.
     """
 
     pack: int
@@ -251,6 +273,7 @@ class PackOutcome:
     before: float
     after: float
     steps: int
+    ranks: tuple[LayerRank, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,6 +92,11 @@ class StraightThroughWeight(torch.nn.Module):
         latent = chosen + np.where(np.abs(apart) < _ON_ITS_SIDE, apart, moved)
         self.latent = torch.nn.Parameter(torch.from_numpy(latent.astype(np.float32)))
 
+    @property
+    def latents(self) -> list[torch.nn.Parameter]:
+        """What is learnt beside the scale."""
+        return [self.latent]
+
     def forward(self) -> torch.Tensor:
         """The weight on its grid, differentiable."""
         return cast(torch.Tensor, self._integers() * self.scale())
@@ -130,6 +135,11 @@ class AdaRoundWeight(torch.nn.Module):
         self.down = torch.nn.Buffer(torch.from_numpy(down.astype(np.float32)))
         latent = np.log(stretched / (1 - stretched))
         self.latent = torch.nn.Parameter(torch.from_numpy(latent.astype(np.float32)))
+
+    @property
+    def latents(self) -> list[torch.nn.Parameter]:
+        """What is learnt."""
+        return [self.latent]
 
     def share(self) -> torch.Tensor:
         """h(a), the choice between down (0) and up (1)."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxptq.types import Array, PackOutcome, QParams, Solution
+from onnxptq.types import Array, LayerRank, PackOutcome, QParams, Solution
 
 _DIGEST = hashlib.sha256().digest_size
 
@@ -63,7 +63,7 @@ class Checkpoints:
         return Finished(
             solution=Solution(qparams=qparams, weights=weights),
             settled=frozenset(settled) | frozenset(header["settled"]),
-            outcome=None if outcome is None else PackOutcome(**outcome),
+            outcome=None if outcome is None else _outcome(outcome),
         )
 
     def save(self, pack: int, before: Solution, settled: Collection[str], found: Finished) -> None:
@@ -99,3 +99,12 @@ class Checkpoints:
 
     def _path(self, pack: int) -> Path:
         return self._folder / f"pack_{pack:04d}.state"
+
+
+def _outcome(values: dict[str, Any]) -> PackOutcome:
+    """The inverse of ``asdict`` and JSON, which makes lists of tuples."""
+    ranks = [
+        LayerRank(**{**rank, "candidates": tuple(rank["candidates"]), "shares": tuple(rank["shares"])})
+        for rank in values["ranks"]
+    ]
+    return PackOutcome(**{**values, "ranks": tuple(ranks)})

@@ -11,7 +11,10 @@ class Learning:
     """Settings of the reconstruction loop.
 
     Attributes:
-        weights: ``straight-through`` latents, or ``adaround`` (see :mod:`onnxptq.quantizers.trainable`).
+        weights: ``straight-through`` latents, or ``adaround`` (see :mod:`onnxptq.quantizers.trainable`), or
+            ``low-rank`` corrections of float weights (:mod:`onnxptq.quantizers.low_rank`).
+        ranks: candidates for the rank of these; the largest is taken where none is searched for.
+        search_steps: steps of :mod:`onnxptq.reconstruct.rank_search` per pack, before ``steps``.
         is_closed_form_first: whether layers are rounded with error compensation before anything is learnt.
         steps: gradient steps per pack.
         batch: samples per step.
@@ -29,7 +32,9 @@ class Learning:
         decision: its weight.
     """
 
-    weights: Literal["straight-through", "adaround"] = "straight-through"
+    weights: Literal["straight-through", "adaround", "low-rank"] = "straight-through"
+    ranks: tuple[int, ...] = (10, 20, 50, 100, 150)
+    search_steps: int = 0
     is_closed_form_first: bool = True
     steps: int = 300
     batch: int = 32

@@ -15,6 +15,7 @@ from onnxptq.graph.linear import find_linears
 from onnxptq.lowering import LoweredModule
 from onnxptq.lowering.quantized import quantizers_by_edge, quantizing_hooks, set_hooks
 from onnxptq.quantizers.affine import asymmetric_qparams
+from onnxptq.quantizers.low_rank import Factors, LowRankWeight
 from onnxptq.quantizers.trainable import (
     AdaRoundWeight,
     LearnedActivation,
@@ -41,7 +42,8 @@ class PackQuantizers:
     """The trainable quantizers and biases of one pack. Making it puts hooks on ``module``.
 
     What several packs share (a weight read in both, a scale group with members in both) is learnt in the
-    first of them: ``settled`` names the quantizers that are not to move any more.
+    first of them: ``settled`` names the quantizers that are not to move any more. Weights with ``corrections``
+    are learnt through these.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class PackQuantizers:
         settings: Learning,
         *,
         settled: Collection[str],
+        corrections: Mapping[str, Sequence[Factors]] | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         self._plan, self._solution = plan, solution
@@ -74,7 +77,9 @@ class PackQuantizers:
                 if quantizer.quantizer_id not in self._ids:
                     value = np.asarray(tensors[site.tensor].values, np.float32)
                     start = np.asarray(solution.weights.get(site.tensor, value), np.float32)
-                    self.weights[site.tensor] = _weight(value, start, qparams, settings).to(device)
+                    candidates = (corrections or {}).get(site.tensor, ())
+                    learned = _weight(value, start, qparams, settings, candidates)
+                    self.weights[site.tensor] = learned.to(device)
                     self._ids[quantizer.quantizer_id] = site.tensor
                 module.set_hook(*edge, _instead(self.weights[site.tensor]))
             elif isinstance(qparams.granularity, PerTensor) and settings.activation_scale_rate > 0.0:
@@ -120,7 +125,7 @@ class PackQuantizers:
         weights = list(self.weights.values())
         scales = [w.scale.log for w in weights if isinstance(w, StraightThroughWeight)]
         found: Iterable[tuple[list[torch.nn.Parameter], float]] = (
-            ([w.latent for w in weights], settings.latent_rate),
+            ([p for w in weights for p in w.latents], settings.latent_rate),
             (scales, settings.weight_scale_rate),
             ([a.scale.log for a in self.activations.values()], settings.activation_scale_rate),
             ([b.change for b in self._biases.values()], settings.bias_rate),
@@ -195,7 +200,17 @@ def _instead(value: Callable[[], torch.Tensor]) -> Callable[[torch.Tensor], torc
     return lambda _: value()
 
 
-def _weight(value: FloatArray, start: FloatArray, qparams: QParams, settings: Learning) -> LearnedWeight:
+def _weight(
+    value: FloatArray,
+    start: FloatArray,
+    qparams: QParams,
+    settings: Learning,
+    candidates: Sequence[Factors],
+) -> LearnedWeight:
+    learn_scale = settings.weight_scale_rate > 0.0
+    if candidates:
+        # The closed form has moved the weight by the correction, which is learnt here: it counts once.
+        return LowRankWeight(value, value, qparams, candidates, learn_scale=learn_scale)
     if settings.weights == "adaround":
         return AdaRoundWeight(value, start, qparams)
-    return StraightThroughWeight(value, start, qparams, learn_scale=settings.weight_scale_rate > 0.0)
+    return StraightThroughWeight(value, start, qparams, learn_scale=learn_scale)

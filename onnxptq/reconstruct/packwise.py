@@ -18,16 +18,20 @@ import torch
 from onnxptq.graph.index import GraphIndex
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.quantized import quantizing_hooks, set_hooks
+from onnxptq.quantizers.low_rank import Factors
 from onnxptq.reconstruct.checkpoint import Checkpoints, Finished
 from onnxptq.reconstruct.fisher import fisher_weights
 from onnxptq.reconstruct.initial import with_bias_grids
+from onnxptq.reconstruct.layer_noise import layer_noise
 from onnxptq.reconstruct.learning import Learning
+from onnxptq.reconstruct.low_rank import correct_pack
 from onnxptq.reconstruct.pack_data import PackData, most_together, run_all
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
+from onnxptq.reconstruct.rank_search import RankChoice, choose_ranks
 from onnxptq.reconstruct.sequential import round_pack
 from onnxptq.reconstruct.training import train
 from onnxptq.reconstruct.vault import Vault
-from onnxptq.types import CanonicalModel, Pack, PackOutcome, Progress, QuantPlan, Sample, Solution
+from onnxptq.types import CanonicalModel, LayerRank, Pack, PackOutcome, Progress, QuantPlan, Sample, Solution
 
 FISHER_SAMPLES = 128
 """Calibration samples that tell how much the elements of outputs matter."""
@@ -93,7 +97,7 @@ def reconstruct(
         generator = torch.Generator().manual_seed(seed)
         weights = fisher_weights(network, floats[:FISHER_SAMPLES], _probabilities(model.graph), generator)
         importance = {name: value.pow(settings.weighting) for name, value in weights.items()}
-    state = Finished(solution=solution, settled=frozenset(), outcome=None)
+    start, state = solution, Finished(solution=solution, settled=frozenset(), outcome=None)
     outcomes: list[PackOutcome] = []
     tick = progress.start("solve packs", len(packs)) if progress else None
     for position, pack in enumerate(packs):
@@ -104,7 +108,7 @@ def reconstruct(
         if known is None:
             data = PackData(network, position, floats, quants, after, together, importance)
             generator = torch.Generator().manual_seed((seed << 20) + position)
-            known = _solved(index, pack, plan, state, data, settings, generator)
+            known = _solved(index, pack, plan, start, state, data, settings, generator)
             if store is not None:
                 store.save(position, state.solution, state.settled, known)
         state = known
@@ -133,30 +137,59 @@ def _solved(
     index: GraphIndex,
     pack: Pack,
     plan: QuantPlan,
+    start: Solution,
     state: Finished,
     data: PackData,
     settings: Learning,
     generator: torch.Generator,
 ) -> Finished:
     solution = state.solution
-    if settings.is_closed_form_first:
+
+    def quantizers(terms: Mapping[str, Sequence[Factors]]) -> PackQuantizers:
+        return PackQuantizers(
+            index,
+            pack,
+            data.module,
+            plan,
+            solution,
+            settings,
+            settled=state.settled,
+            corrections=terms,
+            device=data.network.device,
+        )
+
+    choices: Mapping[str, RankChoice] = {}
+    if settings.weights == "low-rank":
+        solution, corrections = correct_pack(
+            index, pack, plan, solution, data, rank=max(settings.ranks), settled=state.settled
+        )
+        choices = choose_ranks(corrections, quantizers, data, settings, generator)
+    elif settings.is_closed_form_first:
         solution = round_pack(index, pack, plan, solution, data, settled=state.settled)
-    learned = PackQuantizers(
-        index,
-        pack,
-        data.module,
-        plan,
-        solution,
-        settings,
-        settled=state.settled,
-        device=data.network.device,
-    )
+    learned = quantizers({name: (choice.factors,) for name, choice in choices.items()})
     outcome = None
     if settings.steps and not learned.is_empty:
         before, after, steps = train(data, learned, settings, generator)
-        outcome = PackOutcome(
-            pack=pack.index, blocks=len(pack.blocks), before=before, after=after, steps=steps
-        )
         solution = learned.hardened()
+        noise = layer_noise(index, pack, plan, data, choices, start=start, solution=solution)
+        outcome = PackOutcome(
+            pack=pack.index,
+            blocks=len(pack.blocks),
+            before=before,
+            after=after,
+            steps=steps,
+            ranks=tuple(
+                LayerRank(
+                    weight=name,
+                    rank=choice.factors.rank,
+                    candidates=choice.candidates,
+                    shares=choice.shares,
+                    before=noise[name][0],
+                    after=noise[name][1],
+                )
+                for name, choice in choices.items()
+                if name in noise
+            ),
+        )
     data.module.clear_hooks()
     return Finished(solution=solution, settled=state.settled | learned.learned_ids(), outcome=outcome)

@@ -11,9 +11,11 @@ So every layer makes up for the errors of all that came before it, not for its o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear
@@ -46,6 +48,36 @@ _ELEMENTS_AT_ONCE = 1 << 24
 """Elements of the rows that are added in one go; hundreds of groups would fill gigabytes otherwise."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerTask:
+    """A layer to be solved: ``matrix`` is its float weight, ``quantizer_id`` the quantizer of that.
+
+    ``gram`` holds the sums of what it reads; ``sums`` the same about the means where ``bias`` is one that can make
+    up for them. ``ridge`` is the damping that serves unseen samples best.
+    """
+
+    layer: Linear
+    quantizer_id: str
+    matrix: FloatArray
+    gram: Gram
+    sums: Gram
+    ridge: float
+    bias: gs.Constant | None
+
+    def solved(self, solution: Solution, weight: FloatArray) -> Solution:
+        """``solution`` with ``weight`` in the layer, in the form of ``matrix``, and the bias that fits it."""
+        weights = {**solution.weights, self.layer.weight.name: weight_tensor(self.layer, weight)}
+        if self.bias is not None:
+            bias = np.asarray(self.bias.values, np.float32)
+            shift = _shift(self.matrix, weight, self.gram)
+            if np.isfinite(shift).all():
+                weights[self.bias.name] = (bias + shift.reshape(bias.shape)).astype(np.float32)
+        return Solution(qparams=solution.qparams, weights=weights)
+
+
+Solve = Callable[[LayerTask, Solution], Solution]
+
+
 def round_pack(
     index: GraphIndex,
     pack: Pack,
@@ -56,6 +88,28 @@ def round_pack(
     settled: Collection[str],
 ) -> Solution:
     """``solution`` with new weights and biases of the pack's layers; those with ``settled`` quantizers stay."""
+    return solve_layers(index, pack, plan, solution, data, rounded, settled=settled)
+
+
+def rounded(task: LayerTask, solution: Solution) -> Solution:
+    """Solved without a grid, then rounded with error compensation."""
+    qparams = solution.qparams[task.quantizer_id]
+    weight = round_weights(task.matrix, task.sums, qparams, damping=ROUNDING_DAMPING, ridge=task.ridge)
+    return task.solved(solution, weight)
+
+
+def solve_layers(
+    index: GraphIndex,
+    pack: Pack,
+    plan: QuantPlan,
+    solution: Solution,
+    data: PackData,
+    solve: Solve,
+    *,
+    settled: Collection[str],
+) -> Solution:
+    """Apply ``solve`` to one layer of the pack after the other, each with the sums that the solved ones in front
+    of it leave."""
     own = set(pack.nodes)
     reads = {(s.consumer, s.input_index): q for q in plan.quantizers for s in q.sites}
     for layer in compensable_layers(index, plan, MAX_WIDTH):
@@ -69,7 +123,7 @@ def round_pack(
         hooks = quantizing_hooks(index.graph, pack, plan, solution)
         halves = _sums(layer, qparams, data, hooks)
         if halves is not None and all(half.is_finite for half in halves):
-            solution = _solved(index, layer, halves, solution, weight)
+            solution = solve(_task(index, layer, halves, weight), solution)
     return solution
 
 
@@ -97,11 +151,8 @@ def _sums(
     return halves or None
 
 
-def _solved(
-    index: GraphIndex, layer: Linear, halves: Sequence[Gram], solution: Solution, weight: str
-) -> Solution:
-    value = np.asarray(layer.weight.values, np.float32)
-    matrix = weight_matrix(layer, value)
+def _task(index: GraphIndex, layer: Linear, halves: Sequence[Gram], weight: str) -> LayerTask:
+    matrix = weight_matrix(layer, np.asarray(layer.weight.values, np.float32))
     channels = matrix.shape[0] * matrix.shape[1]
     has_bias = (
         layer.bias is not None
@@ -109,18 +160,16 @@ def _solved(
         and int(np.prod(layer.bias.shape)) == channels
     )
     used = [half.centred() if has_bias else half for half in halves]
-    ridge = choose_damping(matrix, *used) if len(used) == 2 else DAMPINGS[-1]
     gram = halves[0] if len(halves) == 1 else halves[0].plus(halves[1])
-    sums = gram.centred() if has_bias else gram
-    rounded = round_weights(matrix, sums, solution.qparams[weight], damping=ROUNDING_DAMPING, ridge=ridge)
-    weights = {**solution.weights, layer.weight.name: weight_tensor(layer, rounded)}
-    if has_bias:
-        assert layer.bias is not None
-        bias = np.asarray(layer.bias.values, np.float32)
-        shift = _shift(matrix, rounded, gram)
-        if np.isfinite(shift).all():
-            weights[layer.bias.name] = (bias + shift.reshape(bias.shape)).astype(np.float32)
-    return Solution(qparams=solution.qparams, weights=weights)
+    return LayerTask(
+        layer=layer,
+        quantizer_id=weight,
+        matrix=matrix,
+        gram=gram,
+        sums=gram.centred() if has_bias else gram,
+        ridge=choose_damping(matrix, *used) if len(used) == 2 else DAMPINGS[-1],
+        bias=layer.bias if has_bias else None,
+    )
 
 
 def _shift(matrix: FloatArray, rounded: FloatArray, gram: Gram) -> FloatArray:

@@ -1,37 +1,27 @@
 """Learning one pack: its quantized outputs are drawn to the float ones.
 
-    loss = sum over outputs o of  E[w (o_q - o_fp)^2] / V_o,     V_o = E||o_fp - mean(o_fp)||^2
+    loss = noise over signal (:mod:`onnxptq.reconstruct.objective`)
            + decision / P * indecision(beta)                    AdaRound only; P = sum over o of channels * V_o
 
-so that the loss is noise over signal for a pack of any size, and AdaRound's second term weighs as much as
-beside the published sum of squares over channels. beta falls from 20 to 2 after the warm-up. w is 1, or a power
-of the Fisher weights of :mod:`onnxptq.reconstruct.fisher`.
+so that AdaRound's term weighs as much as beside the published sum of squares over channels. beta falls from 20 to 2
+after the warm-up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
 from onnxptq.lowering.network import Values
 from onnxptq.reconstruct.learning import Learning
+from onnxptq.reconstruct.objective import Norms, noise_over_signal, norms_of
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 
 _LOWEST_GAIN = 0.005
 """A judgement that improves by less counts as flat."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Norms:
-    """V of each output, P, and the weights of the outputs' elements where they are not 1."""
-
-    variance: dict[str, float]
-    positions: float
-    importance: Mapping[str, torch.Tensor]
 
 
 def train(
@@ -45,17 +35,17 @@ def train(
     order = torch.randperm(len(data), generator=generator).tolist()
     held_out = math.ceil(settings.held_out * len(data)) if len(data) > 1 else 0
     judges, pupils = order[:held_out], order[held_out:]
-    norms = _norms(data, judges or pupils)
+    norms = norms_of(data, judges or pupils)
     before = _judged(data, learned, judges or pupils, norms)
     best, best_state, stale, done = before, learned.state(), 0, 0
     optimizer = torch.optim.Adam(learned.groups(settings))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     every = max(1, settings.steps // settings.checks)
-    for chosen in _draws(pupils, settings, generator):
+    for chosen in draws(pupils, settings.batch, settings.steps, generator):
         optimizer.zero_grad(set_to_none=True)
         for part in data.chunks(chosen):
             found = data.module(_mixed(data, part, settings.mixing, generator))
-            loss = _relative(found, data.targets(part), norms) * (len(part) / len(chosen))
+            loss = noise_over_signal(found, data.targets(part), norms) * (len(part) / len(chosen))
             loss.backward()  # type: ignore[no-untyped-call]
         beta = _sharpness(done / settings.steps, settings)
         if beta is not None:
@@ -77,13 +67,13 @@ def train(
     return before, best, done
 
 
-def _draws(pupils: Sequence[int], settings: Learning, generator: torch.Generator) -> list[list[int]]:
+def draws(pupils: Sequence[int], batch: int, steps: int, generator: torch.Generator) -> list[list[int]]:
     """The samples of every step: each pass takes all of them, in a new order."""
-    size = min(settings.batch, len(pupils))
+    size = min(batch, len(pupils))
     queue: list[int] = []
-    while len(queue) < size * settings.steps:
+    while len(queue) < size * steps:
         queue.extend(pupils[i] for i in torch.randperm(len(pupils), generator=generator).tolist())
-    return [queue[i * size : (i + 1) * size] for i in range(settings.steps)]
+    return [queue[i * size : (i + 1) * size] for i in range(steps)]
 
 
 def _sharpness(progress: float, settings: Learning) -> float | None:
@@ -93,13 +83,13 @@ def _sharpness(progress: float, settings: Learning) -> float | None:
 
 
 @torch.no_grad()
-def _judged(data: PackData, learned: PackQuantizers, chosen: Sequence[int], norms: _Norms) -> float:
+def _judged(data: PackData, learned: PackQuantizers, chosen: Sequence[int], norms: Norms) -> float:
     """The loss of what would be hardened now: an undecided AdaRound weight is closer to the float one."""
     total = 0.0
     with learned.hard():
         for part in data.chunks(chosen):
             found = data.module(data.quantized(part))
-            total += float(_relative(found, data.targets(part), norms)) * len(part)
+            total += float(noise_over_signal(found, data.targets(part), norms)) * len(part)
     return total / len(chosen)
 
 
@@ -113,31 +103,3 @@ def _mixed(data: PackData, chosen: Sequence[int], probability: float, generator:
         is_float = torch.rand(value.shape, generator=generator) < probability
         mixed[name] = torch.where(is_float.to(value.device), floats[name], value)
     return mixed
-
-
-def _norms(data: PackData, chosen: Sequence[int]) -> _Norms:
-    """Sums over all of ``chosen``; integers among the outputs (indices, masks) have no part in the loss."""
-    sums: dict[str, list[float]] = {}
-    channels: dict[str, int] = {}
-    for part in data.chunks(chosen):
-        for name, value in data.targets(part).items():
-            if value.is_floating_point():
-                wide = value.double()
-                entry = sums.setdefault(name, [0.0, 0.0, 0.0])
-                for i, term in enumerate(
-                    (float(value.numel()), float(wide.sum()), float(wide.square().sum()))
-                ):
-                    entry[i] += term
-                channels[name] = value.shape[1] if value.ndim > 1 else 1
-    variance = {name: max(q / n - (s / n) ** 2, 1e-30) for name, (n, s, q) in sums.items() if n}
-    positions = sum(v * channels[name] for name, v in variance.items()) or 1.0
-    return _Norms(variance, positions, data.importance)
-
-
-def _relative(found: Values, targets: Values, norms: _Norms) -> torch.Tensor:
-    parts = []
-    for name, variance in norms.variance.items():
-        squares = (found[name] - targets[name]).square()
-        weights = norms.importance.get(name)
-        parts.append((squares if weights is None else squares * weights).mean() / variance)
-    return torch.stack(parts).sum()

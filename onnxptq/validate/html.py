@@ -54,6 +54,7 @@ def render_html(report: Report) -> str:
             (tensor, Markup(range_chart(tensor, f"range{i}", "histogram and chosen range")))
             for i, tensor in enumerate(worst)
         ],
+        ranks=[(pack.pack, rank) for pack in report.packs for rank in pack.ranks],
         skips=wording.skips_by_reason(report.skips),
         grids=wording.count_by_grid(report),
         kernels=sorted((report.kernels or {}).items(), key=lambda item: (-item[1], item[0])),

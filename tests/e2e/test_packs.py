@@ -102,6 +102,7 @@ def _feeds(shapes: Shapes, count: int = 24) -> list[dict[str, np.ndarray]]:
 
 def _quantized(kind: str, folder: Path, **recipe: Any) -> onnxptq.Result:
     build, shapes = NETS[kind]
+    folder.mkdir(exist_ok=True)
     path = folder / "net.onnx"
     onnx.save(build(), str(path))
     return onnxptq.quantize(
@@ -171,6 +172,49 @@ def test_methods_of_others(method: str, tmp_path: Path) -> None:
             assert row.blocks == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("windows", "pack-ptq"), ("attention", "aiqvit"), ("residual, fixed batch", "aiqvit")],
+)
+def test_low_rank_corrections_are_merged(kind: str, method: str, tmp_path: Path) -> None:
+    """The file is plain weights that compute what was simulated; the report tells their ranks."""
+    options = {"target": "simulate", "weight_bits": 4, "activation_bits": 4}
+    nearest = _quantized(kind, tmp_path, method="rtn", **options)
+    nodes = len(onnx.load(nearest.output).graph.node)
+    found = _quantized(kind, tmp_path, method=method, low_rank="merge", **options)
+    _is_proven(found)
+    assert _noise(found) < _noise(nearest)
+    assert len(onnx.load(found.output).graph.node) == nodes
+    ranks = [rank for pack in found.report.packs for rank in pack.ranks]
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    sizes = {t.name: tuple(t.dims) for t in graph.initializer}
+    assert {rank.weight for rank in ranks} <= sizes.keys()
+    assert len(ranks) >= 3
+    for rank in ranks:
+        shape = sizes[rank.weight]
+        assert max(rank.candidates) <= min(shape[0], int(np.prod(shape[1:])))
+        assert rank.rank == rank.candidates[int(np.argmax(rank.shares))]
+        assert len(rank.candidates) == len(rank.shares)
+        assert rank.after > 0.0
+    # Layers make up for each other: not each of them comes closer by itself.
+    assert any(rank.after < rank.before for rank in ranks)
+    first = found.output.read_bytes()
+    again = _quantized(kind, tmp_path / "again", method=method, low_rank="merge", **options)
+    assert again.output.read_bytes() == first
+
+
+def test_low_rank_corrections_are_refused_where_nothing_is_learnt() -> None:
+    for values in ({}, {"weight_bits": 4}, {"method": "rtn"}, {"method": "pack-ptq", "effort": "fast"}):
+        with pytest.raises(RecipeError, match="effort balanced or paper"):
+            Recipe.create({"low_rank": "merge", **values})
+    for method in ("brecq", "qdrop", "adaround"):
+        with pytest.raises(RecipeError, match=f"{method} learns roundings"):
+            Recipe.create({"low_rank": "merge", "method": method})
+    chosen = [{"method": "aiqvit"}, {"method": "aiqvit", "low_rank": "off"}, {"method": "pack-ptq"}, {}]
+    assert [Recipe.create(values).merges_low_rank for values in chosen] == [True, False, False, False]
+    assert not Recipe(method="aiqvit", effort="fast").merges_low_rank
+
+
 def test_units_of_adaround_hold_one_layer_each(tmp_path: Path) -> None:
     made = case(residual_block(), tmp_path, samples=2)
 
@@ -182,6 +226,7 @@ def test_units_of_adaround_hold_one_layer_each(tmp_path: Path) -> None:
 
     assert max(layers("adaround")) == 1
     assert sum(layers("adaround")) == sum(layers("brecq")) == 4
+    assert layers("aiqvit") == layers("brecq")
     assert max(layers("brecq")) == 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -148,3 +149,21 @@ def chain(batch: int | str = "n", *, depth: int = 3, width: int = 12) -> onnx.Mo
         inner = net.op("Relu", f"relu{i}", net.linear(f"in{i}", x, width, width))
         x = net.op("Add", f"sum{i}", net.linear(f"out{i}", inner, width, width), x)
     return net.proto({"x": [batch, width]}, [net.linear("last", x, width, 5)])
+
+
+class Spy(PackData):
+    """Tells which samples were run for a step and which to judge: a step runs with gradients."""
+
+    steps: list[tuple[int, ...]]
+    judged: list[tuple[int, ...]]
+
+    def quantized(self, chosen: Any) -> Any:
+        (self.steps if torch.is_grad_enabled() else self.judged).append(tuple(chosen))
+        return super().quantized(chosen)
+
+
+def spied(data: PackData) -> Spy:
+    spy = Spy(data.network, data.position, data.floats, data.quants, data.targets_of, data.together)
+    object.__setattr__(spy, "steps", [])
+    object.__setattr__(spy, "judged", [])
+    return spy

@@ -15,10 +15,11 @@ from onnxptq.recipe import Recipe
 from onnxptq.reconstruct import packwise
 from onnxptq.reconstruct.checkpoint import Checkpoints, Finished
 from onnxptq.reconstruct.learning import Learning
-from onnxptq.types import PackOutcome, PerTensor, QParams, QType, Solution
+from onnxptq.types import LayerRank, PackOutcome, PerTensor, QParams, QType, Solution
 from tests.unit.reconstruct.pack_cases import Case, case, chain
 
 LEARNING = Learning(steps=6, batch=4)
+RANK = LayerRank(weight="w", rank=2, candidates=(1, 2), shares=(0.25, 0.75), before=0.1, after=0.05)
 
 
 def _qparams(scale: float) -> QParams:
@@ -38,7 +39,7 @@ def _saved(folder: Path) -> tuple[Checkpoints, Solution, Finished, Path]:
             weights={**before.weights, "w/ü.1": np.arange(6, dtype=np.float32).reshape(2, 3)},
         ),
         settled=frozenset({"old", "b"}),
-        outcome=PackOutcome(pack=4, blocks=2, before=0.5, after=0.1, steps=7),
+        outcome=PackOutcome(pack=4, blocks=2, before=0.5, after=0.1, steps=7, ranks=(RANK,)),
     )
     store = Checkpoints(folder)
     store.save(4, before, {"old"}, found)

@@ -17,7 +17,7 @@ from onnxptq.reconstruct.learning import Learning
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 from onnxptq.reconstruct.training import train
-from tests.unit.reconstruct.pack_cases import Case, case, chain
+from tests.unit.reconstruct.pack_cases import Case, case, chain, spied
 from tests.unit.small_nets import Net, depthwise_block, residual_block
 
 PLAIN = Learning(steps=40, batch=4, held_out=0.0, is_closed_form_first=False)
@@ -37,24 +37,6 @@ def _learned(made: Case, data: PackData, settings: Learning) -> PackQuantizers:
 
 def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-class _Spy(PackData):
-    """Tells which samples were run for a step and which to judge: a step runs with gradients."""
-
-    steps: list[tuple[int, ...]]
-    judged: list[tuple[int, ...]]
-
-    def quantized(self, chosen: Any) -> Any:
-        (self.steps if torch.is_grad_enabled() else self.judged).append(tuple(chosen))
-        return super().quantized(chosen)
-
-
-def _spied(data: PackData) -> _Spy:
-    spy = _Spy(data.network, data.position, data.floats, data.quants, data.targets_of, data.together)
-    object.__setattr__(spy, "steps", [])
-    object.__setattr__(spy, "judged", [])
-    return spy
 
 
 @pytest.mark.parametrize(
@@ -104,7 +86,7 @@ def test_every_sample_is_used_in_every_pass(count: int, batch: int, tmp_path: Pa
     made = case(chain(1), tmp_path, samples=count, longest=99)
     size = min(batch, count)
     settings = replace(PLAIN, batch=batch, steps=-(-3 * count // size))
-    spy = _spied(made.data())
+    spy = spied(made.data())
     train(spy, _learned(made, spy, settings), settings, _generator())
     drawn = [i for chosen in spy.steps for i in chosen]
     assert len(drawn) == settings.steps * size
@@ -117,7 +99,7 @@ def test_every_sample_is_used_in_every_pass(count: int, batch: int, tmp_path: Pa
 @pytest.mark.parametrize("share", [0.125, 0.3, 0.5])
 def test_samples_that_judge_never_enter_a_step(share: float, made: Case) -> None:
     settings = replace(PLAIN, held_out=share, steps=30, checks=5, patience=99)
-    spy = _spied(made.data(together=3))
+    spy = spied(made.data(together=3))
     train(spy, _learned(made, spy, settings), settings, _generator())
     used = Counter(i for chosen in spy.steps for i in chosen)
     judging = Counter(i for chosen in spy.judged for i in chosen)

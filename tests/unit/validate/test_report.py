@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from onnxptq.types import PackOutcome, Skip
+from onnxptq.types import LayerRank, PackOutcome, Skip
 from onnxptq.validate import wording
 from onnxptq.validate.html import render_html, render_sensitivity, worst_tensors
 from onnxptq.validate.latency import Latency
@@ -285,11 +285,18 @@ def test_packs_are_shown_with_the_curvature_of_their_blocks() -> None:
         BlockScore(block=i, pack=i // 2, start="<a>", end="b & c", curvature=score, omega=0.5)
         for i, score in enumerate(scores)
     )
-    packs = tuple(PackOutcome(pack=i, blocks=2, before=0.5, after=0.25, steps=300) for i in range(3))
+    rank = LayerRank(
+        weight="<w>", rank=20, candidates=(10, 20), shares=(0.375, 0.625), before=0.5, after=math.inf
+    )
+    packs = tuple(
+        PackOutcome(pack=i, blocks=2, before=0.5, after=0.25, steps=300, ranks=(rank,) * i) for i in range(3)
+    )
     shown = render_html(_report(blocks=blocks, packs=packs))
     text = "".join(_parsed(shown).text)
     assert "Blocks and packs" in text
     assert "0.25" in text
+    assert text.count("10: 0.375, 20: 0.625") == 3
+    assert "low-rank" not in "".join(_parsed(render_html(_report(blocks=blocks, packs=packs[:1]))).text)
     assert shown.count("<svg") == render_html(_report()).count("<svg") + 1
     unscored = tuple(replace(block, curvature=None, omega=None) for block in blocks)
     shown = render_html(_report(blocks=unscored))
