@@ -51,6 +51,7 @@ class Recipe(BaseModel):
         low_rank: ``merge`` learns weights through low-rank corrections, of ranks that are searched for, and merges
             these before rounding; ``off`` learns the weights themselves. None is ``merge`` for ``aiqvit`` and
             ``off`` for the other methods.
+        easy_first: whether gradient steps see the samples with the lowest loss first. None does so for ``aiqvit``.
         weight_bits, activation_bits: grid sizes, 2 to 8. A deployment target maps what it cannot run to 8.
             Where bits are chosen per pack, the analysis starts from these (default: nearest to the average).
         observer: how activation ranges are chosen; ``auto`` measures several on calibration samples.
@@ -89,6 +90,7 @@ class Recipe(BaseModel):
     max_pack_blocks: int | None = Field(default=4, ge=1)
     loss: Literal["plain", "fisher"] = "plain"
     low_rank: Literal["merge", "off"] | None = None
+    easy_first: bool | None = None
     weight_bits: int = Field(default=8, ge=2, le=8)
     activation_bits: int = Field(default=8, ge=2, le=8)
     observer: ObserverChoice = "auto"
@@ -128,12 +130,14 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _low_rank_is_learnt(self) -> Self:
+    def _options_of_learning(self) -> Self:
         if self.low_rank == "merge":
             if not self.learns:
                 raise ValueError("low_rank merge is learnt: it needs effort balanced or paper")
             if self.method in ("brecq", "qdrop", "adaround"):
                 raise ValueError(f"method {self.method} learns roundings, so it takes no low_rank merge")
+        if self.easy_first and not self.learns:
+            raise ValueError("easy_first orders gradient steps: it needs effort balanced or paper")
         return self
 
     @property
@@ -159,6 +163,11 @@ class Recipe(BaseModel):
     def merges_low_rank(self) -> bool:
         """Whether weights are learnt through low-rank corrections."""
         return self.low_rank == "merge" or (self.low_rank is None and self.learns and self.method == "aiqvit")
+
+    @property
+    def is_easy_first(self) -> bool:
+        """Whether gradient steps see the samples with the lowest loss first."""
+        return self.learns and (self.method == "aiqvit" if self.easy_first is None else self.easy_first)
 
     @property
     def learns(self) -> bool:

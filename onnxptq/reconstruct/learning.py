@@ -18,6 +18,7 @@ class Learning:
         is_closed_form_first: whether layers are rounded with error compensation before anything is learnt.
         steps: gradient steps per pack.
         batch: samples per step.
+        is_easy_first: whether steps draw from the samples with the lowest loss, at first from half of them.
         mixing: probability with which an element of the pack's input is the float one instead of the one that
             the quantized network in front computes (QDrop).
         held_out: share of the samples that only judge; with some, the best state seen wins and a pack whose
@@ -38,6 +39,7 @@ class Learning:
     is_closed_form_first: bool = True
     steps: int = 300
     batch: int = 32
+    is_easy_first: bool = False
     mixing: float = 0.0
     held_out: float = 0.125
     checks: int = 10

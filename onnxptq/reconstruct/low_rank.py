@@ -11,8 +11,8 @@ and everything else of that loss is || (D - L R) H^1/2 ||^2. So the best correct
     U S V^T = D H^1/2              (only the r largest singular values)
     L = U S,    R = V^T H^-1/2
 
-The correction is merged, W + L R, before the weight is rounded, so that nothing of it remains at run time. It makes up
-for errors of inputs alone: a correction of rounding errors would be taken back by rounding again.
+The correction is merged, W + L R, before the weight is rounded, so that nothing of it remains at run time. It makes
+up for errors of inputs alone: a correction of rounding errors would be taken back by rounding again.
 """
 
 from __future__ import annotations

@@ -59,6 +59,16 @@ class PackData:
         """The pack's float outputs."""
         return self._joined(self.targets_of, chosen, self.network.blocks[self.position].outputs)
 
+    def apart(self, outputs: Values, chosen: Sequence[int]) -> list[Values]:
+        """What a pass over these samples writes, sample by sample."""
+        if len(chosen) == 1:
+            return [outputs]
+        split = {
+            name: torch.split(value, [len(self.targets_of[i][name]) for i in chosen])
+            for name, value in outputs.items()
+        }
+        return [{name: split[name][k] for name in split} for k in range(len(chosen))]
+
     @property
     def _names(self) -> tuple[str, ...]:
         pack = self.network.blocks[self.position]

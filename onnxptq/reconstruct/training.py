@@ -5,12 +5,16 @@
 
 so that AdaRound's term weighs as much as beside the published sum of squares over channels. beta falls from 20 to 2
 after the warm-up.
+
+Where the easy samples come first (the curriculum of AIQViT, arXiv 2502.04628), step t of T draws from the share
+min(1, 0.5 + 0.5 t / T) of the samples with the lowest loss, which is measured ``RANKINGS`` times on the way.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -19,6 +23,9 @@ from onnxptq.reconstruct.learning import Learning
 from onnxptq.reconstruct.objective import Norms, noise_over_signal, norms_of
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
+
+RANKINGS = 10
+"""How often samples are ranked anew where the easy ones come first."""
 
 _LOWEST_GAIN = 0.005
 """A judgement that improves by less counts as flat."""
@@ -41,7 +48,7 @@ def train(
     optimizer = torch.optim.Adam(learned.groups(settings))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     every = max(1, settings.steps // settings.checks)
-    for chosen in draws(pupils, settings.batch, settings.steps, generator):
+    for chosen in _lessons(data, learned, pupils, norms, settings, generator):
         optimizer.zero_grad(set_to_none=True)
         for part in data.chunks(chosen):
             found = data.module(_mixed(data, part, settings.mixing, generator))
@@ -65,6 +72,39 @@ def train(
         return before, _judged(data, learned, pupils, norms), done
     learned.restore(best_state)
     return before, best, done
+
+
+def _lessons(
+    data: PackData,
+    learned: PackQuantizers,
+    pupils: Sequence[int],
+    norms: Norms,
+    settings: Learning,
+    generator: torch.Generator,
+) -> Iterator[list[int]]:
+    """The samples of every step, each drawn from those that are open to it."""
+    stages = RANKINGS if settings.is_easy_first else 1
+    bounds = [settings.steps * stage // stages for stage in range(stages + 1)]
+    for begin, end in pairwise(bounds):
+        known = pupils
+        if settings.is_easy_first and begin < end:
+            known = _easiest(data, learned, pupils, norms, 0.5 + 0.5 * begin / settings.steps)
+        yield from draws(known, settings.batch, end - begin, generator)
+
+
+@torch.no_grad()
+def _easiest(
+    data: PackData, learned: PackQuantizers, pupils: Sequence[int], norms: Norms, share: float
+) -> list[int]:
+    """The ``share`` of the pupils whose loss is lowest now, rounded up; of equal ones the first."""
+    losses: list[float] = []
+    with learned.hard():
+        for part in data.chunks(pupils):
+            found = data.apart(data.module(data.quantized(part)), part)
+            wanted = data.apart(data.targets(part), part)
+            losses += [float(noise_over_signal(*both, norms)) for both in zip(found, wanted, strict=True)]
+    order = sorted(range(len(pupils)), key=lambda i: (losses[i], i))
+    return [pupils[i] for i in order[: math.ceil(share * len(pupils))]]
 
 
 def draws(pupils: Sequence[int], batch: int, steps: int, generator: torch.Generator) -> list[list[int]]:

@@ -203,13 +203,18 @@ def test_low_rank_corrections_are_merged(kind: str, method: str, tmp_path: Path)
     assert again.output.read_bytes() == first
 
 
-def test_low_rank_corrections_are_refused_where_nothing_is_learnt() -> None:
+def test_options_of_learning_are_refused_where_nothing_is_learnt() -> None:
     for values in ({}, {"weight_bits": 4}, {"method": "rtn"}, {"method": "pack-ptq", "effort": "fast"}):
         with pytest.raises(RecipeError, match="effort balanced or paper"):
             Recipe.create({"low_rank": "merge", **values})
     for method in ("brecq", "qdrop", "adaround"):
         with pytest.raises(RecipeError, match=f"{method} learns roundings"):
             Recipe.create({"low_rank": "merge", "method": method})
+    with pytest.raises(RecipeError, match="effort balanced or paper"):
+        Recipe.create({"easy_first": True, "weight_bits": 4})
+    assert Recipe(method="aiqvit").is_easy_first
+    assert not Recipe(method="aiqvit", easy_first=False).is_easy_first
+    assert not Recipe(method="pack-ptq").is_easy_first
     chosen = [{"method": "aiqvit"}, {"method": "aiqvit", "low_rank": "off"}, {"method": "pack-ptq"}, {}]
     assert [Recipe.create(values).merges_low_rank for values in chosen] == [True, False, False, False]
     assert not Recipe(method="aiqvit", effort="fast").merges_low_rank

@@ -17,6 +17,7 @@ from onnxptq.reconstruct.learning import Learning
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 from onnxptq.reconstruct.training import train
+from onnxptq.types import Solution
 from tests.unit.reconstruct.pack_cases import Case, case, chain, spied
 from tests.unit.small_nets import Net, depthwise_block, residual_block
 
@@ -244,3 +245,82 @@ def test_members_of_a_scale_group_keep_one_scale_within_the_bounds_of_all(tmp_pa
     for member in members:
         assert found.qparams[member].scale == pytest.approx(6.0 / 255, rel=1e-6)
     assert set(members) <= learned.learned_ids()
+
+
+# ---- easy samples first --------------------------------------------------------------------------
+
+
+def _by_hand(made: Case, solution: Solution) -> list[float]:
+    """Noise of every sample, from the whole network."""
+    return [
+        float(sum((f[n] - w[n]).square().sum() for n in w))
+        for w, f in zip(made.outputs(None), made.outputs(solution), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("together", [1, 3, 64])
+@pytest.mark.parametrize("share", [0.5, 0.55, 1.0])
+def test_the_easiest_samples_are_those_of_brute_force(share: float, together: int, made: Case) -> None:
+    data = made.data(together=together)
+    learned = _learned(made, data, PLAIN)
+    pupils = [3, 12, 7, 0, 15, 4, 9, 1, 10]
+    found = training._easiest(data, learned, pupils, training.norms_of(data, pupils), share)
+    noise = _by_hand(made, made.start)
+    expected = sorted(pupils, key=lambda i: noise[i])[: int(np.ceil(share * 9))]
+    assert found == expected
+
+
+def test_samples_of_several_rows_are_ranked_whole(tmp_path: Path) -> None:
+    made = case(chain(1), tmp_path, longest=99, weight_bits=2, samples=1)
+    rng = np.random.default_rng(5)
+    sizes = (1, 3, 2, 5, 1, 4)
+    made = replace(made, samples=[{"x": rng.standard_normal((n, 12)).astype(np.float32)} for n in sizes])
+    data = made.data()
+    learned = _learned(made, data, PLAIN)
+    found = training._easiest(data, learned, range(6), training.norms_of(data, range(6)), 0.5)
+    noise = [total / n for total, n in zip(_by_hand(made, made.start), sizes, strict=True)]
+    assert found == sorted(range(6), key=lambda i: noise[i])[:3]
+
+
+def test_equal_losses_keep_their_order(made: Case) -> None:
+    made = replace(made, samples=[made.samples[0]] * 6)
+    data = made.data(together=1)
+    learned = _learned(made, data, PLAIN)
+    assert training._easiest(data, learned, [4, 2, 5, 0], training.norms_of(data, range(6)), 0.5) == [4, 2]
+
+
+def test_steps_open_up_from_half_of_the_samples_to_nearly_all(made: Case) -> None:
+    """Each tenth of the steps draws from those that are easiest at its start, for what is learnt by then."""
+    settings = replace(PLAIN, is_easy_first=True, steps=40, batch=4)
+    spy = spied(made.data())
+    learned = _learned(made, spy, settings)
+    ranked: list[list[int]] = []
+    easiest = training._easiest
+
+    def seen(*args: Any) -> list[int]:
+        count = len(spy.steps)
+        found = easiest(*args)
+        noise = _by_hand(made, learned.hardened())
+        order = sorted(range(16), key=lambda i: noise[i])[: len(found)]
+        # Activations at ties, and biases in the units of the learning loop, differ in the last digits.
+        assert len(set(order) - set(found)) <= 1
+        assert count == 4 * len(ranked)
+        ranked.append(found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_easiest", seen)
+        train(spy, learned, settings, _generator())
+    assert [len(found) for found in ranked] == [8, 9, 10, 11, 12, 12, 13, 14, 15, 16]
+    for place, known in enumerate(ranked):
+        drawn = [i for chosen in spy.steps[4 * place : 4 * place + 4] for i in chosen]
+        assert set(drawn) <= set(known)
+        assert len(set(drawn)) == min(16, len(known))
+
+
+def test_easy_first_is_deterministic_and_changes_the_result(tmp_path: Path) -> None:
+    made = case(chain(2), tmp_path, samples=9)
+    settings = replace(PLAIN, steps=20, is_easy_first=True, held_out=0.125)
+    first = _bytes(made, settings)
+    assert _bytes(made, settings) == first
+    assert _bytes(made, replace(settings, is_easy_first=False)) != first
