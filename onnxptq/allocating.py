@@ -158,7 +158,7 @@ def _placing(solver: Solver) -> BitPlacing:
         focused = choose_softmax_ranges(
             model, plan, found, solver.samples.correction[:FOCUS_SAMPLES], provider=recipe.provider
         )
-        return {**found, **focused}
+        return {**found, **{name: focus.qparams for name, focus in focused.items()}}
 
     return BitPlacing(
         plan_at=lambda bits: TARGETS[recipe.target](

@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.allocate.choices import PackChoices
 from onnxptq.bit_plan import BitPlan, known_nodes
+from onnxptq.calibrate.products import Focus
 from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.statistics import TensorStatistics
 from onnxptq.packing import Packing
@@ -43,6 +44,7 @@ from onnxptq.validate.report import (
     Histogram,
     QuantizedRow,
     SizeRow,
+    SoftmaxRow,
     TensorQuality,
 )
 from onnxptq.version import __version__
@@ -61,13 +63,40 @@ def _row(model: CanonicalModel, quantizer: Quantizer, qparams: QParams) -> Quant
         tensor=model.user_name(quantizer.tensor),
         role=quantizer.role,
         bits=quantizer.qtype.bits,
-        storage=quantizer.qtype.storage,
+        storage=qparams.qtype.storage,
         granularity=_granularity(quantizer),
         symmetric=quantizer.symmetric,
         scale=(float(qparams.scale.min()), float(qparams.scale.max())),
         zero_point=(int(qparams.zero_point.min()), int(qparams.zero_point.max())),
         readers=tuple(dict.fromkeys(site.consumer for site in quantizer.sites)),
     )
+
+
+def softmax_rows(
+    model: CanonicalModel, plan: QuantPlan, solution: Solution, focuses: Mapping[str, Focus]
+) -> tuple[SoftmaxRow, ...]:
+    """One row per softmax output whose range was chosen by the products that read it."""
+    rows = []
+    for quantizer in plan.quantizers:
+        focus = focuses.get(quantizer.quantizer_id)
+        if focus is not None:
+            low, high = range_of(solution.qparams[quantizer.quantizer_id])
+            rows.append(
+                SoftmaxRow(
+                    tensor=model.user_name(quantizer.tensor),
+                    bits=quantizer.qtype.bits,
+                    low=max(0.0, float(low.min())),
+                    high=float(high.max()),
+                    full_db=_ratio_db(focus.full),
+                    from_zero_db=_ratio_db(focus.from_zero),
+                    free_db=_ratio_db(focus.free),
+                )
+            )
+    return tuple(rows)
+
+
+def _ratio_db(noise: float) -> float:
+    return -10.0 * math.log10(noise) if noise > 0.0 else math.inf
 
 
 def block_scores(model: CanonicalModel, packing: Packing) -> tuple[BlockScore, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxptq.calibrate.observers import Observer
-from onnxptq.calibrate.products import choose_softmax_ranges
+from onnxptq.calibrate.products import Focus, choose_softmax_ranges
 from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.select import CANDIDATES, label, select_observer
@@ -49,6 +49,9 @@ FLOOR_MARGIN_DB = 1.5
 FOCUS_SAMPLES = 2
 """Calibration samples whose attention matrices choose the ranges of softmax outputs."""
 
+TELLING_DB = 0.1
+"""A loss of less is not worth a sentence."""
+
 WIDTH_AT_8_BITS = 1280
 """Widest layer whose 8-bit weights are rounded with compensation: wider ones cost minutes and gain little."""
 
@@ -80,7 +83,8 @@ class Solver:
 
     Outputs are compared with those of the model at ``reference``, of which ``model`` may be another form (None:
     it is the same). ``declined`` names the nodes that ``plan`` leaves in float to reach the floor. ``notes``
-    collects what was measured and decided; ``packed`` is how packs were solved, where they were, and ``packing``
+    collects what was measured and decided; ``focuses`` are the ranges of softmax outputs that were chosen by the
+    products that read them, by quantizer id; ``packed`` is how packs were solved, where they were, and ``packing``
     the packs to take, None for those that the plan suggests. The float network is run once, at the first
     comparison.
     """
@@ -98,6 +102,7 @@ class Solver:
     progress: Progress | None = None
     declined: Mapping[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    focuses: Mapping[str, Focus] = field(default_factory=dict)
     start: Solution = field(default_factory=lambda: Solution(qparams={}))
     packing: Packing | None = None
     packed: PackSolution | None = None
@@ -153,6 +158,7 @@ class Solver:
             plan=plan,
             declined=declined,
             notes=[],
+            focuses={},
             start=Solution(qparams={}),
             packed=None,
             _start_quality=None,
@@ -215,14 +221,7 @@ class Solver:
     def _ranges(self) -> tuple[Observer, Mapping[str, QParams]]:
         if self.recipe.observer != "auto":
             return _named(self.recipe), {}
-        focused = choose_softmax_ranges(
-            self.model,
-            self.plan,
-            choose_ranges(self.plan, self.statistics, Observer(name="minmax"), self.overrides),
-            self.samples.correction[:FOCUS_SAMPLES],
-            provider=self.recipe.provider,
-            progress=self.progress,
-        )
+        focused = self._focused()
         # Fitted without the trial samples, so that clipping what calibration has not seen shows; with float
         # weights, so that their noise does not hide that of the activations.
         fitting = replace(self.statistics, statistics=self.statistics.fitting)
@@ -247,6 +246,28 @@ class Solver:
             f"Ranges by {label(observer)} (dB on calibration samples, on fewer for what fell behind: {listed})."
         )
         return observer, focused
+
+    def _focused(self) -> Mapping[str, QParams]:
+        """Parameters of the softmax outputs whose observer no rule names."""
+        ruled = {q.quantizer_id for q in self.plan.quantizers if q.tensor in self.overrides}
+        found = choose_softmax_ranges(
+            self.model,
+            self.plan,
+            choose_ranges(self.plan, self.statistics, Observer(name="minmax"), self.overrides),
+            self.samples.correction[:FOCUS_SAMPLES],
+            provider=self.recipe.provider,
+            progress=self.progress,
+        )
+        self.focuses = {name: focus for name, focus in found.items() if name not in ruled}
+        lost = [
+            10 * math.log10(f.from_zero / f.free) for f in self.focuses.values() if f.is_held and f.free > 0
+        ]
+        if lost and max(lost) >= TELLING_DB:
+            self.notes.append(
+                f"{self.plan.target} has no zero point for softmax ranges that begin above 0: those would leave up "
+                f"to {max(lost):.1f} dB less noise in the products."
+            )
+        return {name: focus.qparams for name, focus in self.focuses.items()}
 
     def _can_be_lowered(self) -> bool:
         """Whether torch can run the network; only ``auto`` has another way where it cannot."""

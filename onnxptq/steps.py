@@ -23,6 +23,7 @@ from onnxptq import reporting
 from onnxptq.bit_plan import MEGABYTE, BitPlan, planned_bits, read_bit_plan
 from onnxptq.calibrate import cache
 from onnxptq.calibrate.feeds import ImagePreprocess, open_feeds, read_labels, split_holdout
+from onnxptq.calibrate.products import Focus
 from onnxptq.calibrate.run import DEFAULT_GROUP_BYTES, Calibration, calibrate
 from onnxptq.comparison import missed_gate, resolve_preprocess
 from onnxptq.equalize.run import equalize
@@ -119,10 +120,11 @@ class Prepared:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solved:
     """The final plan with its parameters, and how packs were solved, where they were; ``packing`` is there where
-    packs were scored or solved."""
+    packs were scored or solved, ``focuses`` where ranges of softmax outputs were chosen by their products."""
 
     plan: QuantPlan
     solution: Solution
+    focuses: Mapping[str, Focus]
     packed: PackSolution | None
     packing: Packing | None
 
@@ -420,7 +422,13 @@ def solved(run: Run, form: Prepared) -> Solved:
         else:
             for note in solver.notes:
                 run.note(f"After that: {note}")
-        return Solved(plan=solver.plan, solution=found, packed=solver.packed, packing=_packing(solver))
+        return Solved(
+            plan=solver.plan,
+            solution=found,
+            focuses=solver.focuses,
+            packed=solver.packed,
+            packing=_packing(solver),
+        )
 
 
 def _packing(solver: Solver) -> Packing | None:
@@ -553,6 +561,7 @@ def report(
         notes=tuple(run.notes),
         blocks=() if solved.packing is None else reporting.block_scores(model, solved.packing),
         packs=() if packed is None else reporting.pack_outcomes(model, packed.outcomes),
+        softmax=reporting.softmax_rows(model, plan, solution, solved.focuses),
         bit_plan=None if run.bit_plan is None else reporting.bit_plan_facts(run.bit_plan),
     )
 

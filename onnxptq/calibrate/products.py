@@ -2,33 +2,77 @@
 
 Attention weights P are many and small: on a grid over [0, 1] most of a row rounds to zero together, and
 the lost mass shifts every output in the same direction. The error of P itself does not show that; the
-error of the product does. So the upper end of the range is the one that minimises
+error of the product does. So the range [b1, b2] is the one that minimises
 
     sum || (P - P_hat) V ||^2
 
-over a grid of ends between the largest observed weight and 1/128 of it, on a few samples (the focusing
-interval of AIQViT, arXiv 2502.04628, with its lower end at 0).
+on a few samples: first b2 with b1 = 0, over a grid of ends between the largest observed weight and 1/128 of
+it; then b1 = n s in steps of the scale s, for n = 1, 2, ... with ends nearby, as long as that helps (the focusing
+interval of AIQViT, arXiv 2502.04628). A grid that begins above 0 needs a zero point below its integers; where the
+target has none, b1 stays 0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from onnxptq.graph.attention import Attention, find_attention
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import exposed_copy
-from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, symmetric_qparams
+from onnxptq.quantizers.affine import (
+    asymmetric_qparams,
+    fake_quantize,
+    shifted_qparams,
+    shifted_type,
+    symmetric_qparams,
+)
 from onnxptq.runtime import Provider, open_transient
-from onnxptq.types import Array, CanonicalModel, PerTensor, Progress, QParams, Quantizer, QuantPlan, Sample
+from onnxptq.types import (
+    Array,
+    CanonicalModel,
+    PerTensor,
+    Progress,
+    QParams,
+    QType,
+    Quantizer,
+    QuantPlan,
+    Sample,
+)
 
 _ENDS = tuple(2.0 ** (-k / 3) for k in range(22))
 """Candidate upper ends, relative to the largest weight: three per octave."""
 
+_NEARBY = 2
+"""Ends on either side that are tried with another lower end."""
+
+_PATIENCE = 2
+"""Lower ends without a gain after which no further one is tried."""
+
 _ROWS = 64
 """Rows of each attention matrix that are looked at; evenly spread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Focus:
+    """The range of one softmax output, and the noise over signal of the products that read it.
+
+    Attributes:
+        qparams: of the range that was chosen.
+        full: the noise where the range holds all weights.
+        from_zero: of the best range that begins at 0.
+        free: of the best range, whether it can be written or not.
+        is_held: whether only a range that begins at 0 can be written.
+    """
+
+    qparams: QParams
+    full: float
+    from_zero: float
+    free: float
+    is_held: bool
 
 
 def choose_softmax_ranges(
@@ -39,80 +83,131 @@ def choose_softmax_ranges(
     *,
     provider: Provider = "cpu",
     progress: Progress | None = None,
-) -> dict[str, QParams]:
-    """Parameters of the quantizers behind a softmax that feed a product of two activations, by quantizer id.
+) -> dict[str, Focus]:
+    """Ranges of the quantizers behind a softmax that feed a product of two activations, by quantizer id.
 
     Args:
-        ranges: the parameters found so far; their upper ends bound the search from above together with the
-            largest weight in ``samples``.
+        ranges: the parameters found so far; their upper ends bound the search from above.
     """
     sites = _softmax_sites(GraphIndex(model.graph), plan)
     if not sites or not samples:
         return {}
-    read = {name for _, products in sites.values() for a in products for name in (a.weights, a.values)}
+    read = {name for site in sites for a in site.products for name in (a.weights, a.values)}
     exposed = sorted(read - set(samples[0]))
     session = open_transient(
         model.path.with_name(f"products_{model.path.name}"),
         lambda path: exposed_copy(model.path, exposed, path),
         provider=provider,
     )
-    losses: dict[str, list[list[float]]] = {i: [[] for _ in _ENDS] for i in sites}
-    top = {i: float(_upper_end(ranges[i])) for i in sites}
     step = progress.start("softmax ranges", len(samples)) if progress else None
     for sample in samples:
         values = {**sample, **session.run(sample, exposed)}
-        for quantizer_id, (quantizer, products) in sites.items():
-            for k, qparams in enumerate(_candidates(quantizer, top[quantizer_id])):
-                losses[quantizer_id][k] += [_product_error(product, values, qparams) for product in products]
+        for site in sites:
+            site.operands.extend(_operands(product, values) for product in site.products)
         if step:
             step()
-    result = {}
-    for quantizer_id, (quantizer, _) in sites.items():
-        total = [math.fsum(rows) for rows in losses[quantizer_id]]
-        result[quantizer_id] = _candidates(quantizer, top[quantizer_id])[int(np.argmin(total))]
-    return result
+    return {
+        site.quantizer.quantizer_id: _focus(site, _upper_end(ranges[site.quantizer.quantizer_id]))
+        for site in sites
+    }
 
 
-def _softmax_sites(index: GraphIndex, plan: QuantPlan) -> dict[str, tuple[Quantizer, Sequence[Attention]]]:
-    """The quantizers of softmax weights, by id, with the products that read them. One that serves another reader
-    as well is left out: its range is not for the product alone to choose."""
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """A quantizer, the products that read it, and their operands P (some rows) and V, once per sample."""
+
+    quantizer: Quantizer
+    products: Sequence[Attention]
+    operands: list[tuple[Array, Array]] = field(default_factory=list)
+
+    def noise(self, qparams: QParams) -> float:
+        """sum || (P - P_hat) V ||^2."""
+        return math.fsum(_energy((p - fake_quantize(p, qparams)) @ v) for p, v in self.operands)
+
+    def signal(self) -> float:
+        """sum || P V ||^2."""
+        return math.fsum(_energy(p @ v) for p, v in self.operands)
+
+
+def _softmax_sites(index: GraphIndex, plan: QuantPlan) -> list[_Site]:
+    """The quantizers of softmax weights. One that serves another reader as well, or shares its scale, is left
+    out: its range is not for the product alone to choose."""
     products = {
         (found.product.name, found.weights_index): found
         for found in find_attention(index)
         if found.form == "product" and found.product.op in ("MatMul", "Gemm")
     }
-    result: dict[str, tuple[Quantizer, Sequence[Attention]]] = {}
+    groups = [quantizer.scale_group for quantizer in plan.quantizers]
+    sites = []
     for quantizer in plan.quantizers:
         read = [products.get((site.consumer, site.input_index)) for site in quantizer.sites]
         known = [found for found in read if found is not None]
-        if quantizer.role == "activation" and len(known) == len(read):
-            result[quantizer.quantizer_id] = (quantizer, known)
-    return result
+        is_alone = groups.count(quantizer.scale_group) == 1
+        if quantizer.role == "activation" and len(known) == len(read) and is_alone:
+            sites.append(_Site(quantizer, known))
+    return sites
 
 
-def _candidates(quantizer: Quantizer, top: float) -> list[QParams]:
+def _focus(site: _Site, top: float) -> Focus:
+    quantizer = site.quantizer
+    signal = max(site.signal(), np.finfo(np.float64).tiny)
+    losses = [site.noise(_from_zero(quantizer, top * end)) for end in _ENDS]
+    best = int(np.argmin(losses))
+    own = _from_zero(quantizer, top * _ENDS[best])
+    levels = quantizer.qtype.qmax - int(own.zero_point)
+    allowed = None if quantizer.symmetric else shifted_type(quantizer.qtype)
+    # What a target cannot have is tried all the same: the report says what that costs.
+    qtype = allowed or QType(bits=quantizer.qtype.bits, qmin=0, qmax=levels, storage="int16")
+    least, shifted = _shifted(lambda n, k: site.noise(shifted_qparams(n, top * _ENDS[k], qtype)), best)
+    is_gain = least < losses[best]
+    return Focus(
+        qparams=shifted_qparams(shifted[0], top * _ENDS[shifted[1]], qtype) if allowed and is_gain else own,
+        full=losses[0] / signal,
+        from_zero=losses[best] / signal,
+        free=min(least, losses[best]) / signal,
+        is_held=allowed is None,
+    )
+
+
+def _shifted(loss: Callable[[int, int], float], best: int) -> tuple[float, tuple[int, int]]:
+    """The least loss over lower ends n >= 1 and the number k of the upper end, and where it is."""
+    least, where, stale, n = math.inf, (1, best), 0, 0
+    while stale < _PATIENCE and n < -_LOWEST_ZERO_POINT:
+        n += 1
+        near = range(max(0, where[1] - _NEARBY), min(len(_ENDS), where[1] + _NEARBY + 1))
+        found = min((loss(n, k), (n, k)) for k in near)
+        stale = 0 if found[0] < least else stale + 1
+        least, where = min((least, where), found)
+    return least, where
+
+
+_LOWEST_ZERO_POINT = -128
+
+
+def _from_zero(quantizer: Quantizer, high: float) -> QParams:
     if quantizer.symmetric:
-        return [symmetric_qparams(np.asarray(top * end), quantizer.qtype, PerTensor()) for end in _ENDS]
-    return [asymmetric_qparams(0.0, top * end, quantizer.qtype) for end in _ENDS]
+        return symmetric_qparams(np.asarray(high), quantizer.qtype, PerTensor())
+    return asymmetric_qparams(0.0, high, quantizer.qtype)
 
 
 def _upper_end(qparams: QParams) -> float:
     return float((qparams.qtype.qmax - qparams.zero_point) * qparams.scale)
 
 
-def _product_error(found: Attention, values: Mapping[str, Array], qparams: QParams) -> float:
-    weights, other = _operands(found, values)
-    rows = weights[..., :: max(1, weights.shape[-2] // _ROWS), :]
-    error = (rows - fake_quantize(rows, qparams)) @ other
-    flat = error.reshape(-1).astype(np.float64)
+def _energy(values: Array) -> float:
+    flat = values.reshape(-1).astype(np.float64)
     return float(flat @ flat)
 
 
 def _operands(found: Attention, values: Mapping[str, Array]) -> tuple[Array, Array]:
-    """P and V of the product P V; of V P they are P^T and V^T, as (V P)^T = P^T V^T."""
+    """Some rows of P, and V, of the product P V; of V P they are P^T and V^T, as (V P)^T = P^T V^T."""
     names = ("transA", "transB") if found.product.op == "Gemm" else ("", "")
     left, right = (
         values[tensor.name].T if found.product.attrs.get(name, 0) else values[tensor.name]
         for tensor, name in zip(found.product.inputs[:2], names, strict=True)
     )
-    return (left, right) if found.weights_index == 0 else (right.swapaxes(-1, -2), left.swapaxes(-1, -2))
+    weights, other = (
+        (left, right) if found.weights_index == 0 else (right.swapaxes(-1, -2), left.swapaxes(-1, -2))
+    )
+    rows = weights[..., :: max(1, weights.shape[-2] // _ROWS), :]
+    return np.ascontiguousarray(rows), other

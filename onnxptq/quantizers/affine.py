@@ -15,7 +15,17 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from onnxptq.types import Array, FloatArray, Granularity, PerAxis, PerGroup, PerTensor, QParams, QType
+from onnxptq.types import (
+    Array,
+    FloatArray,
+    Granularity,
+    PerAxis,
+    PerGroup,
+    PerTensor,
+    QParams,
+    QType,
+    Storage,
+)
 
 SMALLEST_SCALE = 2.0**-56
 """Scales never fall below 1.4e-17. Integer kernels multiply their sums by scale(x) scale(w) / scale(y): where that
@@ -104,6 +114,34 @@ def asymmetric_qparams(low: float, high: float, qtype: QType) -> QParams:
     return QParams(
         scale=np.asarray(scale, np.float32),
         zero_point=np.asarray(zero_point, np.int32),
+        qtype=qtype,
+        granularity=PerTensor(),
+    )
+
+
+def shifted_type(qtype: QType) -> QType | None:
+    """The grid of an unsigned ``qtype`` from integer 0 on in the signed type of its width, where zero points may
+    be negative; None for a signed one, and where the integers do not fit."""
+    if qtype.is_signed:
+        return None
+    storage: Storage = qtype.storage[1:]  # type: ignore[assignment]
+    try:
+        return QType(bits=qtype.bits, qmin=0, qmax=qtype.qmax - qtype.qmin, storage=storage)
+    except ValueError:
+        return None
+
+
+def shifted_qparams(start: int, high: float, qtype: QType) -> QParams:
+    """Per-tensor parameters of a grid that begins above 0: ``start`` scale, (``start`` + 1) scale, ..., ``high``.
+
+        scale = high / (start + qmax - qmin),    zero_point = qmin - start
+
+    Zero is not on it unless ``start`` is 0. ``qtype`` has room for the zero point (see :func:`shifted_type`).
+    """
+    scale = np.float32(max(high / (start + qtype.qmax - qtype.qmin), SMALLEST_SCALE))
+    return QParams(
+        scale=np.asarray(scale, np.float32),
+        zero_point=np.asarray(qtype.qmin - start, np.int32),
         qtype=qtype,
         granularity=PerTensor(),
     )

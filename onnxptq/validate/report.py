@@ -125,6 +125,24 @@ class BlockScore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SoftmaxRow:
+    """A softmax output that products of activations read, and the range ``low`` to ``high`` that was written.
+
+    The others are signal over noise of these products on calibration samples before anything is learnt, with only
+    this output quantized: ``full_db`` in the range that holds all its values, ``from_zero_db`` in the best that
+    begins at 0, ``free_db`` in the best of all, whether the target can have it or not.
+    """
+
+    tensor: str
+    bits: int
+    low: float
+    high: float
+    full_db: float
+    from_zero_db: float
+    free_db: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BitRow:
     """A pack and its bits; None where it quantizes no weights (or no activations) or nothing was chosen.
 
@@ -164,8 +182,8 @@ class Report:
     they are empty where there was no held-out data. ``kernels`` are the operators that onnxruntime executes
     after its own optimizations, with their counts; ``recipe`` is the request as plain types; ``versions``
     holds versions and hashes by name. ``blocks`` and ``packs`` tell how a network was solved pack by pack;
-    a pack whose weights were rounded in closed form alone has no outcome. ``bit_plan`` is there where bits
-    differ from pack to pack.
+    a pack whose weights were rounded in closed form alone has no outcome. ``softmax`` tells of ranges chosen by
+    the products that read them. ``bit_plan`` is there where bits differ from pack to pack.
     """
 
     model: ModelFacts
@@ -189,6 +207,7 @@ class Report:
     notes: tuple[str, ...] = ()
     blocks: tuple[BlockScore, ...] = ()
     packs: tuple[PackOutcome, ...] = ()
+    softmax: tuple[SoftmaxRow, ...] = ()
     bit_plan: BitPlanFacts | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from onnxptq.calibrate.products import choose_softmax_ranges
 from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import calibrate
 from onnxptq.graph.save import exposed_copy
-from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, symmetric_qparams
+from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, range_of, symmetric_qparams
 from onnxptq.runtime import Session
 from onnxptq.samples import ListFeeds
-from onnxptq.types import PerTensor
+from onnxptq.types import CanonicalModel, PerTensor, Sample
 from tests.unit.small_nets import NETS, Net, canonical, planned, random_samples
 
 
@@ -47,10 +47,20 @@ def test_the_product_decides(target: str, bits: int, tmp_path: Path) -> None:
         return float(sum(np.square(e, dtype=np.float64).sum() for e in errors))
 
     best = min(loss(top * f) for f in np.geomspace(1 / 128, 1.0, 200))
-    end = float((quantizer.qtype.qmax - found["softmax"].zero_point) * found["softmax"].scale)
+    focus = found["softmax"]
+    low, end = (float(e) for e in range_of(focus.qparams))
+    signal = sum(np.square((r["softmax"] @ r["v_heads"]), dtype=np.float64).sum() for r in runs)
     # The search looks at three ends per octave, the brute force at 29.
-    assert loss(end) <= 1.5 * best
-    assert loss(end) <= loss(top) * (1 + 1e-6)
+    assert focus.from_zero <= 1.5 * best / signal
+    assert focus.full == pytest.approx(loss(top) / signal, rel=1e-3)
+    assert focus.free <= focus.from_zero <= focus.full
+    assert focus.is_held == (target == "tensorrt" or bits == 8)
+    if focus.is_held or low <= 0.0:
+        assert loss(end) == pytest.approx(focus.from_zero * signal, rel=1e-6)
+    else:
+        errors = [(r["softmax"] - fake_quantize(r["softmax"], focus.qparams)) @ r["v_heads"] for r in runs]
+        noise = sum(np.square(e, dtype=np.float64).sum() for e in errors)
+        assert noise == pytest.approx(focus.free * signal, rel=1e-6)
 
 
 def test_nothing_to_choose_without_a_product(tmp_path: Path) -> None:
@@ -88,6 +98,39 @@ def test_the_weights_may_be_on_either_side(order: str, tmp_path: Path) -> None:
         tensors = sorted({q.tensor for q in plan.quantizers if q.role == "activation"})
         ranges = choose_ranges(plan, calibrate(model, ListFeeds(samples), tensors), Observer(name="minmax"))
         (found,) = choose_softmax_ranges(model, plan, ranges, samples).values()
-        return float(found.scale)
+        return float(found.qparams.scale)
 
     assert 0 < chosen(order) == chosen("PV") < 0.14
+
+
+def _even(folder: Path) -> tuple[CanonicalModel, list[Sample]]:
+    """Attention over four tokens whose weights are all near a quarter."""
+    net, n = Net(), 4
+    scores = net.op("MatMul", "qk", net.linear("q", "x", n, n), net.op("Transpose", "kt", "x", perm=[1, 0]))
+    p = net.op("Softmax", "p", net.op("Mul", "s", scores, net.constant("c", np.float32(0.05))), axis=-1)
+    y = net.op("MatMul", "y", p, net.linear("v", "x", n, n))
+    model = canonical(net.proto({"x": [n, n]}, [y]), folder)
+    return model, random_samples(model, 4)
+
+
+@pytest.mark.parametrize(
+    ("target", "bits"), [("simulate", 2), ("simulate", 4), ("simulate", 8), ("tensorrt", 8)]
+)
+def test_even_weights_are_focused_from_below_too(target: str, bits: int, tmp_path: Path) -> None:
+    model, samples = _even(tmp_path)
+    plan = planned(model, target, activation_bits=bits)
+    tensors = sorted({q.tensor for q in plan.quantizers if q.role == "activation"})
+    ranges = choose_ranges(plan, calibrate(model, ListFeeds(samples), tensors), Observer(name="minmax"))
+    focus = choose_softmax_ranges(model, plan, ranges, samples)["p"]
+    low, high = range_of(focus.qparams)
+    if bits == 8:
+        # 255 steps leave no room for a zero point below them in int8, and tensorrt has only zero point 0.
+        assert focus.is_held
+        assert low <= 0.0
+        assert focus.free < 0.9 * focus.from_zero
+        return
+    assert not focus.is_held
+    assert focus.free < (0.2 if bits == 2 else 0.6) * focus.from_zero
+    assert 0.05 < low < 0.25 < high < 0.4
+    assert focus.qparams.qtype.storage == "int8"
+    assert focus.qparams.zero_point < 0

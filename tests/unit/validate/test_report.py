@@ -32,6 +32,7 @@ from onnxptq.validate.report import (
     QuantizedRow,
     Report,
     SizeRow,
+    SoftmaxRow,
     StageTime,
     TensorQuality,
     plain,
@@ -186,7 +187,7 @@ def test_json_is_plain_and_complete() -> None:
     assert list(content) == [
         *("schema_version", "model", "output", "target", "method", "recipe", "calibration", "heldout"),
         *("quantized", "skips", "tensors", "outputs", "parity", "latency", "kernels", "sizes", "stages"),
-        *("peak_memory_bytes", "versions", "notes", "blocks", "packs", "bit_plan"),
+        *("peak_memory_bytes", "versions", "notes", "blocks", "packs", "softmax", "bit_plan"),
     ]
     assert content["tensors"][-1]["sqnr_db"] == "inf"
     assert content["parity"]["outputs"][0]["fast_sqnr_db"] == "inf"
@@ -335,6 +336,16 @@ def test_bits_per_pack_are_shown() -> None:
     assert shown.count("<svg") == render_html(_report()).count("<svg") + 1
     unchosen = replace(plan, packs=_bit_rows(2))
     assert render_html(_report(bit_plan=unchosen)).count("<svg") == render_html(_report()).count("<svg")
+
+
+def test_ranges_of_softmax_outputs_are_shown() -> None:
+    row = SoftmaxRow(
+        tensor="<p>", bits=4, low=0.125, high=0.375, full_db=3.0, from_zero_db=12.25, free_db=math.inf
+    )
+    text = "".join(_parsed(render_html(_report(softmax=(row,)))).text)
+    for expected in ("Ranges of softmax outputs", "<p>", "0.125 … 0.375", "12.2 dB", "equal"):
+        assert expected in text
+    assert "Ranges of softmax outputs" not in render_html(_report())
 
 
 def test_the_page_of_a_sensitivity_run() -> None:
