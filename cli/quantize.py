@@ -79,6 +79,11 @@ from .progress import TerminalProgress
     default=None,
     help="Gradient steps see the samples with the lowest loss first. Left out: with aiqvit.",
 )
+@click.option(
+    "--focus/--no-focus",
+    default=None,
+    help="Gradient steps learn both ends of softmax ranges. Left out: with aiqvit.",
+)
 @click.option("--max-pack-blocks", type=int, help="Blocks in a pack, at most. [default: 4]")
 @click.option("-w", "--weight-bits", type=int, help="2 to 8. [default: 8]")
 @click.option("-a", "--activation-bits", type=int, help="2 to 8. [default: 8]")

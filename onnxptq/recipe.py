@@ -52,6 +52,8 @@ class Recipe(BaseModel):
             these before rounding; ``off`` learns the weights themselves. None is ``merge`` for ``aiqvit`` and
             ``off`` for the other methods.
         easy_first: whether gradient steps see the samples with the lowest loss first. None does so for ``aiqvit``.
+        focus: whether gradient steps learn both ends of softmax ranges, instead of their scale. None does so for
+            ``aiqvit``.
         weight_bits, activation_bits: grid sizes, 2 to 8. A deployment target maps what it cannot run to 8.
             Where bits are chosen per pack, the analysis starts from these (default: nearest to the average).
         observer: how activation ranges are chosen; ``auto`` measures several on calibration samples.
@@ -91,6 +93,7 @@ class Recipe(BaseModel):
     loss: Literal["plain", "fisher"] = "plain"
     low_rank: Literal["merge", "off"] | None = None
     easy_first: bool | None = None
+    focus: bool | None = None
     weight_bits: int = Field(default=8, ge=2, le=8)
     activation_bits: int = Field(default=8, ge=2, le=8)
     observer: ObserverChoice = "auto"
@@ -138,6 +141,8 @@ class Recipe(BaseModel):
                 raise ValueError(f"method {self.method} learns roundings, so it takes no low_rank merge")
         if self.easy_first and not self.learns:
             raise ValueError("easy_first orders gradient steps: it needs effort balanced or paper")
+        if self.focus and not self.learns:
+            raise ValueError("focus is learnt: it needs effort balanced or paper")
         return self
 
     @property
@@ -168,6 +173,11 @@ class Recipe(BaseModel):
     def is_easy_first(self) -> bool:
         """Whether gradient steps see the samples with the lowest loss first."""
         return self.learns and (self.method == "aiqvit" if self.easy_first is None else self.easy_first)
+
+    @property
+    def learns_focus(self) -> bool:
+        """Whether gradient steps learn both ends of softmax ranges."""
+        return self.learns and (self.method == "aiqvit" if self.focus is None else self.focus)
 
     @property
     def learns(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxptq.types import Array, LayerRank, PackOutcome, QParams, Solution
+from onnxptq.types import Array, LayerRank, PackOutcome, QParams, QType, Solution
 
 _DIGEST = hashlib.sha256().digest_size
 
@@ -54,7 +54,7 @@ class Checkpoints:
                 qparams[name] = QParams(
                     scale=stored[f"scale_{i}"],
                     zero_point=stored[f"zero_point_{i}"],
-                    qtype=known.qtype,
+                    qtype=QType(**header["qtypes"][i]),
                     granularity=known.granularity,
                 )
             for i, name in enumerate(header["weights"]):
@@ -76,6 +76,7 @@ class Checkpoints:
         weights = [n for n, value in found.solution.weights.items() if value is not before.weights.get(n)]
         header: dict[str, Any] = {
             "qparams": qparams,
+            "qtypes": [asdict(found.solution.qparams[name].qtype) for name in qparams],
             "weights": weights,
             "settled": sorted(found.settled - frozenset(settled)),
             "outcome": None if found.outcome is None else asdict(found.outcome),

@@ -19,6 +19,8 @@ class Learning:
         steps: gradient steps per pack.
         batch: samples per step.
         is_easy_first: whether steps draw from the samples with the lowest loss, at first from half of them.
+        focuses_softmax: whether softmax weights that a product reads get ranges with two learnt ends
+            (:mod:`onnxptq.quantizers.focusing`), where their grid allows it, instead of a learnt scale.
         mixing: probability with which an element of the pack's input is the float one instead of the one that
             the quantized network in front computes (QDrop).
         held_out: share of the samples that only judge; with some, the best state seen wins and a pack whose
@@ -40,6 +42,7 @@ class Learning:
     steps: int = 300
     batch: int = 32
     is_easy_first: bool = False
+    focuses_softmax: bool = False
     mixing: float = 0.0
     held_out: float = 0.125
     checks: int = 10

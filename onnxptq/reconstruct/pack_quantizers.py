@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from onnxptq.graph.attention import find_attention
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import find_linears
 from onnxptq.lowering import LoweredModule
 from onnxptq.lowering.quantized import quantizers_by_edge, quantizing_hooks, set_hooks
 from onnxptq.quantizers.affine import asymmetric_qparams
+from onnxptq.quantizers.focusing import FocusedActivation, can_focus
 from onnxptq.quantizers.low_rank import Factors, LowRankWeight
 from onnxptq.quantizers.trainable import (
     AdaRoundWeight,
@@ -61,11 +63,12 @@ class PackQuantizers:
     ) -> None:
         self._plan, self._solution = plan, solution
         self.weights: dict[str, LearnedWeight] = {}
-        self.activations: dict[str, LearnedActivation] = {}
+        self.activations: dict[str, LearnedActivation | FocusedActivation] = {}
         self._biases: dict[str, _Bias] = {}
         self._ids: dict[str, str] = {}
         tensors = index.graph.tensors()
         quantizer_at = quantizers_by_edge(plan)
+        focused = _softmax_edges(index) if settings.focuses_softmax else frozenset()
         set_hooks(module, quantizing_hooks(index.graph, pack, plan, solution))
         for site in pack.sites:
             edge = (site.tensor, site.consumer, site.input_index)
@@ -85,9 +88,8 @@ class PackQuantizers:
             elif isinstance(qparams.granularity, PerTensor) and settings.activation_scale_rate > 0.0:
                 activation = self.activations.get(quantizer.scale_group)
                 if activation is None:
-                    members = [q for q in plan.quantizers if q.scale_group == quantizer.scale_group]
-                    largest = min(_largest_scale(member, qparams) for member in members)
-                    activation = LearnedActivation(qparams, largest).to(device)
+                    wants_focus = (site.consumer, site.input_index) in focused
+                    activation = _activation(plan, quantizer, qparams, wants_focus=wants_focus).to(device)
                     self.activations[quantizer.scale_group] = activation
                 module.set_hook(*edge, activation)
         if settings.bias_rate > 0.0:
@@ -127,7 +129,7 @@ class PackQuantizers:
         found: Iterable[tuple[list[torch.nn.Parameter], float]] = (
             ([p for w in weights for p in w.latents], settings.latent_rate),
             (scales, settings.weight_scale_rate),
-            ([a.scale.log for a in self.activations.values()], settings.activation_scale_rate),
+            ([p for a in self.activations.values() for p in a.parameters()], settings.activation_scale_rate),
             ([b.change for b in self._biases.values()], settings.bias_rate),
         )
         return [{"params": params, "lr": rate} for params, rate in found if params and rate > 0.0]
@@ -135,7 +137,7 @@ class PackQuantizers:
     def parameters(self) -> list[torch.nn.Parameter]:
         """All that is learnt, in a fixed order."""
         weights = [p for w in self.weights.values() for p in w.parameters() if p.requires_grad]
-        scales = [a.scale.log for a in self.activations.values()]
+        scales = [p for a in self.activations.values() for p in a.parameters()]
         return [*weights, *scales, *(b.change for b in self._biases.values())]
 
     def state(self) -> list[torch.Tensor]:
@@ -183,6 +185,21 @@ class PackQuantizers:
         """Quantizers that are settled once this pack is learnt."""
         groups = set(self.activations)
         return set(self._ids) | {q.quantizer_id for q in self._plan.quantizers if q.scale_group in groups}
+
+
+def _softmax_edges(index: GraphIndex) -> frozenset[tuple[str, int]]:
+    """Node and input of every read of softmax weights by a product."""
+    return frozenset((found.product.name, found.weights_index) for found in find_attention(index))
+
+
+def _activation(
+    plan: QuantPlan, quantizer: Quantizer, qparams: QParams, *, wants_focus: bool
+) -> LearnedActivation | FocusedActivation:
+    """Both ends are learnt where that is wanted, and where the grid begins above 0 already."""
+    if can_focus(qparams) and (wants_focus or int(qparams.zero_point) < qparams.qtype.qmin):
+        return FocusedActivation(qparams)
+    members = [q for q in plan.quantizers if q.scale_group == quantizer.scale_group]
+    return LearnedActivation(qparams, min(_largest_scale(member, qparams) for member in members))
 
 
 def _largest_scale(quantizer: Quantizer, qparams: QParams) -> float:

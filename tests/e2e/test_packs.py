@@ -50,6 +50,16 @@ def windows() -> onnx.ModelProto:
     return net.proto({"x": ["n", 3, 8, 8]}, [net.conv("last", net.op("Relu", "r5", up), (4, 8, 3, 3))])
 
 
+def even_attention() -> onnx.ModelProto:
+    """Over four tokens, with weights near a quarter."""
+    net = Net(seed=5)
+    q, v = net.linear("q", "x", 16, 16), net.linear("v", "x", 16, 16)
+    scores = net.op("MatMul", "qk", q, net.op("Transpose", "kt", "x", perm=[0, 2, 1]))
+    p = net.op("Softmax", "p", net.op("Mul", "c", scores, net.constant("cool", np.float32(0.05))), axis=-1)
+    y = net.op("Add", "sum", net.op("MatMul", "pv", p, v), "x")
+    return net.proto({"x": ["n", 4, 16]}, [net.linear("y", y, 16, 8)])
+
+
 def two_inputs() -> onnx.ModelProto:
     net = Net(seed=3)
     a = net.op("Relu", "ra", net.linear("a", "left", 6, 16))
@@ -72,6 +82,7 @@ NETS: Mapping[str, tuple[Callable[[], onnx.ModelProto], Shapes]] = {
     "residual, fixed batch": (residual_block, ONE),
     "windows": (windows, ONE),
     "attention": (attention_block, {"x": (1, 8, 32)}),
+    "even attention": (even_attention, {"x": (1, 4, 16)}),
     "points, fixed batch": (max_pool_net, {"x": (1, 64, 3)}),
     "two inputs": (two_inputs, {"left": (5, 6), "right": (5, 4)}),
     "two outputs": (two_outputs, {"x": (2, 3, 8, 8)}),
@@ -130,7 +141,7 @@ def _noise(result: onnxptq.Result) -> float:
 
 
 @pytest.mark.parametrize("place", [0, 1])
-@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.parametrize("kind", SETTINGS)
 def test_few_bits(kind: str, place: int, tmp_path: Path) -> None:
     weight_bits, activation_bits = SETTINGS[kind][place]
     options = {"target": "simulate", "weight_bits": weight_bits, "activation_bits": activation_bits}
@@ -203,6 +214,21 @@ def test_low_rank_corrections_are_merged(kind: str, method: str, tmp_path: Path)
     assert again.output.read_bytes() == first
 
 
+@pytest.mark.parametrize("method", ["aiqvit", "pack-ptq"])
+def test_softmax_ranges_that_begin_above_zero_are_written(method: str, tmp_path: Path) -> None:
+    """Learnt at both ends or not; each run compares every edge of its file with the simulation."""
+    options = {"method": method, "observer": "auto", "target": "simulate"}
+    found = _quantized("even attention", tmp_path, weight_bits=8, activation_bits=3, **options)
+    (row,) = [row for row in found.report.quantized if row.tensor == "p"]
+    (softmax,) = found.report.softmax
+    assert row.storage == "int8"
+    assert row.zero_point[0] < 0
+    assert 0.05 < softmax.low < 0.25 < softmax.high < 0.4
+    assert softmax.full_db <= softmax.from_zero_db < softmax.free_db
+    assert found.report.parity is not None
+    assert found.report.parity.max_steps == 0.0
+
+
 def test_options_of_learning_are_refused_where_nothing_is_learnt() -> None:
     for values in ({}, {"weight_bits": 4}, {"method": "rtn"}, {"method": "pack-ptq", "effort": "fast"}):
         with pytest.raises(RecipeError, match="effort balanced or paper"):
@@ -212,6 +238,10 @@ def test_options_of_learning_are_refused_where_nothing_is_learnt() -> None:
             Recipe.create({"low_rank": "merge", "method": method})
     with pytest.raises(RecipeError, match="effort balanced or paper"):
         Recipe.create({"easy_first": True, "weight_bits": 4})
+    with pytest.raises(RecipeError, match="effort balanced or paper"):
+        Recipe.create({"focus": True, "weight_bits": 4})
+    assert [Recipe(method=m).learns_focus for m in ("aiqvit", "pack-ptq", "auto")] == [True, False, False]
+    assert Recipe(method="pack-ptq", focus=True).learns_focus
     assert Recipe(method="aiqvit").is_easy_first
     assert not Recipe(method="aiqvit", easy_first=False).is_easy_first
     assert not Recipe(method="pack-ptq").is_easy_first

@@ -22,11 +22,15 @@ LEARNING = Learning(steps=6, batch=4)
 RANK = LayerRank(weight="w", rank=2, candidates=(1, 2), shares=(0.25, 0.75), before=0.1, after=0.05)
 
 
-def _qparams(scale: float) -> QParams:
+PLAIN = QType.unsigned(4)
+SHIFTED = QType(bits=4, qmin=0, qmax=15, storage="int8")
+
+
+def _qparams(scale: float, zero_point: int = 3, qtype: QType = PLAIN) -> QParams:
     return QParams(
         scale=np.asarray(scale, np.float32),
-        zero_point=np.asarray(3, np.int32),
-        qtype=QType.unsigned(4),
+        zero_point=np.asarray(zero_point, np.int32),
+        qtype=qtype,
         granularity=PerTensor(),
     )
 
@@ -35,7 +39,7 @@ def _saved(folder: Path) -> tuple[Checkpoints, Solution, Finished, Path]:
     before = Solution(qparams={"a": _qparams(1.0), "b": _qparams(2.0)}, weights={"u": np.ones(3)})
     found = Finished(
         solution=Solution(
-            qparams={**before.qparams, "b": _qparams(0.1)},
+            qparams={**before.qparams, "b": _qparams(0.1, -3, SHIFTED)},
             weights={**before.weights, "w/ü.1": np.arange(6, dtype=np.float32).reshape(2, 3)},
         ),
         settled=frozenset({"old", "b"}),
@@ -55,7 +59,7 @@ def test_what_is_stored_comes_back(tmp_path: Path) -> None:
     assert known.outcome == found.outcome
     assert known.solution.qparams["a"] is before.qparams["a"]
     new = known.solution.qparams["b"]
-    assert (new.scale, new.zero_point, new.qtype) == (np.float32(0.1), 3, QType.unsigned(4))
+    assert (new.scale, new.zero_point, new.qtype) == (np.float32(0.1), -3, SHIFTED)
     assert new.scale.dtype == np.float32
     np.testing.assert_array_equal(known.solution.weights["w/ü.1"], found.solution.weights["w/ü.1"])
     assert known.solution.weights["u"] is before.weights["u"]

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from onnxptq.quantizers.affine import fake_quantize
+from onnxptq.quantizers.affine import fake_quantize, shifted_qparams
+from onnxptq.quantizers.focusing import FocusedActivation
 from onnxptq.reconstruct import training
 from onnxptq.reconstruct.learning import Learning
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 from onnxptq.reconstruct.training import train
-from onnxptq.types import Solution
+from onnxptq.types import QType, Solution
 from tests.unit.reconstruct.pack_cases import Case, case, chain, spied
-from tests.unit.small_nets import Net, depthwise_block, residual_block
+from tests.unit.small_nets import Net, attention_block, depthwise_block, residual_block
 
 PLAIN = Learning(steps=40, batch=4, held_out=0.0, is_closed_form_first=False)
 ADAROUND = replace(PLAIN, weights="adaround", latent_rate=3e-2, weight_scale_rate=0.0, bias_rate=0.0)
@@ -324,3 +325,38 @@ def test_easy_first_is_deterministic_and_changes_the_result(tmp_path: Path) -> N
     first = _bytes(made, settings)
     assert _bytes(made, settings) == first
     assert _bytes(made, replace(settings, is_easy_first=False)) != first
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_both_ends_of_softmax_ranges_are_learnt(bits: int, tmp_path: Path) -> None:
+    """What is judged is what is hardened, on a grid that may begin above 0."""
+    made = case(attention_block(), tmp_path, samples=8, longest=99, weight_bits=8, activation_bits=bits)
+    settings = replace(PLAIN, steps=60, focuses_softmax=True, activation_scale_rate=1e-2)
+    data = made.data()
+    learned = _learned(made, data, settings)
+    (focused,) = [a for a in learned.activations.values() if isinstance(a, FocusedActivation)]
+    before, after, _ = train(data, learned, settings, _generator())
+    solution = learned.hardened()
+    found = solution.qparams["softmax"]
+    assert found.qtype == QType(bits=bits, qmin=0, qmax=2**bits - 1, storage="int8")
+    assert (found.scale, found.zero_point) == (focused.hardened().scale, focused.hardened().zero_point)
+    assert found.scale < 0.9 * made.start.qparams["softmax"].scale
+    assert after < 0.9 * before
+    wanted, outputs = made.outputs(None), made.outputs(solution)
+    y, z = (np.stack([v["sum"].numpy() for v in values]).astype(np.float64) for values in (wanted, outputs))
+    assert after == pytest.approx(np.square(z - y).mean() / y.var(), rel=1e-3)
+
+
+def test_a_grid_that_begins_above_zero_keeps_doing_so(tmp_path: Path) -> None:
+    """Also where nothing asks for two learnt ends: torch's own quantizer would move its zero point."""
+    made = case(attention_block(), tmp_path, samples=4, longest=99, weight_bits=8, activation_bits=3)
+    qtype = QType(bits=3, qmin=0, qmax=7, storage="int8")
+    shifted = {**made.start.qparams, "softmax": shifted_qparams(2, 0.2, qtype)}
+    moved = replace(made, start=replace(made.start, qparams=shifted))
+    data = moved.data()
+    learned = _learned(moved, data, PLAIN)
+    before, after, _ = train(data, learned, PLAIN, _generator())
+    for solution, reported in ((moved.start, before), (learned.hardened(), after)):
+        wanted, found = moved.outputs(None), moved.outputs(solution)
+        y, z = (np.stack([v["sum"].numpy() for v in values]).astype(np.float64) for values in (wanted, found))
+        assert reported == pytest.approx(np.square(z - y).mean() / y.var(), rel=1e-3)
