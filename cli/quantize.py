@@ -84,6 +84,12 @@ from .progress import TerminalProgress
     default=None,
     help="Gradient steps learn both ends of softmax ranges. Left out: with aiqvit.",
 )
+@click.option(
+    "--softmax-root",
+    type=int,
+    metavar="N",
+    help="Quantize softmax weights by their N-th root (target simulate): finer for small ones. [default: 1]",
+)
 @click.option("--max-pack-blocks", type=int, help="Blocks in a pack, at most. [default: 4]")
 @click.option("-w", "--weight-bits", type=int, help="2 to 8. [default: 8]")
 @click.option("-a", "--activation-bits", type=int, help="2 to 8. [default: 8]")

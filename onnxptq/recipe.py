@@ -54,6 +54,8 @@ class Recipe(BaseModel):
         easy_first: whether gradient steps see the samples with the lowest loss first. None does so for ``aiqvit``.
         focus: whether gradient steps learn both ends of softmax ranges, instead of their scale. None does so for
             ``aiqvit``.
+        softmax_root: the order of the root of softmax weights that is put on a uniform grid, so that points for the
+            weights lie the closer the smaller they are; 1 takes the weights themselves. For ``simulate``.
         weight_bits, activation_bits: grid sizes, 2 to 8. A deployment target maps what it cannot run to 8.
             Where bits are chosen per pack, the analysis starts from these (default: nearest to the average).
         observer: how activation ranges are chosen; ``auto`` measures several on calibration samples.
@@ -94,6 +96,7 @@ class Recipe(BaseModel):
     low_rank: Literal["merge", "off"] | None = None
     easy_first: bool | None = None
     focus: bool | None = None
+    softmax_root: int = Field(default=1, ge=1, le=8)
     weight_bits: int = Field(default=8, ge=2, le=8)
     activation_bits: int = Field(default=8, ge=2, le=8)
     observer: ObserverChoice = "auto"
@@ -130,6 +133,12 @@ class Recipe(BaseModel):
             object.__setattr__(self, "observer", "mse")
         if self.method == "rtn" and self.effort is not None:
             raise ValueError("method rtn learns nothing, so it takes no effort")
+        return self
+
+    @model_validator(mode="after")
+    def _roots_are_simulated(self) -> Self:
+        if self.softmax_root > 1 and self.target != "simulate":
+            raise ValueError(f"softmax_root is for target simulate: no kernel of {self.target} takes powers")
         return self
 
     @model_validator(mode="after")

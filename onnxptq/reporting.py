@@ -80,13 +80,15 @@ def softmax_rows(
     for quantizer in plan.quantizers:
         focus = focuses.get(quantizer.quantizer_id)
         if focus is not None:
-            low, high = range_of(solution.qparams[quantizer.quantizer_id])
+            ends = range_of(solution.qparams[quantizer.quantizer_id])
+            low, high = (max(0.0, float(end)) ** focus.power for end in ends)
             rows.append(
                 SoftmaxRow(
                     tensor=model.user_name(quantizer.tensor),
                     bits=quantizer.qtype.bits,
-                    low=max(0.0, float(low.min())),
-                    high=float(high.max()),
+                    root=focus.power,
+                    low=low,
+                    high=high,
                     full_db=_ratio_db(focus.full),
                     from_zero_db=_ratio_db(focus.from_zero),
                     free_db=_ratio_db(focus.free),

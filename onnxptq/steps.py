@@ -36,6 +36,7 @@ from onnxptq.placing import observer_overrides, placement_request, require_quant
 from onnxptq.publish import claimed_folder, space_errors, write_texts
 from onnxptq.qdq import insert_quantizers
 from onnxptq.recipe import Recipe
+from onnxptq.rooting import root_weights
 from onnxptq.rotate.run import rotate
 from onnxptq.runtime import count_kernels, runtime_version
 from onnxptq.samples import ListFeeds, pick_samples
@@ -233,18 +234,35 @@ def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
     What rotations leave is rescaled before they are compared. Where rescaled channels are good enough, nothing else
     is tried.
     """
+    reference, model = model.path, _rooted(run, model, data)
     if run.recipe.method == "rtn":
-        return _prepared(run, model, data, model.path)
-    base, found = model, _rescaled(run, model, data, model.path, run.scratch)
+        return _prepared(run, model, data, reference)
+    base, found = model, _rescaled(run, model, data, reference, run.scratch)
     if run.recipe.tries_rotation and not found.solver.is_enough:
         rotated = _rotated(run, model, data)
         if rotated is not model:
-            other = _rescaled(run, rotated, data, model.path, rotated.path.parent)
+            other = _rescaled(run, rotated, data, reference, rotated.path.parent)
             if _better(run, found, other, "rotated channels") is other:
                 base, found = rotated, other
     if found.model is base or found.solver.is_enough:
         return found
-    return _better(run, _prepared(run, base, data, model.path), found, "rescaled channels")
+    return _better(run, _prepared(run, base, data, reference), found, "rescaled channels")
+
+
+def _rooted(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
+    """The model with softmax weights as powers of their roots, where the recipe asks for it."""
+    if run.recipe.softmax_root == 1:
+        return model
+    with run.timed("root"):
+        rooted, summary = root_weights(
+            model,
+            run.recipe.softmax_root,
+            data.samples.correction[0],
+            work_dir=run.scratch,
+            provider=run.recipe.provider,
+        )
+    run.note(summary.summary)
+    return rooted
 
 
 def _rescaled(run: Run, model: CanonicalModel, data: Data, reference: Path, work_dir: Path) -> Prepared:

@@ -10,6 +10,9 @@ on a few samples: first b2 with b1 = 0, over a grid of ends between the largest 
 it; then b1 = n s in steps of the scale s, for n = 1, 2, ... with ends nearby, as long as that helps (the focusing
 interval of AIQViT, arXiv 2502.04628). A grid that begins above 0 needs a zero point below its integers; where the
 target has none, b1 stays 0.
+
+Where the weights are a power P = R^g of a root that is quantized in their place, the range is one of R, and
+P_hat = R_hat^g.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from onnxptq.types import (
 )
 
 _ENDS = tuple(2.0 ** (-k / 3) for k in range(22))
-"""Candidate upper ends, relative to the largest weight: three per octave."""
+"""Candidate upper ends for weights, relative to the largest one: three per octave."""
 
 _NEARBY = 2
 """Ends on either side that are tried with another lower end."""
@@ -66,6 +69,7 @@ class Focus:
         from_zero: of the best range that begins at 0.
         free: of the best range, whether it can be written or not.
         is_held: whether only a range that begins at 0 can be written.
+        power: the weights are this power of what the range is of.
     """
 
     qparams: QParams
@@ -73,6 +77,7 @@ class Focus:
     from_zero: float
     free: float
     is_held: bool
+    power: float
 
 
 def choose_softmax_ranges(
@@ -92,7 +97,7 @@ def choose_softmax_ranges(
     sites = _softmax_sites(GraphIndex(model.graph), plan)
     if not sites or not samples:
         return {}
-    read = {name for site in sites for a in site.products for name in (a.weights, a.values)}
+    read = {name for site in sites for a in site.products for name in (a.quantized, a.values)}
     exposed = sorted(read - set(samples[0]))
     session = open_transient(
         model.path.with_name(f"products_{model.path.name}"),
@@ -114,28 +119,35 @@ def choose_softmax_ranges(
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """A quantizer, the products that read it, and their operands P (some rows) and V, once per sample."""
+    """A quantizer, the products that read it, and their operands R (some rows) and V, once per sample.
+
+    P = R^power; without a root R is P."""
 
     quantizer: Quantizer
     products: Sequence[Attention]
+    power: float
     operands: list[tuple[Array, Array]] = field(default_factory=list)
 
     def noise(self, qparams: QParams) -> float:
         """sum || (P - P_hat) V ||^2."""
-        return math.fsum(_energy((p - fake_quantize(p, qparams)) @ v) for p, v in self.operands)
+        return math.fsum(
+            _energy((r**self.power - fake_quantize(r, qparams) ** self.power) @ v) for r, v in self.operands
+        )
 
     def signal(self) -> float:
         """sum || P V ||^2."""
-        return math.fsum(_energy(p @ v) for p, v in self.operands)
+        return math.fsum(_energy(r**self.power @ v) for r, v in self.operands)
 
 
 def _softmax_sites(index: GraphIndex, plan: QuantPlan) -> list[_Site]:
     """The quantizers of softmax weights. One that serves another reader as well, or shares its scale, is left
     out: its range is not for the product alone to choose."""
     products = {
-        (found.product.name, found.weights_index): found
+        found.edge: found
         for found in find_attention(index)
-        if found.form == "product" and found.product.op in ("MatMul", "Gemm")
+        if found.form == "product"
+        and found.product.op in ("MatMul", "Gemm")
+        and (not found.root or found.weights == found.softmax.outputs[0].name)
     }
     groups = [quantizer.scale_group for quantizer in plan.quantizers]
     sites = []
@@ -144,28 +156,30 @@ def _softmax_sites(index: GraphIndex, plan: QuantPlan) -> list[_Site]:
         known = [found for found in read if found is not None]
         is_alone = groups.count(quantizer.scale_group) == 1
         if quantizer.role == "activation" and len(known) == len(read) and is_alone:
-            sites.append(_Site(quantizer, known))
+            sites.append(_Site(quantizer, known, known[0].power))
     return sites
 
 
 def _focus(site: _Site, top: float) -> Focus:
     quantizer = site.quantizer
     signal = max(site.signal(), np.finfo(np.float64).tiny)
-    losses = [site.noise(_from_zero(quantizer, top * end)) for end in _ENDS]
+    ends = [top * end ** (1.0 / site.power) for end in _ENDS]
+    losses = [site.noise(_from_zero(quantizer, end)) for end in ends]
     best = int(np.argmin(losses))
-    own = _from_zero(quantizer, top * _ENDS[best])
+    own = _from_zero(quantizer, ends[best])
     levels = quantizer.qtype.qmax - int(own.zero_point)
     allowed = None if quantizer.symmetric else shifted_type(quantizer.qtype)
     # What a target cannot have is tried all the same: the report says what that costs.
     qtype = allowed or QType(bits=quantizer.qtype.bits, qmin=0, qmax=levels, storage="int16")
-    least, shifted = _shifted(lambda n, k: site.noise(shifted_qparams(n, top * _ENDS[k], qtype)), best)
+    least, shifted = _shifted(lambda n, k: site.noise(shifted_qparams(n, ends[k], qtype)), best)
     is_gain = least < losses[best]
     return Focus(
-        qparams=shifted_qparams(shifted[0], top * _ENDS[shifted[1]], qtype) if allowed and is_gain else own,
+        qparams=shifted_qparams(shifted[0], ends[shifted[1]], qtype) if allowed and is_gain else own,
         full=losses[0] / signal,
         from_zero=losses[best] / signal,
         free=min(least, losses[best]) / signal,
         is_held=allowed is None,
+        power=site.power,
     )
 
 
@@ -200,14 +214,14 @@ def _energy(values: Array) -> float:
 
 
 def _operands(found: Attention, values: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Some rows of P, and V, of the product P V; of V P they are P^T and V^T, as (V P)^T = P^T V^T."""
-    names = ("transA", "transB") if found.product.op == "Gemm" else ("", "")
-    left, right = (
-        values[tensor.name].T if found.product.attrs.get(name, 0) else values[tensor.name]
-        for tensor, name in zip(found.product.inputs[:2], names, strict=True)
-    )
+    """Some rows of R, and V, of the product P V; of V P they are transposed, as (V P)^T = P^T V^T."""
+    attrs = found.product.attrs if found.product.op == "Gemm" else {}
+    turned = [bool(attrs.get(name, 0)) for name in ("transA", "transB")]
+    if found.weights_index == 1:
+        turned = [not is_turned for is_turned in reversed(turned)]
     weights, other = (
-        (left, right) if found.weights_index == 0 else (right.swapaxes(-1, -2), left.swapaxes(-1, -2))
+        values[name].swapaxes(-1, -2) if is_turned else values[name]
+        for name, is_turned in zip((found.quantized, found.values), turned, strict=True)
     )
     rows = weights[..., :: max(1, weights.shape[-2] // _ROWS), :]
     return np.ascontiguousarray(rows), other

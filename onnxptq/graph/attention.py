@@ -14,6 +14,7 @@ two activations that reach the softmax, however they are moved, scaled, masked a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,7 @@ from onnxptq.graph.index import GraphIndex, Use, is_constant
 from onnxptq.graph.linear import Linear, linear_of
 from onnxptq.graph.movements import MOVEMENTS
 from onnxptq.graph.passes.fuse_gelu import match_gelu
+from onnxptq.graph.surgeon import scalar_constant
 
 NORMALIZATIONS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 """Normalizations over features, with a scale per channel."""
@@ -50,6 +52,9 @@ class Attention:
         scores: the products of two activations that the softmax gets; none in the scores of vector attention,
             which are subtracted or computed by layers.
         is_masked: whether anything is added to the scores, or put in their place, on the way.
+        root: the tensor of which ``softmax`` is the Pow to ``power``, where the weights were written so
+            (:mod:`onnxptq.graph.passes.root_softmax`); else "".
+        power: see ``root``; else 1.
     """
 
     form: Form
@@ -60,6 +65,27 @@ class Attention:
     values: str
     scores: tuple[gs.Node, ...]
     is_masked: bool
+    root: str = ""
+    power: float = 1.0
+
+    @property
+    def quantized(self) -> str:
+        """The tensor that a quantizer of the weights reads: them, or their root."""
+        return self.root or self.weights
+
+    @property
+    def edge(self) -> tuple[str, int]:
+        """The node and its input that read ``quantized``."""
+        return (self.softmax.name, 0) if self.root else (self.product.name, self.weights_index)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Softmax:
+    """What a softmax is of; with ``root`` and ``power`` as in :class:`Attention`."""
+
+    logits: gs.Tensor
+    root: str = ""
+    power: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,8 +109,8 @@ def find_attention(index: GraphIndex) -> tuple[Attention, ...]:
     for node in index.nodes:
         if node.op in _OPERATORS:
             found.append(_inside(node))
-        elif (logits := _softmax_input(index, node)) is not None:
-            scores, is_masked = _scores(index, logits)
+        elif (inner := _softmax(index, node)) is not None:
+            scores, is_masked = _scores(index, inner.logits)
             for form, use in _applications(index, node):
                 found.append(
                     Attention(
@@ -96,6 +122,8 @@ def find_attention(index: GraphIndex) -> tuple[Attention, ...]:
                         values=use.node.inputs[1 - use.index].name,
                         scores=scores,
                         is_masked=is_masked,
+                        root=inner.root,
+                        power=inner.power,
                     )
                 )
     return tuple(found)
@@ -139,16 +167,25 @@ def _inside(node: gs.Node) -> Attention:
     )
 
 
-def _softmax_input(index: GraphIndex, node: gs.Node) -> gs.Tensor | None:
-    """What the softmax that ends at ``node`` is of: one node, or exp(x) / sum exp(x) written out."""
+def _softmax(index: GraphIndex, node: gs.Node) -> _Softmax | None:
+    """The softmax that ends at ``node``: one node; exp(x) / sum exp(x) written out; or a power of
+    exp(logsoftmax(x) / power)."""
     if node.op == "Softmax":
-        return node.inputs[0]
-    if node.op != "Div":
-        return None
-    top, bottom = (index.producer(tensor.name) for tensor in node.inputs)
-    if top is None or bottom is None or top.op != "Exp" or bottom.op != "ReduceSum":
-        return None
-    return top.inputs[0] if bottom.inputs[0] is node.inputs[0] else None
+        return _Softmax(node.inputs[0])
+    if node.op == "Div":
+        top, bottom = (index.producer(tensor.name) for tensor in node.inputs)
+        if top is not None and bottom is not None and top.op == "Exp" and bottom.op == "ReduceSum":
+            return _Softmax(top.inputs[0]) if bottom.inputs[0] is node.inputs[0] else None
+    if node.op == "Pow":
+        power, root = scalar_constant(node.inputs[1]), index.producer(node.inputs[0].name)
+        scaled = index.producer(root.inputs[0].name) if root is not None and root.op == "Exp" else None
+        if power is None or scaled is None or scaled.op != "Mul":
+            return None
+        share, log = scalar_constant(scaled.inputs[1]), index.producer(scaled.inputs[0].name)
+        if share is not None and log is not None and log.op == "LogSoftmax":
+            is_inverse = math.isclose(share * power, 1.0, rel_tol=1e-6)
+            return _Softmax(log.inputs[0], node.inputs[0].name, power) if is_inverse else None
+    return None
 
 
 def _applications(index: GraphIndex, softmax: gs.Node) -> Iterator[tuple[Form, Use]]:

@@ -188,8 +188,8 @@ class PackQuantizers:
 
 
 def _softmax_edges(index: GraphIndex) -> frozenset[tuple[str, int]]:
-    """Node and input of every read of softmax weights by a product."""
-    return frozenset((found.product.name, found.weights_index) for found in find_attention(index))
+    """Node and input of every read of softmax weights, or of their roots."""
+    return frozenset(found.edge for found in find_attention(index))
 
 
 def _activation(

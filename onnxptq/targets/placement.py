@@ -218,6 +218,15 @@ class Placer:
             site = Site(tensor=name, consumer=GRAPH_OUTPUT, input_index=0)
             edges.setdefault(site, (qtype, PerTensor(), self._symmetric))
 
+    def move_edge(self, node: gs.Node, i: int, to: gs.Node, j: int) -> None:
+        """Let ``to`` read at input ``j`` the quantized values that ``node`` was to read at input ``i``, and ``node``
+        what follows from them."""
+        if to.inputs[j].name in self.request.uncalibrated:
+            return
+        site = Site(tensor=node.inputs[i].name, consumer=node.name, input_index=i)
+        moved = Site(tensor=to.inputs[j].name, consumer=to.name, input_index=j)
+        self._edges.setdefault(moved.tensor, {})[moved] = self._edges[site.tensor].pop(site)
+
     def release(self, node: gs.Node) -> None:
         """Let ``node`` read float values again."""
         for edges in self._edges.values():

@@ -7,13 +7,14 @@
 
 Activation grids are unsigned and asymmetric, stored in uint8 behind a Clip where they are narrower than
 8 bits; weight grids are signed and symmetric. This is the placement of the quantization literature: the
-inputs of every product.
+inputs of every product. Softmax weights that are written as powers of a root are quantized as the root.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from onnxptq.graph.attention import find_attention
 from onnxptq.graph.index import GraphIndex
 from onnxptq.targets.placement import (
     PlacementRequest,
@@ -39,4 +40,7 @@ def place(index: GraphIndex, request: PlacementRequest) -> QuantPlan:
     """Quantizers on the inputs of every product, at the requested bits."""
     placer = Placer(index, request, activation=QType.unsigned, symmetric=False)
     placer.apply(TABLE)
+    for found in find_attention(index):
+        if found.root and placer.is_quantized_edge(found.weights, found.product):
+            placer.move_edge(found.product, found.weights_index, found.softmax, 0)
     return placer.finish(NAME, tie_movements(placer))

@@ -126,7 +126,8 @@ class BlockScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftmaxRow:
-    """A softmax output that products of activations read, and the range ``low`` to ``high`` that was written.
+    """A softmax output that products of activations read, and the range ``low`` to ``high`` that was written. Its
+    root of order ``root`` is on a uniform grid; 1 is itself.
 
     The others are signal over noise of these products on calibration samples before anything is learnt, with only
     this output quantized: ``full_db`` in the range that holds all its values, ``from_zero_db`` in the best that
@@ -135,6 +136,7 @@ class SoftmaxRow:
 
     tensor: str
     bits: int
+    root: float
     low: float
     high: float
     full_db: float

@@ -229,6 +229,21 @@ def test_softmax_ranges_that_begin_above_zero_are_written(method: str, tmp_path:
     assert found.report.parity.max_steps == 0.0
 
 
+@pytest.mark.parametrize("options", [{"effort": "fast"}, {"method": "aiqvit"}, {"method": "rtn"}], ids=str)
+def test_roots_of_softmax_weights(options: Mapping[str, Any], tmp_path: Path) -> None:
+    """They take the place of the weights; the file computes what is simulated."""
+    common = {"target": "simulate", "weight_bits": 8, "activation_bits": 3, "softmax_root": 3}
+    found = _quantized("attention", tmp_path, **{"observer": "auto", **common, **options})
+    _is_proven(found)
+    rows = {row.tensor: row for row in found.report.quantized}
+    assert "softmax" not in rows
+    assert rows["softmax_root"].readers == ("softmax",)
+    assert all(row.root == 3 and row.low >= 0.0 for row in found.report.softmax)
+    assert any("root of order 3" in note for note in found.report.notes)
+    with pytest.raises(RecipeError, match="softmax_root is for target simulate"):
+        Recipe.create({"softmax_root": 2})
+
+
 def test_options_of_learning_are_refused_where_nothing_is_learnt() -> None:
     for values in ({}, {"weight_bits": 4}, {"method": "rtn"}, {"method": "pack-ptq", "effort": "fast"}):
         with pytest.raises(RecipeError, match="effort balanced or paper"):

@@ -13,6 +13,7 @@ from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import calibrate
 from onnxptq.graph.save import exposed_copy
 from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, range_of, symmetric_qparams
+from onnxptq.rooting import root_weights
 from onnxptq.runtime import Session
 from onnxptq.samples import ListFeeds
 from onnxptq.types import CanonicalModel, PerTensor, Sample
@@ -134,3 +135,23 @@ def test_even_weights_are_focused_from_below_too(target: str, bits: int, tmp_pat
     assert 0.05 < low < 0.25 < high < 0.4
     assert focus.qparams.qtype.storage == "int8"
     assert focus.qparams.zero_point < 0
+
+
+@pytest.mark.parametrize("power", [2, 4])
+def test_a_root_is_chosen_by_the_product_of_its_power(power: int, tmp_path: Path) -> None:
+    model = canonical(NETS["attention_block"](), tmp_path)
+    samples = random_samples(model, 2)
+    model, _ = root_weights(model, power, samples[0], work_dir=tmp_path)
+    plan = planned(model, "simulate", activation_bits=3)
+    tensors = sorted({q.tensor for q in plan.quantizers if q.role == "activation"})
+    ranges = choose_ranges(plan, calibrate(model, ListFeeds(samples), tensors), Observer(name="minmax"))
+    focus = choose_softmax_ranges(model, plan, ranges, samples)["softmax_root"]
+    exposed_copy(model.path, ["softmax", "softmax_root", "v_heads"], tmp_path / "exposed.onnx")
+    runs = [Session(tmp_path / "exposed.onnx", threads=1).run(s) for s in samples]
+    noise = signal = 0.0
+    for run in runs:
+        found = fake_quantize(run["softmax_root"], focus.qparams) ** np.float32(power)
+        noise += np.square((run["softmax"] - found) @ run["v_heads"], dtype=np.float64).sum()
+        signal += np.square(run["softmax"] @ run["v_heads"], dtype=np.float64).sum()
+    assert focus.power == power
+    assert noise / signal == pytest.approx(min(focus.from_zero, focus.free), rel=1e-3)

@@ -340,7 +340,14 @@ def test_bits_per_pack_are_shown() -> None:
 
 def test_ranges_of_softmax_outputs_are_shown() -> None:
     row = SoftmaxRow(
-        tensor="<p>", bits=4, low=0.125, high=0.375, full_db=3.0, from_zero_db=12.25, free_db=math.inf
+        tensor="<p>",
+        bits=4,
+        root=1.0,
+        low=0.125,
+        high=0.375,
+        full_db=3.0,
+        from_zero_db=12.25,
+        free_db=math.inf,
     )
     text = "".join(_parsed(render_html(_report(softmax=(row,)))).text)
     for expected in ("Ranges of softmax outputs", "<p>", "0.125 … 0.375", "12.2 dB", "equal"):

@@ -1,0 +1,71 @@
+"""The form of a model whose softmax weights are powers of their roots, on disk and checked."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx
+
+from onnxptq.graph.passes import root_softmax
+from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
+from onnxptq.graph.surgeon import import_graph
+from onnxptq.runtime import Provider, Session, difference
+from onnxptq.types import CanonicalModel, Sample, Skip
+
+TOLERANCE = 1e-5
+"""Largest difference of an output from the original, relative to that output's largest magnitude."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rooting:
+    """How many softmaxes became powers of order ``power``, which did not, and what that changed in the outputs."""
+
+    power: int
+    count: int
+    skips: tuple[Skip, ...]
+    difference: float
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        left = "; ".join(f"{skip.site}: {skip.reason}" for skip in self.skips)
+        text = "No softmax weights can be quantized by their root"
+        if self.count:
+            text = (
+                f"Softmax weights of {self.count} products are quantized by their root of order {self.power}; the "
+                f"float outputs differ by {self.difference:.1e}"
+            )
+        return f"{text}. Left: {left}." if left else f"{text}."
+
+
+def root_weights(
+    model: CanonicalModel, power: int, sample: Sample, *, work_dir: Path, provider: Provider = "cpu"
+) -> tuple[CanonicalModel, Rooting]:
+    """The model with softmax weights as powers of their roots, written to ``work_dir/rooted.onnx``.
+
+    The old one is returned where there are none, or where the float outputs on ``sample`` would change.
+    """
+    graph = model.graph.copy()
+    count, skips = root_softmax.run(graph, power)
+    if not count:
+        return model, Rooting(power=power, count=0, skips=tuple(skips), difference=0.0)
+    path = work_dir / "rooted.onnx"
+    save_graph(
+        graph,
+        path,
+        model_metadata=model.model_metadata,
+        node_metadata=model.node_metadata,
+        inline_bytes=SHARED_DATA_BYTES,
+    )
+    before, after = (Session(p, provider=provider).run(sample) for p in (model.path, path))
+    gap = difference(before, after)
+    if not gap <= TOLERANCE:
+        reason = f"the float outputs would differ by {gap:.1e} of their largest magnitude"
+        skips.append(Skip(site=model.user_name(model.outputs[0]), reason=reason))
+        return model, Rooting(power=power, count=0, skips=tuple(skips), difference=gap)
+    written = import_graph(onnx.load(str(path), load_external_data=False), path.parent)
+    digest = hashlib.sha256(f"{model.fingerprint} rooted {power}".encode()).hexdigest()
+    rooted = replace(model, path=path, graph=written, fingerprint=digest)
+    return rooted, Rooting(power=power, count=count, skips=tuple(skips), difference=gap)
