@@ -6,10 +6,10 @@ error of the product does. So the range [b1, b2] is the one that minimises
 
     sum || (P - P_hat) V ||^2
 
-on a few samples: first b2 with b1 = 0, over a grid of ends between the largest observed weight and 1/128 of
-it; then b1 = n s in steps of the scale s, for n = 1, 2, ... with ends nearby, as long as that helps (the focusing
-interval of AIQViT, arXiv 2502.04628). A grid that begins above 0 needs a zero point below its integers; where the
-target has none, b1 stays 0.
+on a few samples, or the same for a weighted sum of every channel by itself: first b2 with b1 = 0, over a grid of
+ends between the largest observed weight and 1/128 of it; then b1 = n s in steps of the scale s, for n = 1, 2, ...
+with ends nearby, as long as that helps (the focusing interval of AIQViT, arXiv 2502.04628). A grid that begins above
+0 needs a zero point below its integers; where the target has none, b1 stays 0.
 
 Where the weights are a power P = R^g of a root that is quantized in their place, the range is one of R, and
 P_hat = R_hat^g.
@@ -26,6 +26,7 @@ import numpy as np
 from onnxptq.graph.attention import Attention, find_attention
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import exposed_copy
+from onnxptq.graph.surgeon import axes_of
 from onnxptq.quantizers.affine import (
     asymmetric_qparams,
     fake_quantize,
@@ -97,7 +98,7 @@ def choose_softmax_ranges(
     sites = _softmax_sites(GraphIndex(model.graph), plan)
     if not sites or not samples:
         return {}
-    read = {name for site in sites for a in site.products for name in (a.quantized, a.values)}
+    read = {name for site in sites for p in site.products for name in (p.found.quantized, p.found.values)}
     exposed = sorted(read - set(samples[0]))
     session = open_transient(
         model.path.with_name(f"products_{model.path.name}"),
@@ -108,7 +109,7 @@ def choose_softmax_ranges(
     for sample in samples:
         values = {**sample, **session.run(sample, exposed)}
         for site in sites:
-            site.operands.extend(_operands(product, values) for product in site.products)
+            site.operands.extend((*product.operands(values), product.apply) for product in site.products)
         if step:
             step()
     return {
@@ -117,47 +118,86 @@ def choose_softmax_ranges(
     }
 
 
+Apply = Callable[[Array, Array], Array]
+"""What an attention makes of its weights and values; linear in the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """An attention that reads quantized weights, or their root R with P = R^power."""
+
+    found: Attention
+    apply: Apply
+
+    def operands(self, values: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Some rows of R, and V, of the product P V; of V P they are transposed, as (V P)^T = P^T V^T. For a
+        weighted sum all of both."""
+        weights, other = values[self.found.quantized], values[self.found.values]
+        if self.found.form != "product":
+            return weights, other
+        attrs = self.found.product.attrs if self.found.product.op == "Gemm" else {}
+        turned = [bool(attrs.get(name, 0)) for name in ("transA", "transB")]
+        if self.found.weights_index == 1:
+            turned = [not is_turned for is_turned in reversed(turned)]
+        weights, other = (
+            value.swapaxes(-1, -2) if is_turned else value
+            for value, is_turned in zip((weights, other), turned, strict=True)
+        )
+        rows = weights[..., :: max(1, weights.shape[-2] // _ROWS), :]
+        return np.ascontiguousarray(rows), other
+
+
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """A quantizer, the products that read it, and their operands R (some rows) and V, once per sample.
-
-    P = R^power; without a root R is P."""
+    """A quantizer, the products that read it, and their operands, once per sample."""
 
     quantizer: Quantizer
-    products: Sequence[Attention]
-    power: float
-    operands: list[tuple[Array, Array]] = field(default_factory=list)
+    products: Sequence[_Product]
+    operands: list[tuple[Array, Array, Apply]] = field(default_factory=list)
+
+    @property
+    def power(self) -> float:
+        """g of P = R^g."""
+        return self.products[0].found.power
 
     def noise(self, qparams: QParams) -> float:
         """sum || (P - P_hat) V ||^2."""
+        power = self.power
         return math.fsum(
-            _energy((r**self.power - fake_quantize(r, qparams) ** self.power) @ v) for r, v in self.operands
+            _energy(apply(r**power - fake_quantize(r, qparams) ** power, v)) for r, v, apply in self.operands
         )
 
     def signal(self) -> float:
         """sum || P V ||^2."""
-        return math.fsum(_energy(r**self.power @ v) for r, v in self.operands)
+        return math.fsum(_energy(apply(r**self.power, v)) for r, v, apply in self.operands)
 
 
 def _softmax_sites(index: GraphIndex, plan: QuantPlan) -> list[_Site]:
     """The quantizers of softmax weights. One that serves another reader as well, or shares its scale, is left
     out: its range is not for the product alone to choose."""
-    products = {
-        found.edge: found
-        for found in find_attention(index)
-        if found.form == "product"
-        and found.product.op in ("MatMul", "Gemm")
-        and (not found.root or found.weights == found.softmax.outputs[0].name)
-    }
+    products = {}
+    for found in find_attention(index):
+        apply = _application(index, found)
+        if apply is not None and (not found.root or found.weights == found.softmax.outputs[0].name):
+            products[found.edge] = _Product(found, apply)
     groups = [quantizer.scale_group for quantizer in plan.quantizers]
     sites = []
     for quantizer in plan.quantizers:
         read = [products.get((site.consumer, site.input_index)) for site in quantizer.sites]
-        known = [found for found in read if found is not None]
+        known = [product for product in read if product is not None]
         is_alone = groups.count(quantizer.scale_group) == 1
         if quantizer.role == "activation" and len(known) == len(read) and is_alone:
-            sites.append(_Site(quantizer, known, known[0].power))
+            sites.append(_Site(quantizer, known))
     return sites
+
+
+def _application(index: GraphIndex, found: Attention) -> Apply | None:
+    """What the product of ``found`` computes; None where that is not known."""
+    if found.form == "product":
+        return np.matmul if found.product.op in ("MatMul", "Gemm") else None
+    total = index.sole_user(found.product.outputs[0].name) if found.form == "weighted sum" else None
+    axes = axes_of(total) if total is not None and total.op == "ReduceSum" else None
+    return None if axes is None else lambda p, v: (p * v).sum(axis=tuple(axes))
 
 
 def _focus(site: _Site, top: float) -> Focus:
@@ -211,17 +251,3 @@ def _upper_end(qparams: QParams) -> float:
 def _energy(values: Array) -> float:
     flat = values.reshape(-1).astype(np.float64)
     return float(flat @ flat)
-
-
-def _operands(found: Attention, values: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Some rows of R, and V, of the product P V; of V P they are transposed, as (V P)^T = P^T V^T."""
-    attrs = found.product.attrs if found.product.op == "Gemm" else {}
-    turned = [bool(attrs.get(name, 0)) for name in ("transA", "transB")]
-    if found.weights_index == 1:
-        turned = [not is_turned for is_turned in reversed(turned)]
-    weights, other = (
-        values[name].swapaxes(-1, -2) if is_turned else values[name]
-        for name, is_turned in zip((found.quantized, found.values), turned, strict=True)
-    )
-    rows = weights[..., :: max(1, weights.shape[-2] // _ROWS), :]
-    return np.ascontiguousarray(rows), other

@@ -134,9 +134,10 @@ class Placer:
         for node in self.index.nodes:
             row = table.get(node.op) if node.domain in ("", None) else None
             if row is not None:
-                self._apply_row(node, row)
+                self.apply_row(node, row)
 
-    def _apply_row(self, node: gs.Node, row: Row) -> None:
+    def apply_row(self, node: gs.Node, row: Row) -> None:
+        """Quantize ``node`` as ``row`` says, unless there is a reason not to."""
         reason = self.request.declined.get(node.name) or self._structural_reason(node, row)
         if reason:
             self.skips.append(Skip(site=node.name, reason=reason))

@@ -4,6 +4,7 @@
 |---|---|---|---|---|
 | Conv, ConvTranspose, Gemm | input 0 | per output channel | float | float |
 | MatMul | both inputs, or the one that is not constant | per output channel | float | float |
+| Mul of softmax weights and values, summed | both inputs | | | float |
 
 Activation grids are unsigned and asymmetric, stored in uint8 behind a Clip where they are narrower than
 8 bits; weight grids are signed and symmetric. This is the placement of the quantization literature: the
@@ -35,12 +36,16 @@ TABLE: Mapping[str, Row] = {
     "MatMul": Row(activations=(0,), weight=1, weight_axis=channel_axis_of_matmul),
 }
 
+_WEIGHTED_SUM = Row(activations=(0, 1))
+
 
 def place(index: GraphIndex, request: PlacementRequest) -> QuantPlan:
     """Quantizers on the inputs of every product, at the requested bits."""
     placer = Placer(index, request, activation=QType.unsigned, symmetric=False)
     placer.apply(TABLE)
     for found in find_attention(index):
+        if found.form == "weighted sum":
+            placer.apply_row(found.product, _WEIGHTED_SUM)
         if found.root and placer.is_quantized_edge(found.weights, found.product):
             placer.move_edge(found.product, found.weights_index, found.softmax, 0)
     return placer.finish(NAME, tie_movements(placer))

@@ -25,7 +25,7 @@ from onnxptq.recipe import Recipe
 from onnxptq.types import CanonicalModel, Sensitivity
 from tests.e2e.command import Bench, classifier, process
 from tests.unit.reconstruct.pack_cases import case
-from tests.unit.small_nets import Net, attention_block, max_pool_net, residual_block
+from tests.unit.small_nets import Net, attention_block, max_pool_net, residual_block, vector_attention
 
 Shapes = Mapping[str, tuple[int, ...]]
 ONE: Shapes = {"x": (1, 3, 8, 8)}
@@ -82,6 +82,7 @@ NETS: Mapping[str, tuple[Callable[[], onnx.ModelProto], Shapes]] = {
     "residual, fixed batch": (residual_block, ONE),
     "windows": (windows, ONE),
     "attention": (attention_block, {"x": (1, 8, 32)}),
+    "vector attention": (vector_attention, {"x": (1, 6, 16)}),
     "even attention": (even_attention, {"x": (1, 4, 16)}),
     "points, fixed batch": (max_pool_net, {"x": (1, 64, 3)}),
     "two inputs": (two_inputs, {"left": (5, 6), "right": (5, 4)}),
@@ -227,6 +228,16 @@ def test_softmax_ranges_that_begin_above_zero_are_written(method: str, tmp_path:
     assert softmax.full_db <= softmax.from_zero_db < softmax.free_db
     assert found.report.parity is not None
     assert found.report.parity.max_steps == 0.0
+
+
+@pytest.mark.parametrize("root", [1, 2])
+def test_vector_attention(root: int, tmp_path: Path) -> None:
+    options = {"target": "simulate", "weight_bits": 8, "activation_bits": 4, "observer": "auto"}
+    found = _quantized("vector attention", tmp_path, method="aiqvit", softmax_root=root, **options)
+    _is_proven(found)
+    (row,) = found.report.softmax
+    assert row.root == root
+    assert {"v4", "p" if root == 1 else "p_root"} <= {row.tensor for row in found.report.quantized}
 
 
 @pytest.mark.parametrize("options", [{"effort": "fast"}, {"method": "aiqvit"}, {"method": "rtn"}], ids=str)

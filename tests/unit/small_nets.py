@@ -114,6 +114,19 @@ def attention_block() -> onnx.ModelProto:
     return net.proto({"x": [1, tokens, width]}, [net.op("Add", "sum", "x", y)])
 
 
+def vector_attention() -> onnx.ModelProto:
+    """Point Transformer: every channel of every pair has a weight, softmax over the neighbours."""
+    net, width = Net(), 16
+    two, one = (net.constant(f"axis{i}", np.array([i], np.int64)) for i in (2, 1))
+    q = net.op("Unsqueeze", "q4", net.linear("q", "x", width, width), two)
+    k = net.op("Unsqueeze", "k4", net.linear("k", "x", width, width), one)
+    v = net.op("Unsqueeze", "v4", net.linear("v", "x", width, width), one)
+    gamma = net.linear("gamma", net.op("Sub", "apart", q, k), width, width)
+    p = net.op("Softmax", "p", gamma, axis=2)
+    y = net.op("ReduceSum", "y", net.op("Mul", "pv", p, v), two, keepdims=0)
+    return net.proto({"x": [1, 6, width]}, [net.linear("out", y, width, 4)])
+
+
 def vit_mlp() -> onnx.ModelProto:
     net, width = Net(), 32
     scale, shift = net.constant("ln.w", np.ones(width, np.float32)), net.weight("ln.b", width)

@@ -10,7 +10,7 @@ PowerQuant's (arXiv 2301.09858). The identity is exact in real arithmetic; the l
 a weight is 0.
 
 This is no part of the canonical form: it is applied where it is asked for. Declined: weights that anything but one
-product of two activations reads, or reads other than directly.
+product of two activations (or weighted sum of one) reads, or reads other than directly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.surgeon import free_name, new_constant
 from onnxptq.types import Skip
 
-_PRODUCTS = ("MatMul", "Gemm")
+_PRODUCTS = ("MatMul", "Gemm", "Mul")
 
 
 def run(graph: gs.Graph, power: int) -> tuple[int, list[Skip]]:
@@ -44,7 +44,7 @@ def run(graph: gs.Graph, power: int) -> tuple[int, list[Skip]]:
 
 
 def _reason(index: GraphIndex, found: Attention) -> str | None:
-    if found.form != "product" or found.softmax.op != "Softmax" or found.product.op not in _PRODUCTS:
+    if found.softmax.op != "Softmax" or found.product.op not in _PRODUCTS:
         return f"its softmax weights are applied by {found.product.op}, in the form of a {found.form}"
     if found.weights != found.softmax.outputs[0].name or index.sole_user(found.weights) is not found.product:
         return "its softmax weights are changed on their way to the product, or read by others"

@@ -17,7 +17,7 @@ from onnxptq.rooting import root_weights
 from onnxptq.runtime import Session
 from onnxptq.samples import ListFeeds
 from onnxptq.types import CanonicalModel, PerTensor, Sample
-from tests.unit.small_nets import NETS, Net, canonical, planned, random_samples
+from tests.unit.small_nets import NETS, Net, canonical, planned, random_samples, vector_attention
 
 
 @pytest.mark.parametrize("target", ["simulate", "tensorrt"])
@@ -135,6 +135,29 @@ def test_even_weights_are_focused_from_below_too(target: str, bits: int, tmp_pat
     assert 0.05 < low < 0.25 < high < 0.4
     assert focus.qparams.qtype.storage == "int8"
     assert focus.qparams.zero_point < 0
+
+
+@pytest.mark.parametrize("power", [1, 3])
+def test_weighted_sums_choose_the_ranges_of_their_weights(power: int, tmp_path: Path) -> None:
+    model = canonical(vector_attention(), tmp_path)
+    samples = random_samples(model, 2)
+    if power > 1:
+        model, summary = root_weights(model, power, samples[0], work_dir=tmp_path)
+        assert summary.count == 1
+    plan = planned(model, "simulate", activation_bits=3)
+    tensors = sorted({q.tensor for q in plan.quantizers if q.role == "activation"})
+    ranges = choose_ranges(plan, calibrate(model, ListFeeds(samples), tensors), Observer(name="minmax"))
+    name = "p" if power == 1 else "p_root"
+    focus = choose_softmax_ranges(model, plan, ranges, samples)[name]
+    exposed_copy(model.path, sorted({"p", name, "v4"}), tmp_path / "exposed.onnx")
+    runs = [Session(tmp_path / "exposed.onnx", threads=1).run(s) for s in samples]
+    noise = signal = 0.0
+    for run in runs:
+        error = run["p"] - fake_quantize(run[name], focus.qparams) ** np.float32(power)
+        noise += np.square((error * run["v4"]).sum(axis=2), dtype=np.float64).sum()
+        signal += np.square((run["p"] * run["v4"]).sum(axis=2), dtype=np.float64).sum()
+    assert noise / signal == pytest.approx(min(focus.from_zero, focus.free), rel=1e-3)
+    assert focus.free <= focus.full
 
 
 @pytest.mark.parametrize("power", [2, 4])

@@ -14,6 +14,7 @@ from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.surgeon import import_graph
 from onnxptq.inspection import inspect
 from tests.unit.rotate.rotate_nets import TOKENS, Blocks, transformer
+from tests.unit.small_nets import vector_attention
 
 WIDTH = 8
 
@@ -153,14 +154,7 @@ def test_two_terms_of_scores(tmp_path: Path) -> None:
 
 def test_every_channel_with_weights_of_its_own(tmp_path: Path) -> None:
     """Vector attention: gamma(q - k + delta) goes through layers, and the weights times v + delta are summed."""
-    net = Blocks()
-    q = net.op("Unsqueeze", "q4", net.linear("q", "x", WIDTH, WIDTH), net.ints("two", 2))
-    k = net.op("Unsqueeze", "k4", net.linear("k", "x", WIDTH, WIDTH), net.ints("one", 1))
-    v = net.op("Unsqueeze", "v4", net.linear("v", "x", WIDTH, WIDTH), net.ints("uno", 1))
-    gamma = net.linear("gamma", net.op("Sub", "apart", q, k), WIDTH, WIDTH)
-    p = net.op("Softmax", "p", gamma, axis=2)
-    y = net.op("ReduceSum", "y", net.op("Mul", "pv", p, v), net.ints("over", 2), keepdims=0)
-    (found,) = find_attention(_index(net.proto({"x": [1, TOKENS, WIDTH]}, [y]), tmp_path))
+    (found,) = find_attention(_index(vector_attention(), tmp_path))
     assert (found.form, found.product.name, found.weights, found.values) == (
         "weighted sum",
         "pv",

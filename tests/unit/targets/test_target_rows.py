@@ -12,7 +12,7 @@ from onnxptq.graph.index import GraphIndex
 from onnxptq.targets import TARGETS, PlacementRequest, candidate_tensors
 from onnxptq.targets.placement import ScaleGroups
 from onnxptq.types import GRAPH_OUTPUT, PerAxis, PerTensor, QType, Quantizer, QuantPlan
-from tests.unit.small_nets import NETS, Net, graph_of
+from tests.unit.small_nets import NETS, Net, graph_of, vector_attention
 
 U8, S8 = QType.unsigned(8), QType.signed(8)
 ALL = pytest.mark.parametrize("target", TARGETS)
@@ -405,3 +405,16 @@ def test_scale_groups_join_transitively() -> None:
     assert groups.of("a") == "a"
     groups.join(["a", "c"])
     assert {groups.of(t) for t in "abcde"} == {"a"}
+
+
+@ALL
+def test_weighted_sums_of_vector_attention(target: str, tmp_path: Path) -> None:
+    edges = _edges(_place(vector_attention(), tmp_path, target, activation_bits=4))
+    if target != "simulate":
+        assert not {("pv", 0), ("pv", 1)} & set(edges)
+        return
+    assert [edges["pv", i].tensor for i in (0, 1)] == ["p", "v4"]
+    assert edges["pv", 0].qtype == QType.unsigned(4)
+    declined = _place(vector_attention(), tmp_path, target, declined={"pv": "excluded"})
+    assert ("pv", 0) not in _edges(declined)
+    assert _reasons(declined) == {"pv": "excluded"}
