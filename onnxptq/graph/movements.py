@@ -76,6 +76,25 @@ def _gather(t: ChannelTracer, node: gs.Node) -> None:
     t.write(node.outputs[0], layouts.flatten_constant_axes(moved))
 
 
+def _gather_elements(t: ChannelTracer, node: gs.Node) -> None:
+    """Along the gather axis anything may be taken; along the others every element keeps its place."""
+    labels, shape = t.read(node, 0), t.shape(node.outputs[0])
+    labels = t.collapse(labels, [int(node.attrs.get("axis", 0)) % labels.ndim])
+    for axis, size in enumerate(shape):
+        labels = layouts.take(labels, axis, range(size))
+    t.write(node.outputs[0], labels)
+
+
+def _gather_nd(t: ChannelTracer, node: gs.Node) -> None:
+    """Whole slices along the trailing axes are taken, from anywhere along the leading ones."""
+    labels, shape = t.read(node, 0), node.inputs[1].shape
+    if not shape or not isinstance(shape[-1], int):
+        raise Declined("the length of its positions is unknown")
+    taken = int(node.attrs.get("batch_dims", 0)) + shape[-1]
+    kept = t.collapse(labels, range(taken)).reshape(labels.shape[taken:])
+    t.write(node.outputs[0], layouts.align(kept, len(t.shape(node.outputs[0]))))
+
+
 def _expand(t: ChannelTracer, node: gs.Node) -> None:
     t.write(node.outputs[0], layouts.align(t.read(node, 0), len(t.shape(node.outputs[0]))))
 
@@ -138,6 +157,8 @@ MOVEMENTS: Mapping[str, Callable[[ChannelTracer, gs.Node], None]] = {
     "Split": _split,
     "Slice": _slice,
     "Gather": _gather,
+    "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
     "Expand": _expand,
     "Tile": _tile,
     "Pad": _pad,

@@ -209,6 +209,28 @@ def _gather(t: RotationTracer, node: gs.Node) -> None:
     t.write(node.outputs[0], labels.reshape(labels.shape[:axis] + size + labels.shape[axis + 1 :]))
 
 
+def _gather_elements(t: RotationTracer, node: gs.Node) -> None:
+    """As any movement, where the same positions are taken for all channels."""
+    labels = t.read(node, 0)
+    axis = int(node.attrs.get("axis", 0)) % labels.ndim
+    if any(size > 1 and a != axis and not _is_repeated(t, node, a) for a, size in enumerate(labels.shape)):
+        raise Declined("it may take other positions for each channel")
+    MOVEMENTS["GatherElements"](t, node)
+
+
+def _is_repeated(t: RotationTracer, node: gs.Node, axis: int) -> bool:
+    """Whether the positions that a GatherElements takes are the same all along ``axis``."""
+    positions = node.inputs[1]
+    if is_constant(positions):
+        return bool((positions.values == positions.values.take([0], axis)).all())
+    producer = t.index.producer(positions.name)
+    shape = producer.inputs[0].shape if producer is not None and producer.op == "Expand" else None
+    if shape is None:
+        return False
+    place = axis - len(t.shape(node.outputs[0])) + len(shape)
+    return place < 0 or bool(shape[place] == 1)
+
+
 def _concat(t: RotationTracer, node: gs.Node) -> None:
     """Tokens put beside tokens have the same channels; otherwise as any movement."""
     rank = len(t.shape(node.outputs[0]))
@@ -237,6 +259,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("ReduceMean", "ReduceSum"), reduce_rule),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool"), average_rule),
     "Gather": _gather,
+    "GatherElements": _gather_elements,
     "Concat": _concat,
 }
 """Operators that rotated channels can pass or end at. Every other one pins what it reads and writes."""

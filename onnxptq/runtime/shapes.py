@@ -1,4 +1,7 @@
-"""What one forward pass tells about a graph: concrete shapes, and values that shapes are made of."""
+"""What one forward pass tells about a graph: concrete shapes, and values that shapes are made of.
+
+Values that depend on those of a graph input differ from sample to sample, so one pass tells nothing about them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 
 from onnxptq.graph.index import is_constant, is_float32
 from onnxptq.graph.save import exposed_copy, write_model
@@ -16,14 +20,19 @@ from onnxptq.types import Array, CanonicalModel, Sample
 _PARAMETER_OPS = frozenset(
     {"Slice", "Gather", "Tile", "Pad", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"}
 )
+_SHAPE_READERS = frozenset({"Shape", "Size"})
 _SHAPE_SUFFIX = "/concrete shape"
 
 
 def concrete_shapes(
     model: CanonicalModel, sample: Sample, provider: Provider
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, Array]]:
-    """Shapes of all float32 tensors, and values of the integers that movement operators are given, for a sample."""
+    """Shapes of all float32 tensors, and values of the integers that movement operators are given, for a sample.
+
+    Of the latter only those that follow from shapes, or that the caller gives.
+    """
     graph = model.graph
+    varying = _varying(graph)
     names = [t.name for n in graph.nodes for t in n.outputs if t.name and is_float32(t)]
     shapes = {name: value.shape for name, value in sample.items() if value.dtype == np.float32}
     parameters = sorted(
@@ -32,7 +41,7 @@ def concrete_shapes(
             for node in graph.nodes
             if node.op in _PARAMETER_OPS
             for t in node.inputs[1:]
-            if t.name and not is_constant(t) and not is_float32(t) and t.name not in sample
+            if t.name and not is_constant(t) and not is_float32(t) and t.name not in varying
         }
     )
 
@@ -55,3 +64,12 @@ def concrete_shapes(
         name: value for name, value in sample.items() if np.issubdtype(value.dtype, np.integer)
     }
     return shapes, values
+
+
+def _varying(graph: gs.Graph) -> frozenset[str]:
+    """Tensors that depend on the values of a graph input."""
+    names = {t.name for t in graph.inputs}
+    for node in graph.nodes:
+        if node.op not in _SHAPE_READERS and any(t.name in names for t in node.inputs):
+            names.update(t.name for t in node.outputs if t.name)
+    return frozenset(names)

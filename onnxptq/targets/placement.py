@@ -15,6 +15,7 @@ from typing import Literal
 
 import onnx_graphsurgeon as gs
 
+from onnxptq.graph.choosing import only_chooses
 from onnxptq.graph.index import GraphIndex, constant_value, is_constant, is_float32
 from onnxptq.types import (
     GRAPH_OUTPUT,
@@ -179,6 +180,8 @@ class Placer:
         constant = [is_constant(node.inputs[i]) for i in inputs if i < len(node.inputs)]
         if all(constant):
             return "all its inputs are constant"
+        if not any(constant) and only_chooses(self.index, node.outputs[0].name):
+            return "it only chooses which elements are taken, and rounding would change the choice"
         for i in inputs:
             tensor = node.inputs[i]
             if tensor.dtype is not None and not is_float32(tensor):

@@ -229,6 +229,20 @@ CASES: dict[str, Case] = {
         st=i64(-2),
     ),
     "gather of channels": between(node("Gather", "a i", "z", axis=1), free={"z": 3}, i=i64(2, 0, -1, 2)),
+    "gather of elements in space": between(
+        node("GatherElements", "a i", "z", axis=2),
+        free={"a": 4, "z": 4},
+        i=RNG.integers(-6, 6, (2, 4, 3, 6)),
+    ),
+    "gather of elements among channels": between(
+        node("GatherElements", "a i", "z", axis=1), free={"a": 1, "z": 1}, i=RNG.integers(0, 4, (2, 4, 6, 6))
+    ),
+    "gather of rows by position": tokens(
+        node("GatherND", "a i", "z", batch_dims=1), free={"a": 12, "z": 12}, i=RNG.integers(0, 7, (2, 5, 1))
+    ),
+    "gather of rows by sample and position": tokens(
+        node("GatherND", "a i", "z"), free={"a": 12, "z": 12}, i=RNG.integers(0, 2, (2, 3, 4, 2))
+    ),
     "channel shuffle": between(
         node("Reshape", "a s1", "r1"),
         node("Transpose", "r1", "r2", perm=[0, 2, 1, 3, 4]),

@@ -183,5 +183,23 @@ def one_stream(middle: str) -> onnx.ModelProto:
         x = net.op("Add", "offset", net.op("Mul", "gated", x, gate), net.linear("level", "x", width, 1))
     elif middle == "registers":
         x = net.op("Concat", "more", x, net.weight("registers", 1, 3, width), axis=1)
+    elif middle.startswith("neighbours"):
+        # Of each token the one that comes next in the order of the first input channel.
+        key = net.op("Slice", "key", "x", *(net.ints(n, v) for n, v in [("f3", 0), ("t3", 1), ("a3", 2)]))
+        count = net.ints("six", 6)
+        net.op("TopK", "sorted", key, count, outputs=["order"], axis=1)
+        if middle == "neighbours":
+            where = net.op("Expand", "where", "order", net.ints("wide", 1, 6, width))
+            taken = net.op("GatherElements", "taken", x, where, axis=1)
+        elif middle == "neighbours of each channel":
+            net.op("TopK", "all sorted", "x", count, outputs=["orders"], axis=1)
+            taken = net.op("GatherElements", "taken", x, "orders", axis=1)
+        else:
+            taken = net.op("GatherND", "taken", x, "order", batch_dims=1)
+        x = net.op("Add", "with neighbours", x, taken)
+    elif middle == "chosen channels":
+        row = net.op("ReduceSum", "row", "x", net.ints("tokens", 0, 1), keepdims=0)
+        net.op("TopK", "top", row, net.ints("all", width), outputs=["best"], axis=0)
+        x = net.op("Gather", "chosen", x, "best", axis=2)
     y = net.op("Add", "sum", x, net.mlp("mlp", net.norm("n1", x, width), width))
     return net.proto({"x": [1, 6, width]}, [net.linear("head", net.norm("n2", y, width), width, 4), *outputs])

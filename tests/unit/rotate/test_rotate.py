@@ -92,7 +92,9 @@ def test_streams_and_heads_are_found_and_rotated_exactly(
     assert found.skips == ()
 
 
-@pytest.mark.parametrize("middle", ["none", "number", "gate", "registers", "reversed"])
+@pytest.mark.parametrize(
+    "middle", ["none", "number", "gate", "registers", "reversed", "neighbours", "neighbours by position"]
+)
 def test_what_commutes_with_rotations_is_passed(middle: str, tmp_path: Path) -> None:
     _, found = rotated(nets.one_stream(middle), tmp_path)
     assert found.streams == ((8,) if middle == "reversed" else (16,))
@@ -106,6 +108,10 @@ def test_what_commutes_with_rotations_is_passed(middle: str, tmp_path: Path) -> 
         ("layer scale", "not rotated: Mul writes it"),
         ("input", "not rotated: it is a graph input"),
         ("output", "not rotated: it is a graph output"),
+        (
+            "neighbours of each channel",
+            "not rotated: it may take other positions for each channel (GatherElements reads it)",
+        ),
     ],
 )
 def test_what_does_not_commute_is_declined_with_a_reason(middle: str, reason: str, tmp_path: Path) -> None:
@@ -122,6 +128,13 @@ def test_channels_that_went_different_ways_are_not_mixed(tmp_path: Path) -> None
     """Half of the channels are shifted by a token; the halves may be rotated, but not together."""
     _, found = rotated(nets.one_stream("shift"), tmp_path)
     assert sorted(found.streams) == [8, 8]
+
+
+def test_channels_chosen_by_the_data_are_not_mixed(tmp_path: Path) -> None:
+    """What is chosen for the sample that is looked at says nothing about others."""
+    _, found = rotated(nets.one_stream("chosen channels"), tmp_path)
+    assert found.streams == ()
+    assert found.skips
 
 
 def test_a_scale_that_no_layer_can_take_up_declines_the_stream(tmp_path: Path) -> None:

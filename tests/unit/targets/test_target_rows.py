@@ -112,6 +112,20 @@ def test_products_of_two_activations(target: str, quantized: bool, tmp_path: Pat
 
 
 @ALL
+def test_distances_that_only_choose_neighbours_stay_float(target: str, tmp_path: Path) -> None:
+    net = Net()
+    product = net.op("MatMul", "distances", "x", net.op("Transpose", "turned", "x", perm=[0, 2, 1]))
+    net.op("TopK", "closest", product, net.constant("one", [1]), outputs=["near"])
+    rows = net.op(
+        "Reshape", "rows", net.op("Gather", "taken", "x", "near", axis=1), net.constant("s", [4, 16])
+    )
+    plan = _place(net.proto({"x": [1, 4, 16]}, [net.linear("y", rows, 16, 32)]), tmp_path, target)
+    assert "only chooses which elements are taken" in _reasons(plan)["distances"]
+    assert {node for node, _ in _edges(plan)} <= {"y.mm", "y"}
+    assert ("y.mm", 0) in _edges(plan)
+
+
+@ALL
 def test_a_product_of_constants_is_left_alone(target: str, tmp_path: Path) -> None:
     net = Net()
     net.op("MatMul", "folded", net.weight("a", 4, 4), net.weight("b", 4, 4))
