@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
-import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxsim
 import torch
 
+from models.exporting import publish, traced
 from models.manifest import ImagePreprocessing, ModelManifest, PackageFile
-from onnxptq.errors import EnvironmentMismatchError, OnnxPtqError, OutputCheckError, OutputPathError
-from onnxptq.runtime.session import Session
-from onnxptq.types import FloatArray
+from onnxptq.errors import EnvironmentMismatchError, OnnxPtqError, OutputCheckError
 
 MANIFEST = ModelManifest(
     name="efficientnet_lite0",
@@ -55,13 +50,6 @@ MANIFEST = ModelManifest(
         std=(128.0, 128.0, 128.0),
     ),
 )
-
-_MAX_RELATIVE_ERROR = 1e-4
-"""Largest |onnxruntime - torch| over the largest |torch| logit that the build accepts.
-
-The two sum up to 1 280 products per output, in 50 layers, in another order and with BatchNorm folded:
-about 1e-6 is measured, a wrong padding or a lost layer gives 1e-1 and more.
-"""
 
 
 class _Classifier(torch.nn.Module):
@@ -110,69 +98,16 @@ def build(output: Path) -> Path:
         OutputPathError: the folder of ``output`` cannot be written.
     """
     network = load_torch()
-    model = _export(network)
-    onnx.checker.check_model(model, full_check=True)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
-    except OSError as error:
-        remedy = "Choose a folder that can be written."
-        raise OutputPathError(f"Cannot write {output}: {error}", remedy) from error
-    draft = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(model.SerializeToString(deterministic=True))
-        draft.chmod(0o644)
-        _compare(network, draft)
-        draft.replace(output)
-    finally:
-        draft.unlink(missing_ok=True)
-    return output
+    return publish(_export(network), network, MANIFEST, output)
 
 
 def _export(network: torch.nn.Module) -> onnx.ModelProto:
-    batch = {0: "batch"}
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # The other exporter needs onnxscript. This one announces its retirement on every call, and
-        # that it cannot fold the padding arithmetic, which onnxsim folds below.
-        warnings.simplefilter("ignore")
-        raw = Path(folder) / "raw.onnx"
-        torch.onnx.export(
-            _Classifier(network).eval(),
-            (torch.zeros(2, 3, 224, 224),),
-            raw,
-            input_names=[MANIFEST.input_name],
-            output_names=[MANIFEST.output_name],
-            dynamic_axes={MANIFEST.input_name: batch, MANIFEST.output_name: batch},
-            opset_version=MANIFEST.opset,
-            dynamo=False,
-        )
-        exported = onnx.load(raw)
     # Static "same" padding is exported as a sub-graph and a Pad per layer; onnxsim makes it Conv's own pads.
-    simplified: tuple[onnx.ModelProto, bool] = onnxsim.simplify(exported)
+    simplified: tuple[onnx.ModelProto, bool] = onnxsim.simplify(traced(_Classifier(network), MANIFEST))
     model, is_equal = simplified
     if not is_equal:
         raise OutputCheckError("onnxsim changed the outputs of the exported EfficientNet-Lite0.")
     return model
-
-
-def _compare(network: torch.nn.Module, path: Path) -> None:
-    """Batch 1 and 3, so that a batch size frozen by the export cannot pass."""
-    session = Session(path)
-    for size in (1, 3):
-        image = np.random.default_rng(size).uniform(-1, 1, (size, 3, 224, 224)).astype(np.float32)
-        with torch.inference_mode():
-            expected: FloatArray = network(torch.from_numpy(image)).numpy()
-        got = session.run({MANIFEST.input_name: image})[MANIFEST.output_name]
-        if got.shape != expected.shape:
-            raise OutputCheckError(f"{path.name} gives shape {got.shape}, torch {expected.shape}.")
-        error = float(np.abs(got - expected).max() / np.abs(expected).max())
-        if not error <= _MAX_RELATIVE_ERROR:
-            raise OutputCheckError(
-                f"{path.name} differs from torch by {error:.1e} of the largest logit at batch {size} "
-                f"(allowed: {_MAX_RELATIVE_ERROR:.0e}).",
-                "Use the package versions of constraints.txt.",
-            )
 
 
 def main(arguments: list[str]) -> int:

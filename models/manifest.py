@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from onnxptq.errors import EnvironmentMismatchError
 
@@ -43,6 +43,55 @@ class PackageFile:
                 f"{path} has sha256 {found}, but the manifest expects {self.sha256}.", remedy
             )
         return path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepositoryFile:
+    """One small file of this repository, checked by sha256."""
+
+    relative_path: str
+    sha256: str
+
+    @property
+    def path(self) -> Path:
+        """Where it lies, whether or not it is there."""
+        return Path(__file__).resolve().parent.parent / self.relative_path
+
+    def locate(self) -> Path:
+        """Path of the file, its contents checked.
+
+        Raises:
+            EnvironmentMismatchError: it is absent, or has other contents.
+        """
+        remedy = f"Run: git checkout -- {self.relative_path}"
+        if not self.path.is_file():
+            raise EnvironmentMismatchError(f"There is no file {self.path}.", remedy)
+        found = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        if found != self.sha256:
+            raise EnvironmentMismatchError(
+                f"{self.path} has sha256 {found}, but the manifest expects {self.sha256}.", remedy
+            )
+        return self.path
+
+
+class Interface(Protocol):
+    """What an exported classifier reads and writes."""
+
+    @property
+    def input_name(self) -> str:
+        """Name of the only input."""
+
+    @property
+    def input_shape(self) -> tuple[int | str, ...]:
+        """Its shape, an open axis by name."""
+
+    @property
+    def output_name(self) -> str:
+        """Name of the only output."""
+
+    @property
+    def opset(self) -> int:
+        """The version of ONNX's operators."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

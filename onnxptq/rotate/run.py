@@ -50,9 +50,12 @@ class Rotation:
             )
             if sizes
         ]
-        text = "No channels can be rotated"
         if parts:
             text = f"Rotated: {', '.join(parts)}; the float outputs differ by {self.difference:.1e}"
+        elif self.skips:
+            text = "No channels can be rotated"
+        else:
+            text = "No channels can be rotated: nonlinear operators or the caller read or write all of them"
         left = "; ".join(f"{skip.site} {skip.reason}" for skip in self.skips[:_TOLD])
         return f"{text}. Left: {left}." if left else f"{text}."
 

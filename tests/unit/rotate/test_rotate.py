@@ -206,6 +206,14 @@ def test_the_summary_counts_streams_and_heads() -> None:
     )
 
 
+def test_the_summary_says_why_where_there_is_no_stream(tmp_path: Path) -> None:
+    net = nets.Blocks()
+    x = net.op("Relu", "act", net.linear("first", "x", 16, 16))
+    _, found = rotated(net.proto({"x": [1, 6, 16]}, [net.linear("last", x, 16, 4)]), tmp_path)
+    assert found == Rotation()
+    assert found.summary.startswith("No channels can be rotated: nonlinear operators")
+
+
 def test_no_sample_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FeedError):
         rotate(canonical(nets.one_stream("none"), tmp_path), Samples([]), work_dir=tmp_path)
