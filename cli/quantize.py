@@ -128,7 +128,7 @@ from .progress import TerminalProgress
 @click.option(
     "--rotate/--no-rotate",
     default=None,
-    help="Try rotated channels, exact as well. Left out: with fewer than 8 bits.",
+    help="Try rotated channels, exact as well. [default: yes]",
 )
 @click.option(
     "--compensate/--no-compensate", default=None, help="Try error-compensated rounding. [default: yes]"

@@ -62,8 +62,7 @@ class Recipe(BaseModel):
         percentile: percent of values kept by the percentile observer.
         include, exclude: node selectors; with ``include`` only matching nodes are quantized.
         rules: per-tensor exceptions; the last match wins.
-        equalize, compensate, correct_bias: parts of ``auto`` that can be turned off.
-        rotate: whether rotated channels are tried; None tries them with fewer than 8 bits.
+        equalize, rotate, compensate, correct_bias: parts of ``auto`` that can be turned off.
         samples: at most this many calibration samples, spread evenly over the data.
         holdout: share of the samples kept out of calibration for the quality numbers, where no evaluation
             data is given.
@@ -105,7 +104,7 @@ class Recipe(BaseModel):
     exclude: tuple[str, ...] = ()
     rules: tuple[TensorRule, ...] = ()
     equalize: bool = True
-    rotate: bool | None = None
+    rotate: bool = True
     compensate: bool = True
     correct_bias: bool = True
     samples: int = Field(default=256, ge=1)
@@ -164,7 +163,7 @@ class Recipe(BaseModel):
     @property
     def tries_rotation(self) -> bool:
         """Whether rotated channels are tried."""
-        return self.method != "rtn" and (self.is_low_bit if self.rotate is None else self.rotate)
+        return self.method != "rtn" and self.rotate
 
     @property
     def is_solved_by_packs(self) -> bool:

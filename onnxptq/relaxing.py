@@ -36,7 +36,9 @@ def measure_noise(
     step = progress.start("rank nodes", len(nodes)) if progress else None
     noise: dict[str, float] = {}
     for node in nodes:
-        noise[node] = _noise(score(*_restricted(plan_of(node), solution)))
+        plan = plan_of(node)
+        # What is only quantized together with its neighbours makes no noise of its own.
+        noise[node] = _noise(score(*_restricted(plan, solution))) if plan.quantizers else 0.0
         if step:
             step()
     return noise
@@ -50,7 +52,7 @@ def find_relaxation(
     Empty where that would take too many of them.
 
     Args:
-        noise: of every weighted node, as :func:`measure_noise` found it.
+        noise: of every node, as :func:`measure_noise` found it.
         declined: those that are in float already.
         reached: quality without quantizing ``declined``, in dB.
     """

@@ -26,7 +26,7 @@ from onnxptq.reconstruct.rounding import round_in_closed_form
 from onnxptq.relaxing import find_relaxation, measure_noise
 from onnxptq.samples import Draw
 from onnxptq.trial import Quality, Trial
-from onnxptq.types import CanonicalModel, Feeds, Progress, QParams, QuantPlan, Sample, Solution
+from onnxptq.types import GRAPH_OUTPUT, CanonicalModel, Feeds, Progress, QParams, QuantPlan, Sample, Solution
 
 if TYPE_CHECKING:
     from onnxptq.packing import Packing, PackSolution
@@ -46,8 +46,9 @@ EQUALIZING_SAMPLES = 32
 FLOOR_MARGIN_DB = 1.5
 """By how much a relaxed plan aims above the floor: other data than the trial's will score a little less."""
 
-FOCUS_SAMPLES = 2
-"""Calibration samples whose attention matrices choose the ranges of softmax outputs."""
+FOCUS_SAMPLES = 24
+"""Calibration samples whose attention matrices choose the ranges of softmax outputs: with few, strong attention that
+they lack is clipped."""
 
 TELLING_DB = 0.1
 """A loss of less is not worth a sentence."""
@@ -106,6 +107,7 @@ class Solver:
     start: Solution = field(default_factory=lambda: Solution(qparams={}))
     packing: Packing | None = None
     packed: PackSolution | None = None
+    _grids: Mapping[str, QParams] = field(default_factory=dict)
     _known_trial: Trial | None = None
     _start_quality: Quality | None = None
     _float_rank: float | None = None
@@ -116,12 +118,15 @@ class Solver:
         """Choose ranges and round to nearest: ``start`` is then set."""
         if not self.plan.quantizers:
             return
-        grids = weight_grids(self.model.graph, self.plan)
+        self._grids = weight_grids(self.model.graph, self.plan)
         if self.recipe.method == "rtn":
-            self.start = self._initial(self.statistics, _named(self.recipe), {}, grids)
+            self.start = self._initial(
+                choose_ranges(self.plan, self.statistics, _named(self.recipe), self.overrides)
+            )
             return
         observer, focused = self._ranges()
-        self.start = self._initial(self.statistics, observer, focused, grids)
+        ranges = choose_ranges(self.plan, self.statistics, observer, self.overrides)
+        self.start = self._initial({**ranges, **focused})
 
     def rank(self) -> float:
         """Quality of ``start``, to compare different forms of one model; infinite where nothing is quantized."""
@@ -136,6 +141,11 @@ class Solver:
         if self._start_quality is None:
             self._start_quality = self._trial().quality(self.plan, self.start)
         return self._start_quality
+
+    @property
+    def reached(self) -> float:
+        """What ``finish`` reached, in dB on the trial samples."""
+        return math.inf if self._reached is None else self._reached.score
 
     def prospect(self) -> float:
         """What forms of one model are compared by: the mean of ``rank`` and of the rank with float weights.
@@ -188,7 +198,7 @@ class Solver:
             return {}
         trial = self._trial()
         if not self._noise:
-            readers = {s.consumer for q in self.plan.quantizers if q.role == "weight" for s in q.sites}
+            readers = {s.consumer for q in self.plan.quantizers for s in q.sites} - {GRAPH_OUTPUT}
             self._noise = measure_noise(
                 plan_of,
                 sorted(readers),
@@ -201,22 +211,15 @@ class Solver:
             f"The outputs reached {reached:.2f} dB on calibration samples, "
             + (f"short of {aim:g} dB: " if self.declined else f"below the floor of {floor:g} dB: ")
             + (
-                f"{len(self.declined) + len(more)} of {len(self._noise)} weighted nodes are left in float."
+                f"{len(self.declined) + len(more)} of {len(self._noise)} nodes are left in float."
                 if more
                 else "too many nodes share in the noise for leaving more in float."
             )
         )
         return more
 
-    def _initial(
-        self,
-        statistics: Calibration,
-        observer: Observer,
-        focused: Mapping[str, QParams],
-        grids: Mapping[str, QParams],
-    ) -> Solution:
-        ranges = choose_ranges(self.plan, statistics, observer, self.overrides)
-        return initial_solution(self.model.graph, self.plan, {**ranges, **focused}, grids)
+    def _initial(self, activations: Mapping[str, QParams]) -> Solution:
+        return initial_solution(self.model.graph, self.plan, activations, self._grids)
 
     def _ranges(self) -> tuple[Observer, Mapping[str, QParams]]:
         if self.recipe.observer != "auto":
@@ -254,7 +257,7 @@ class Solver:
             self.model,
             self.plan,
             choose_ranges(self.plan, self.statistics, Observer(name="minmax"), self.overrides),
-            self.samples.correction[:FOCUS_SAMPLES],
+            self.samples.equalizing[:FOCUS_SAMPLES],
             provider=self.recipe.provider,
             progress=self.progress,
         )

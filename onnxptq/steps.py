@@ -423,23 +423,30 @@ def solved(run: Run, form: Prepared) -> Solved:
     model, solver = form.model, form.solver
     with run.timed("solve"):
         found = solver.finish()
+        best = solver, found
         placed = _placing(run, model, form.statistics)
         nodes = [node.name for node in model.graph.nodes]
         for _ in range(RELAXATIONS):
             more = solver.relax(
                 found, lambda kept: placed({name: "set aside" for name in nodes if name != kept})
             )
-            for note in solver.notes:
-                run.note(f"After that: {note}" if solver.declined else note)
+            _note_all(run, solver)
             if not more:
                 break
             declined = {**solver.declined, **more}
             solver = solver.replanned(placed(declined), declined)
             solver.begin()
             found = solver.finish()
+            if solver.reached > best[0].reached:
+                best = solver, found
         else:
-            for note in solver.notes:
-                run.note(f"After that: {note}")
+            _note_all(run, solver)
+        if best[0] is not solver:
+            run.note(
+                f"Back to {best[0].reached:.2f} dB with {len(best[0].declined)} of these nodes in float: "
+                "more did not help."
+            )
+        solver, found = best
         return Solved(
             plan=solver.plan,
             solution=found,
@@ -447,6 +454,11 @@ def solved(run: Run, form: Prepared) -> Solved:
             packed=solver.packed,
             packing=_packing(solver),
         )
+
+
+def _note_all(run: Run, solver: Solver) -> None:
+    for note in solver.notes:
+        run.note(f"After that: {note}" if solver.declined else note)
 
 
 def _packing(solver: Solver) -> Packing | None:

@@ -12,6 +12,8 @@ Shapes: ``x`` is any float32 array; ``scale`` and ``zero_point`` are those of :c
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,6 +26,7 @@ from onnxptq.types import (
     PerTensor,
     QParams,
     QType,
+    Quantizer,
     Storage,
 )
 
@@ -153,6 +156,16 @@ def _not_beyond(scale: np.float32, steps: int, end: np.float32) -> np.float32:
         while scale > SMALLEST_SCALE and np.float32(steps) * scale > end:
             scale = np.nextafter(scale, np.float32(0.0))
     return scale
+
+
+def largest_scale(quantizer: Quantizer, qparams: QParams) -> float:
+    """The scale at which the grid ends where the tensor does: beyond it a runtime keeps the Relu or Clip that
+    bounds the tensor, because the grid no longer stands in for it."""
+    if quantizer.bounds is None or not np.isfinite(quantizer.bounds[1]):
+        return math.inf
+    if int(qparams.zero_point) != qparams.qtype.qmin:
+        return math.inf
+    return float(asymmetric_qparams(0.0, quantizer.bounds[1], qparams.qtype).scale)
 
 
 def range_of(qparams: QParams) -> tuple[FloatArray, FloatArray]:

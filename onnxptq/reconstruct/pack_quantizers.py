@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import find_linears
 from onnxptq.lowering import LoweredModule
 from onnxptq.lowering.quantized import quantizers_by_edge, quantizing_hooks, set_hooks
-from onnxptq.quantizers.affine import asymmetric_qparams
+from onnxptq.quantizers.affine import largest_scale
 from onnxptq.quantizers.focusing import FocusedActivation, can_focus
 from onnxptq.quantizers.low_rank import Factors, LowRankWeight
 from onnxptq.quantizers.trainable import (
@@ -199,17 +198,7 @@ def _activation(
     if can_focus(qparams) and (wants_focus or int(qparams.zero_point) < qparams.qtype.qmin):
         return FocusedActivation(qparams)
     members = [q for q in plan.quantizers if q.scale_group == quantizer.scale_group]
-    return LearnedActivation(qparams, min(_largest_scale(member, qparams) for member in members))
-
-
-def _largest_scale(quantizer: Quantizer, qparams: QParams) -> float:
-    """The scale at which the grid ends where the tensor does: beyond it a runtime keeps the Relu or Clip that
-    bounds the tensor, because the grid no longer stands in for it."""
-    if quantizer.bounds is None or not np.isfinite(quantizer.bounds[1]):
-        return math.inf
-    if int(qparams.zero_point) != qparams.qtype.qmin:
-        return math.inf
-    return float(asymmetric_qparams(0.0, quantizer.bounds[1], qparams.qtype).scale)
+    return LearnedActivation(qparams, min(largest_scale(member, qparams) for member in members))
 
 
 def _instead(value: Callable[[], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

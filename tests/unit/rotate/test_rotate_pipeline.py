@@ -7,27 +7,16 @@ from typing import Any
 
 import numpy as np
 import onnx
-import pytest
 
 from onnxptq.pipeline import quantize
 from onnxptq.recipe import Recipe
 from tests.unit.rotate.rotate_nets import one_stream
 
 
-@pytest.mark.parametrize(
-    ("settings", "is_tried"),
-    [
-        ({}, False),
-        ({"rotate": True}, True),
-        ({"weight_bits": 4}, True),
-        ({"activation_bits": 6}, True),
-        ({"weight_bits": 4, "rotate": False}, False),
-        ({"weight_bits": 4, "method": "rtn"}, False),
-        ({"rules": ({"match": "Conv", "weight_bits": 4},)}, True),
-    ],
-)
-def test_rotation_is_tried_below_8_bits_or_when_asked_for(settings: dict[str, Any], is_tried: bool) -> None:
-    assert Recipe.create(settings).tries_rotation is is_tried
+def test_the_baseline_is_not_rotated() -> None:
+    assert Recipe().tries_rotation
+    assert not Recipe(rotate=False).tries_rotation
+    assert not Recipe(method="rtn").tries_rotation
 
 
 def outlier_net(path: Path) -> Path:
