@@ -20,7 +20,7 @@ from onnxptq.partition.blocks import find_blocks
 from onnxptq.partition.describe import BlockRow, describe_blocks
 from onnxptq.placing import placement_request
 from onnxptq.recipe import Recipe
-from onnxptq.targets import TARGETS
+from onnxptq.targets import TARGETS, WRITTEN_OUT
 from onnxptq.types import CanonicalModel, Progress, Skip
 
 
@@ -97,7 +97,12 @@ def inspect(
     recipe = recipe or Recipe()
     with tempfile.TemporaryDirectory(prefix="onnxptq-") as folder:
         canonical = canonicalize(
-            Path(model), Path(folder), opset=recipe.opset, simplify=recipe.simplify, progress=progress
+            Path(model),
+            Path(folder),
+            opset=recipe.opset,
+            simplify=recipe.simplify,
+            expanded=sorted({op for ops in WRITTEN_OUT.values() for op in ops}),
+            progress=progress,
         )
         index = GraphIndex(canonical.graph)
         constants = [t for t in canonical.graph.tensors().values() if isinstance(t, gs.Constant)]

@@ -41,7 +41,7 @@ from onnxptq.rotate.run import rotate
 from onnxptq.runtime import count_kernels, runtime_version
 from onnxptq.samples import ListFeeds, pick_samples
 from onnxptq.solving import Samples, Solver, draw_samples
-from onnxptq.targets import TARGETS, candidate_tensors
+from onnxptq.targets import TARGETS, WRITTEN_OUT, candidate_tensors
 from onnxptq.types import CanonicalModel, Feeds, InputSpec, Progress, QuantPlan, Solution
 from onnxptq.validate.compare import Comparison, compare
 from onnxptq.validate.latency import Latency, measure_latency
@@ -169,7 +169,12 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
     """
     with run.timed("canonicalize"):
         model = canonicalize(
-            source, run.scratch, opset=run.recipe.opset, simplify=run.recipe.simplify, progress=run.progress
+            source,
+            run.scratch,
+            opset=run.recipe.opset,
+            simplify=run.recipe.simplify,
+            expanded=WRITTEN_OUT[run.recipe.target],
+            progress=run.progress,
         )
     for note in model.notes:
         run.note(note)

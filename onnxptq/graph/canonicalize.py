@@ -2,8 +2,9 @@
 
 Order of the work::
 
-    read and check -> name nodes -> inline functions -> half precision to float32 -> raise the opset
-      -> onnxsim -> infer shapes -> own passes (``passes.PASSES``) -> names back to the user's -> write
+    read and check -> name nodes -> inline functions -> write out operators -> half precision to float32
+      -> raise the opset -> onnxsim -> infer shapes -> own passes (``passes.PASSES``) -> names back to the user's
+      -> write
 
 Graph inputs and outputs keep names, types and order; symbolic dimensions stay. Models whose weights exceed
 protobuf's limit go through the native steps without their weights, which are memory-mapped from then on.
@@ -15,7 +16,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def canonicalize(
     opset: int | None = None,
     min_opset: int = 13,
     simplify: bool = True,
+    expanded: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> CanonicalModel:
     """Read ``path`` and write its canonical float form to ``work_dir/canonical.onnx``.
@@ -100,6 +102,7 @@ def canonicalize(
         opset: the opset of the result, if it is to be newer than the model's own.
         min_opset: raise the opset to this where the model's own is older and ``opset`` is not given.
         simplify: whether to run onnxsim.
+        expanded: ONNX operators to write out by their definitions, so that what is inside can be quantized.
         progress: told about each step.
 
     Raises:
@@ -115,7 +118,7 @@ def canonicalize(
         raise checker_error(path, failure) from failure
     tick()
     source_bytes = model_bytes(model, path)
-    fingerprint = _fingerprint(model, path, (opset, min_opset, simplify))
+    fingerprint = _fingerprint(model, path, (opset, min_opset, simplify, *expanded))
     tick()
     _drop_initializer_inputs(model)
     _require_numpy_ends(model, path)
@@ -125,7 +128,7 @@ def canonicalize(
     canonical = work_dir / "canonical.onnx"
     model_metadata = proto.metadata(model.metadata_props)
     with _scratch(work_dir) as scratch:
-        graph = _prepare(draft, scratch, opset, min_opset, simplify)
+        graph = _prepare(draft, scratch, opset, min_opset, simplify, expanded)
         tick()
         _run_passes(graph, draft)
         node_metadata = _node_metadata(reference, graph)
@@ -200,7 +203,14 @@ def _drop_initializer_inputs(model: onnx.ModelProto) -> None:
         model.graph.input.extend(kept)
 
 
-def _prepare(draft: _Draft, scratch: Path, opset: int | None, min_opset: int, simplify: bool) -> gs.Graph:
+def _prepare(
+    draft: _Draft,
+    scratch: Path,
+    opset: int | None,
+    min_opset: int,
+    simplify: bool,
+    expanded: Sequence[str],
+) -> gs.Graph:
     """Every native step; returns the graph with its weights."""
     folder = draft.source.parent
     model = draft.model
@@ -214,6 +224,7 @@ def _prepare(draft: _Draft, scratch: Path, opset: int | None, min_opset: int, si
     if model.functions:
         _native(draft, scratch, ["read", "inline"], {})
         name_nodes(draft.model.graph)
+    _expand(draft, scratch, expanded)
     if has_half:
         weights.declare_float(detached, draft.model)
         draft.renamed.update(raise_half(draft.model))
@@ -235,6 +246,21 @@ def _prepare(draft: _Draft, scratch: Path, opset: int | None, min_opset: int, si
     weights.attach(graph, detached, folder, scratch)
     _require_float32_weights(graph, draft.source)
     return graph
+
+
+def _expand(draft: _Draft, scratch: Path, operators: Sequence[str]) -> None:
+    """Write out ``operators`` of the main graph; where that fails they stay."""
+    count = sum(node.op_type in operators and not node.domain for node in draft.model.graph.node)
+    if not count:
+        return
+    kinds = " or ".join(operators)
+    try:
+        _run(draft, scratch, ["read", "infer", "expand"], {"expanded": list(operators)})
+    except NativeError as failure:
+        draft.notes.append(f"{kinds} nodes could not be written out and stay in float: {failure.reason}")
+        return
+    name_nodes(draft.model.graph)
+    draft.notes.append(f"{count} {kinds} nodes were written out as products.")
 
 
 def _clean(

@@ -27,7 +27,7 @@ class NativeError(Exception):
     """A native step failed.
 
     Attributes:
-        step: which one: check, read, inline, convert, simplify, infer or write.
+        step: which one: check, read, inline, expand, convert, simplify, infer or write.
         reason: what it said, or how it ended.
         is_crash: whether the process died or hung instead of reporting an error.
     """
@@ -108,4 +108,4 @@ def _run(job_path: Path, result: Path, timeout: float) -> None:
     raise NativeError(step, f"the native library crashed ({how}) {tail}".rstrip(), True)
 
 
-_STEP_NAMES = frozenset({"check", "read", "inline", "convert", "simplify", "infer", "write"})
+_STEP_NAMES = frozenset({"check", "read", "inline", "expand", "convert", "simplify", "infer", "write"})

@@ -35,6 +35,19 @@ def inline(_: dict[str, Any], model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
+def expand(job: dict[str, Any], model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace ONNX operators by the bodies that their schemas give them."""
+    import onnx.inliner
+
+    # Bodies depend on the types of what is read, and initializers have none but their own.
+    model.graph.value_info.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+        for tensor in model.graph.initializer
+    )
+    operators = [("", name) for name in job["expanded"]]
+    return onnx.inliner.inline_selected_functions(model, operators, inline_schema_functions=True)
+
+
 def convert(job: dict[str, Any], model: onnx.ModelProto) -> onnx.ModelProto:
     """Raise the default operator set."""
     import onnx.version_converter
@@ -87,6 +100,7 @@ STEPS: dict[str, Callable[[dict[str, Any], Any], onnx.ModelProto | None]] = {
     "check": check,
     "read": read,
     "inline": inline,
+    "expand": expand,
     "convert": convert,
     "simplify": simplify,
     "infer": infer,

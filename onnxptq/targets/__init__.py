@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from onnxptq.graph.index import GraphIndex
 from onnxptq.targets import ort_cpu, simulate, tensorrt
@@ -18,6 +18,13 @@ TARGETS: Mapping[str, Place] = {
 }
 """The placement function of every target, by name."""
 
+WRITTEN_OUT: Mapping[str, Sequence[str]] = {
+    ort_cpu.NAME: (),
+    tensorrt.NAME: ("Attention",),
+    simulate.NAME: ("Attention",),
+}
+"""Operators that a target has written out by their definitions, because it quantizes products inside them."""
+
 
 def candidate_tensors(index: GraphIndex) -> tuple[str, ...]:
     """Every activation that some target may quantize, in graph order: calibrating these serves all targets."""
@@ -31,4 +38,4 @@ def candidate_tensors(index: GraphIndex) -> tuple[str, ...]:
     return tuple(name for name in (*index.graph_inputs, *produced) if name in wanted)
 
 
-__all__ = ["TARGETS", "PlacementRequest", "candidate_tensors"]
+__all__ = ["TARGETS", "WRITTEN_OUT", "PlacementRequest", "candidate_tensors"]

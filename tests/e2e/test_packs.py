@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def windows() -> onnx.ModelProto:
     return net.proto({"x": ["n", 3, 8, 8]}, [net.conv("last", net.op("Relu", "r5", up), (4, 8, 3, 3))])
 
 
+def attention_node() -> onnx.ModelProto:
+    """One operator for all of it, with a mask, behind three projections."""
+    net = Net(seed=6, opset=23)
+    q, k, v = (net.linear(name, "x", 32, 32) for name in "qkv")
+    mask = net.constant("mask", np.where(np.tri(8, dtype=bool), 0, -1e4).astype(np.float32))
+    y = net.op("Attention", "att", q, k, v, mask, q_num_heads=2, kv_num_heads=2)
+    return net.proto({"x": [1, 8, 32]}, [net.linear("out", y, 32, 8)])
+
+
 def even_attention() -> onnx.ModelProto:
     """Over four tokens, with weights near a quarter."""
     net = Net(seed=5)
@@ -83,6 +93,7 @@ NETS: Mapping[str, tuple[Callable[[], onnx.ModelProto], Shapes]] = {
     "windows": (windows, ONE),
     "attention": (attention_block, {"x": (1, 8, 32)}),
     "vector attention": (vector_attention, {"x": (1, 6, 16)}),
+    "attention node": (attention_node, {"x": (1, 8, 32)}),
     "even attention": (even_attention, {"x": (1, 4, 16)}),
     "points, fixed batch": (max_pool_net, {"x": (1, 64, 3)}),
     "two inputs": (two_inputs, {"left": (5, 6), "right": (5, 4)}),
@@ -228,6 +239,26 @@ def test_softmax_ranges_that_begin_above_zero_are_written(method: str, tmp_path:
     assert softmax.full_db <= softmax.from_zero_db < softmax.free_db
     assert found.report.parity is not None
     assert found.report.parity.max_steps == 0.0
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "simulate"])
+def test_an_attention_node_is_written_out_where_its_products_are_quantized(
+    target: str, tmp_path: Path
+) -> None:
+    found = _quantized("attention node", tmp_path, target=target, method="pack-ptq", observer="auto")
+    _is_proven(found)
+    kinds = Counter(node.op_type for node in onnx.load(str(found.output)).graph.node)
+    notes = [note for note in found.report.notes if note == "1 Attention nodes were written out as products."]
+    if target == "ort-cpu":
+        assert (kinds["Attention"], kinds["Softmax"], notes) == (1, 0, [])
+        return
+    assert (kinds["Attention"], kinds["Softmax"], len(notes)) == (0, 1, 1)
+    activations = [row for row in found.report.quantized if row.role == "activation"]
+    readers = {reader for row in activations for reader in row.readers}
+    # The projections, both products, and the layer behind.
+    assert {"q.mm", "k.mm", "v.mm", "out.mm"} < readers
+    assert len(readers) == 6
+    assert len(found.report.softmax) == 1
 
 
 @pytest.mark.parametrize("root", [1, 2])

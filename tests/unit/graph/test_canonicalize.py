@@ -12,7 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxptq.errors import OutputPathError, UnsupportedModelError
 from onnxptq.graph import canonicalize as module
+from onnxptq.graph.attention import find_attention
 from onnxptq.graph.canonicalize import canonicalize
+from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.load import read_model
 from onnxptq.types import CanonicalModel
 from tests.unit.graph.graph_helpers import assert_close, build, feed_for, node, random, run
@@ -401,3 +403,35 @@ def test_testbed(tmp_path: Path, testbed: Path, bed: str) -> None:
     feed = feed_for(before, symbol=2)
     # Batch norm folding and a changed opset reorder float32 roundings; through some 50 layers.
     assert_close(run(source, feed), run(result.path, feed), 1e-5)
+
+
+ATTENTIONS: dict[str, tuple[dict[str, list[int | str]], dict[str, int]]] = {
+    "flat": (
+        {"q": ["n", 5, 12], "k": ["n", 7, 12], "v": ["n", 7, 12]},
+        {"q_num_heads": 3, "kv_num_heads": 3},
+    ),
+    "heads": ({"q": [2, 4, 5, 6], "k": [2, 4, 5, 6], "v": [2, 4, 5, 6]}, {"is_causal": 1}),
+    "grouped": ({"q": [1, 4, 5, 6], "k": [1, 2, 5, 6], "v": [1, 2, 5, 6]}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize("mask", [True, False], ids=["masked", "plain"])
+def test_attention_nodes_are_written_out_on_request(kind: str, mask: bool, tmp_path: Path) -> None:
+    inputs, attrs = ATTENTIONS[kind]
+    length = int(inputs["k"][-2])
+    weights = {"m": np.where(random(5, length) > -0.5, 0, -1e4).astype(np.float32)} if mask else {}
+    names = "q k v m" if mask else "q k v"
+    model = build([node("Attention", names, "y", **attrs)], inputs, ["y"], weights, opset=23)
+    kept = canonical(tmp_path, model)
+    assert ops(kept)["Attention"] == 1
+    result = canonical(tmp_path, model, "out", expanded=("Attention",))
+    assert ops(result)["Attention"] == 0
+    assert ops(result)["MatMul"] == 2
+    assert "1 Attention nodes were written out as products." in result.notes
+    assert result.fingerprint != kept.fingerprint
+    (found,) = find_attention(GraphIndex(result.graph))
+    assert found.form == "product"
+    assert len(found.scores) == 1
+    feed = feed_for(model)
+    assert_close(run(model, feed), run(result.path, feed), 1e-5)
