@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxptq.calibrate.observers import Observer
-from onnxptq.calibrate.products import Focus, choose_softmax_ranges
+from onnxptq.calibrate.products import HELD_BYTES, Focus, choose_softmax_ranges
 from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.select import CANDIDATES, label, select_observer
@@ -253,12 +253,14 @@ class Solver:
     def _focused(self) -> Mapping[str, QParams]:
         """Parameters of the softmax outputs whose observer no rule names."""
         ruled = {q.quantizer_id for q in self.plan.quantizers if q.tensor in self.overrides}
+        allowed = self.recipe.max_memory
         found = choose_softmax_ranges(
             self.model,
             self.plan,
             choose_ranges(self.plan, self.statistics, Observer(name="minmax"), self.overrides),
             self.samples.equalizing[:FOCUS_SAMPLES],
             provider=self.recipe.provider,
+            group_bytes=HELD_BYTES if allowed is None else min(HELD_BYTES, allowed << 20),
             progress=self.progress,
         )
         self.focuses = {name: focus for name, focus in found.items() if name not in ruled}

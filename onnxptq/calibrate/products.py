@@ -34,7 +34,7 @@ from onnxptq.quantizers.affine import (
     shifted_type,
     symmetric_qparams,
 )
-from onnxptq.runtime import Provider, open_transient
+from onnxptq.runtime import Provider, group_within, open_transient
 from onnxptq.types import (
     Array,
     CanonicalModel,
@@ -56,8 +56,11 @@ _NEARBY = 2
 _PATIENCE = 2
 """Lower ends without a gain after which no further one is tried."""
 
-_ROWS = 64
-"""Rows of each attention matrix that are looked at; evenly spread."""
+HELD_BYTES = 1 << 28
+"""Operands that are held at once, where the caller says nothing else."""
+
+_ROWS_IN_ALL, _LEAST_ROWS, _MOST_ROWS = 384, 8, 64
+"""Rows of attention matrices that are looked at: of all samples together, and of each of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -88,34 +91,49 @@ def choose_softmax_ranges(
     samples: Sequence[Sample],
     *,
     provider: Provider = "cpu",
+    group_bytes: int = HELD_BYTES,
     progress: Progress | None = None,
 ) -> dict[str, Focus]:
     """Ranges of the quantizers behind a softmax that feed a product of two activations, by quantizer id.
 
     Args:
         ranges: the parameters found so far; their upper ends bound the search from above.
+        group_bytes: operands of all samples that are held at once; more softmaxes take more passes over the samples.
     """
     sites = _softmax_sites(GraphIndex(model.graph), plan)
     if not sites or not samples:
         return {}
-    read = {name for site in sites for p in site.products for name in (p.found.quantized, p.found.values)}
-    exposed = sorted(read - set(samples[0]))
-    session = open_transient(
-        model.path.with_name(f"products_{model.path.name}"),
-        lambda path: exposed_copy(model.path, exposed, path),
-        provider=provider,
-    )
-    step = progress.start("softmax ranges", len(samples)) if progress else None
-    for sample in samples:
-        values = {**sample, **session.run(sample, exposed)}
-        for site in sites:
-            site.operands.extend((*product.operands(values), product.apply) for product in site.products)
-        if step:
-            step()
-    return {
-        site.quantizer.quantizer_id: _focus(site, _upper_end(ranges[site.quantizer.quantizer_id]))
-        for site in sites
-    }
+    rows = min(_MOST_ROWS, max(_LEAST_ROWS, _ROWS_IN_ALL // len(samples)))
+
+    def collect(chosen: Sequence[_Site], seen: Sequence[Sample], tick: Callable[[], None]) -> None:
+        """The operands of the ``chosen`` sites for the samples ``seen``."""
+        read = {
+            name for site in chosen for p in site.products for name in (p.found.quantized, p.found.values)
+        }
+        exposed = sorted(read - set(samples[0]))
+        session = open_transient(
+            model.path.with_name(f"products_{model.path.name}"),
+            lambda path: exposed_copy(model.path, exposed, path),
+            provider=provider,
+        )
+        for sample in seen:
+            values = {**sample, **session.run(sample, exposed)}
+            for site in chosen:
+                site.operands.extend((*p.operands(values, rows), p.apply) for p in site.products)
+            tick()
+
+    collect(sites, samples[:1], lambda: None)
+    names = [site.quantizer.quantizer_id for site in sites]
+    sizes = {name: site.release() * len(samples) for name, site in zip(names, sites, strict=True)}
+    groups = group_within([[name] for name in names], sizes, group_bytes)
+    tick = progress.start("softmax ranges", len(groups) * len(samples)) if progress else lambda: None
+    found: dict[str, Focus] = {}
+    for members in groups:
+        collect([sites[i] for i in members], samples, tick)
+        for i in members:
+            found[names[i]] = _focus(sites[i], _upper_end(ranges[names[i]]))
+            sites[i].release()
+    return found
 
 
 Apply = Callable[[Array, Array], Array]
@@ -129,9 +147,9 @@ class _Product:
     found: Attention
     apply: Apply
 
-    def operands(self, values: Mapping[str, Array]) -> tuple[Array, Array]:
-        """Some rows of R, and V, of the product P V; of V P they are transposed, as (V P)^T = P^T V^T. For a
-        weighted sum all of both."""
+    def operands(self, values: Mapping[str, Array], most: int) -> tuple[Array, Array]:
+        """At most ``most`` rows of R, evenly spread, and V, of the product P V; of V P they are transposed, as
+        (V P)^T = P^T V^T. For a weighted sum all of both."""
         weights, other = values[self.found.quantized], values[self.found.values]
         if self.found.form != "product":
             return weights, other
@@ -143,7 +161,7 @@ class _Product:
             value.swapaxes(-1, -2) if is_turned else value
             for value, is_turned in zip((weights, other), turned, strict=True)
         )
-        rows = weights[..., :: max(1, weights.shape[-2] // _ROWS), :]
+        rows = weights[..., :: -(-weights.shape[-2] // most), :]
         return np.ascontiguousarray(rows), other
 
 
@@ -154,6 +172,12 @@ class _Site:
     quantizer: Quantizer
     products: Sequence[_Product]
     operands: list[tuple[Array, Array, Apply]] = field(default_factory=list)
+
+    def release(self) -> int:
+        """Forget the operands; returns how many bytes they took."""
+        size = sum(r.nbytes + v.nbytes for r, v, _ in self.operands)
+        self.operands.clear()
+        return size
 
     @property
     def power(self) -> float:

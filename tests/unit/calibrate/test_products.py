@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from onnxptq.rooting import root_weights
 from onnxptq.runtime import Session
 from onnxptq.samples import ListFeeds
 from onnxptq.types import CanonicalModel, PerTensor, Sample
+from tests.unit.rotate.rotate_nets import transformer
 from tests.unit.small_nets import NETS, Net, canonical, planned, random_samples, vector_attention
 
 
@@ -62,6 +64,37 @@ def test_the_product_decides(target: str, bits: int, tmp_path: Path) -> None:
         errors = [(r["softmax"] - fake_quantize(r["softmax"], focus.qparams)) @ r["v_heads"] for r in runs]
         noise = sum(np.square(e, dtype=np.float64).sum() for e in errors)
         assert noise == pytest.approx(focus.free * signal, rel=1e-6)
+
+
+def test_memory_does_not_change_the_choice(tmp_path: Path) -> None:
+    """With room for one softmax at a time, and for all; a pass over the samples for each group."""
+    model = canonical(transformer(), tmp_path)
+    plan = planned(model, "simulate", activation_bits=3)
+    samples = random_samples(model, 3)
+    tensors = sorted({q.tensor for q in plan.quantizers if q.role == "activation"})
+    ranges = choose_ranges(plan, calibrate(model, ListFeeds(samples), tensors), Observer(name="minmax"))
+    counts: list[int] = []
+
+    class Heard:
+        def start(self, title: str, total: int) -> Callable[[], None]:
+            assert title == "softmax ranges"
+            counts.append(total)
+            return lambda: counts.append(-1)
+
+        def message(self, text: str) -> None: ...
+
+    found = [
+        choose_softmax_ranges(model, plan, ranges, samples, group_bytes=size, progress=Heard())
+        for size in (1, 1 << 28)
+    ]
+    assert counts == [6, *[-1] * 6, 3, *[-1] * 3]
+    for name in ("block0.att.p", "block1.att.p"):
+        first, second = (focus[name] for focus in found)
+        assert (first.qparams.scale, first.full, first.free) == (
+            second.qparams.scale,
+            second.full,
+            second.free,
+        )
 
 
 def test_nothing_to_choose_without_a_product(tmp_path: Path) -> None:
