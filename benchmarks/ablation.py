@@ -32,7 +32,10 @@ CONSOLE = Console(highlight=False, soft_wrap=True)
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "nearest": {"method": "rtn"},
     "closed form": {"method": "pack-ptq", "effort": "fast"},
+    "closed form, root 3": {"method": "pack-ptq", "effort": "fast", "softmax_root": 3},
+    "closed form, root 4": {"method": "pack-ptq", "effort": "fast", "softmax_root": 4},
     "packs": {"method": "pack-ptq", "effort": "balanced"},
+    "packs, focus": {"method": "pack-ptq", "effort": "balanced", "focus": True},
     "packs, fisher": {"method": "pack-ptq", "effort": "balanced", "loss": "fisher"},
     "single blocks": {"method": "pack-ptq", "effort": "balanced", "max_pack_blocks": 1},
     "qdrop": {"method": "qdrop", "effort": "balanced"},
@@ -40,7 +43,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "adaround": {"method": "adaround", "effort": "balanced"},
 }
 
-SEEDLESS = ("nearest", "closed form")
+SEEDLESS = ("nearest", "closed form", "closed form, root 3", "closed form, root 4")
 
 
 def main() -> int:
