@@ -1,6 +1,7 @@
 """Rewrites of the canonical graph, one per file; each proves output equality in its test.
 
-The order matters: constants first, so that all others see them; idle nodes before patterns, so that they do
+The order matters: constants first, so that all others see them; products of equations next, which are layers and
+attention from then on; idle nodes before patterns, so that they do
 not hide one; attention scales last, when the linear layers have taken in what belongs to them.
 """
 
@@ -17,12 +18,14 @@ from onnxptq.graph.passes import (
     fold_channel_scale,
     fuse_gelu,
     fuse_layer_norm,
+    lower_einsum,
     remove_identity,
     unwrap_softmax,
 )
 
 PASSES: tuple[Callable[[gs.Graph], int], ...] = (
     constant_to_initializer.run,
+    lower_einsum.run,
     unwrap_softmax.run,
     remove_identity.run,
     fold_batch_norm.run,
