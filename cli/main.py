@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from onnxptq.errors import EXIT_INTERRUPTED, MemoryBudgetError, OnnxPtqError
+from onnxptq.ranks import Ranks
 from onnxptq.version import __version__
 
 from .inspect import inspect
@@ -35,8 +36,15 @@ Exit codes:
 """
 
 
+SCALE_OUT = """\b
+Several processes, each with a share of the samples (see docs/reconstruction.md):
+  torchrun --nproc-per-node N -m onnxptq quantize ...
+"""
+
+
 @click.group(
-    epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    epilog=f"{EXIT_CODES}\n{SCALE_OUT}",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="onnxptq")
 def cli() -> None:
@@ -58,7 +66,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str] | None, debug: bool) -> int:
     try:
-        result: Any = cli.main(args=arguments, prog_name="onnxptq", standalone_mode=False)
+        ranks = Ranks.join()
+        if ranks.rank > 0:
+            return ranks.serve()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except OnnxPtqError as error:
+        return _failed(error.message, error.remedy, error.exit_code, debug)
+    code = _command(arguments, debug, ranks)
+    ranks.dismiss(code)
+    return code
+
+
+def _command(arguments: list[str] | None, debug: bool, ranks: Ranks) -> int:
+    try:
+        result: Any = cli.main(args=arguments, prog_name="onnxptq", standalone_mode=False, obj=ranks)
     except click.exceptions.Abort:
         return _interrupted()
     except click.exceptions.Exit as stop:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import Recipe
 
 from .options import MODEL, PICTURE_FLAGS, image_options, output_options, picture_options
@@ -171,7 +172,10 @@ from .progress import TerminalProgress
 @click.option("--work-dir", type=MODEL, help="Caches. [default: $ONNXPTQ_CACHE or ~/.cache/onnxptq]")
 @image_options
 @output_options
+@click.pass_obj
 def quantize(
+    ranks: Ranks | None,
+    /,
     model: Path,
     calib: str,
     evaluation: str | None,
@@ -212,6 +216,7 @@ def quantize(
             report_dir=folder,
             work_dir=work_dir,
             progress=progress,
+            ranks=ranks or ALONE,
         )
     if as_json:
         click.echo(json.dumps(result.report.to_json(), indent=2))

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from onnxptq.ranks import ALONE, Ranks
+
 from .options import MODEL, PICTURE_FLAGS, image_options, output_options, picture_options
 from .progress import TerminalProgress
 
@@ -39,7 +41,10 @@ if TYPE_CHECKING:
 @click.option("--work-dir", type=MODEL, help="Caches. [default: $ONNXPTQ_CACHE or ~/.cache/onnxptq]")
 @image_options
 @output_options
+@click.pass_obj
 def sensitivity(
+    ranks: Ranks | None,
+    /,
     model: Path,
     calib: str,
     report_dir: Path | None,
@@ -69,6 +74,7 @@ def sensitivity(
             report_dir=report_dir,
             work_dir=work_dir,
             progress=progress,
+            ranks=ranks or ALONE,
         )
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))

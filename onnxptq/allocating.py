@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from onnxptq import reporting
 from onnxptq.allocate.choices import Allocation, AverageBits, PackChoices, TotalLoss, WeightBytes
@@ -54,16 +55,16 @@ def survey_bits(solver: Solver) -> Survey:
     device = torch_device(recipe)
     (samples,) = Draw(solver.everything).take((0, SCORING_SAMPLES))
     model, plan, start = solver.model, solver.plan, solver.start
-    packing = find_packing(model, plan, start, samples, recipe, device=device, progress=solver.progress)
-    packing = scored(packing, model, plan, start, samples, recipe, device=device, progress=solver.progress)
+    options: dict[str, Any] = {"device": device, "progress": solver.progress, "ranks": solver.ranks}
+    packing = find_packing(model, plan, start, samples, recipe, **options)
+    packing = scored(packing, model, plan, start, samples, recipe, **options)
     costs = measure_costs(
         model,
         packing.packs,
         packing.sensitivities,
         _placing(solver),
         solver.samples.trial,
-        device=device,
-        progress=solver.progress,
+        **options,
     )
     return Survey(packing=packing, costs=costs)
 

@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.allocate.choices import Choice, PackChoices
 from onnxptq.partition.score import Scorer
+from onnxptq.ranks import ALONE, Ranks
 from onnxptq.reconstruct.initial import initial_solution
 from onnxptq.types import (
     CanonicalModel,
@@ -27,6 +28,7 @@ from onnxptq.types import (
     QuantPlan,
     Sample,
     Sensitivity,
+    Solution,
 )
 
 CANDIDATES = (2, 3, 4, 5, 6, 8)
@@ -66,41 +68,44 @@ def measure_costs(
     candidates: Sequence[int] = CANDIDATES,
     device: str = "cpu",
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Costs:
     """The costs of every pack. A candidate that the target does not execute as such is not offered.
 
     Args:
         sensitivities: one per block of ``packs``; their mean Omega ranks packs.
+        ranks: processes that share the samples.
 
     Raises:
         UnsupportedOperatorError: a node cannot be lowered; raised before anything runs.
         UsageError: no samples, or no output to compare.
     """
-    scorer = Scorer(model, packs, samples, device=device)
     omega = {s.block: s.omega for s in sensitivities}
     weights: list[list[Choice]] = [[] for _ in packs]
     activations: list[list[Choice]] = [[] for _ in packs]
-    counts: list[tuple[int, int]] = [(0, 0) for _ in packs]
-    tick = progress.start("measure bits", 2 * len(candidates)) if progress else None
     constants = {
         name: math.prod(map(int, t.shape))
         for name, t in model.graph.tensors().items()
         if isinstance(t, gs.Constant)
     }
-    for bits in candidates:
-        plan = placing.plan_at(bits)
+    plans = {bits: placing.plan_at(bits) for bits in candidates}
+    parts: list[tuple[int, list[list[Choice]], QuantPlan, Solution]] = []
+    for bits, plan in plans.items():
         for role, found in (("weight", weights), ("activation", activations)):
             part = replace(plan, quantizers=tuple(_free(plan, role, placing.pinned)))
             ranges = placing.ranges(part) if role == "activation" else {}
-            scores = scorer.score(part, initial_solution(model.graph, part, ranges))
-            for i, pack in enumerate(packs):
-                own = quantizers_of(pack, part)
-                if own and all(q.qtype.bits == bits for q in own):
-                    size = sum(stored_bytes(constants[q.tensor], q) for q in own) if role == "weight" else 0
-                    found[i].append(Choice(bits=bits, cost=max(0.0, scores[i].loss), size=size))
-            if tick is not None:
-                tick()
-        counts = [count_elements(pack, plan, constants, scorer.sizes, placing.pinned) for pack in packs]
+            parts.append((bits, found, part, initial_solution(model.graph, part, ranges)))
+    networks = [(part, solution) for _, _, part, solution in parts]
+    given = (model, tuple(packs), tuple(samples), device, networks)
+    scored, sizes, loss = ranks.run(_scored, *given, progress=progress)
+    for (bits, found, part, _), scores in zip(parts, scored, strict=True):
+        for i, pack in enumerate(packs):
+            own = quantizers_of(pack, part)
+            if own and all(q.qtype.bits == bits for q in own):
+                size = sum(stored_bytes(constants[q.tensor], q) for q in own) if found is weights else 0
+                found[i].append(Choice(bits=bits, cost=max(0.0, scores[i].loss), size=size))
+    last = plans[candidates[-1]]
+    counts = [count_elements(pack, last, constants, sizes, placing.pinned) for pack in packs]
     offered = tuple(
         PackChoices(
             pack=pack.index,
@@ -112,7 +117,28 @@ def measure_costs(
         )
         for i, pack in enumerate(packs)
     )
-    return Costs(packs=offered, loss=scorer.loss)
+    return Costs(packs=offered, loss=loss)
+
+
+def _scored(
+    ranks: Ranks,
+    model: CanonicalModel,
+    packs: Sequence[Pack],
+    samples: Sequence[Sample],
+    device: str,
+    networks: Sequence[tuple[QuantPlan, Solution]],
+    *,
+    progress: Progress | None = None,
+) -> tuple[list[tuple[Sensitivity, ...]], Mapping[str, int], str]:
+    """The scores of every pack of every network, the sizes of tensors, and the kind of loss."""
+    scorer = Scorer(model, packs, samples, device=device, ranks=ranks)
+    tick = progress.start("measure bits", len(networks)) if progress else None
+    scores = []
+    for plan, solution in networks:
+        scores.append(scorer.score(plan, solution))
+        if tick is not None:
+            tick()
+    return scores, scorer.sizes, scorer.loss
 
 
 def quantizers_of(pack: Pack, plan: QuantPlan) -> list[Quantizer]:

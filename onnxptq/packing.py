@@ -20,6 +20,7 @@ from onnxptq.lowering.network import BlockNetwork
 from onnxptq.partition.blocks import find_blocks
 from onnxptq.partition.pack import PackMemory, pack_blocks, pack_memory
 from onnxptq.partition.score import score_blocks
+from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import Effort, Recipe
 from onnxptq.reconstruct.checkpoint import Checkpoints
 from onnxptq.reconstruct.learning import BALANCED, FAST, PAPER, Learning
@@ -121,6 +122,7 @@ def find_packing(
     *,
     device: str,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Packing:
     """Blocks, their scores, and packs that follow from them.
 
@@ -133,7 +135,9 @@ def find_packing(
     packing = Packing(blocks=blocks, sensitivities=(), packs=_singles(blocks))
     if recipe.method in _METHODS or recipe.reconstruction_effort == "fast":
         return packing
-    packing = scored(packing, model, plan, start, samples, recipe, device=device, progress=progress)
+    packing = scored(
+        packing, model, plan, start, samples, recipe, device=device, progress=progress, ranks=ranks
+    )
     return replace(packing, packs=_packs(packing, recipe.max_pack_blocks))
 
 
@@ -147,6 +151,7 @@ def scored(
     *,
     device: str,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Packing:
     """``packing`` with scores of its blocks, where packs did not need them."""
     if packing.sensitivities:
@@ -160,6 +165,7 @@ def scored(
         memory=_memory(recipe) // 2,
         device=device,
         progress=progress,
+        ranks=ranks,
     )
     return replace(packing, sensitivities=scores)
 
@@ -175,6 +181,7 @@ def solve_by_packs(
     work_dir: Path,
     packing: Packing | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> PackSolution:
     """Reconstruct the network pack by pack. An interrupted call goes on behind its last finished pack.
 
@@ -183,6 +190,7 @@ def solve_by_packs(
         samples: all calibration samples; their order has no effect as long as it is the same.
         work_dir: keeps finished packs.
         packing: found before, for other bits of the same network; None finds it.
+        ranks: processes that share the samples.
 
     Raises:
         UnsupportedOperatorError: a node cannot be lowered; raised before any long work.
@@ -190,13 +198,13 @@ def solve_by_packs(
     """
     device = torch_device(recipe)
     if packing is None:
-        packing = find_packing(model, plan, start, samples, recipe, device=device, progress=progress)
+        packing = find_packing(
+            model, plan, start, samples, recipe, device=device, progress=progress, ranks=ranks
+        )
     settings = learning(recipe)
     packing, needs = _within(model, plan, packing, samples, settings, recipe)
     spare = _memory(recipe) // 2
-    together = [
-        max(1, min(MOST_TOGETHER, (spare - need.parameters) // max(1, need.activations))) for need in needs
-    ]
+    together = [_together((spare - need.parameters) // max(1, need.activations)) for need in needs]
     folder = work_dir / "packs" / _key(model, plan, start, samples, packing, settings, recipe, device)
     found = reconstruct(
         model,
@@ -214,8 +222,14 @@ def solve_by_packs(
         ),
         seed=recipe.seed,
         progress=progress,
+        ranks=ranks,
     )
     return PackSolution(packing=packing, solution=found.solution, outcomes=found.outcomes, checkpoints=folder)
+
+
+def _together(most: int) -> int:
+    """Samples in one pass: a power of two, so that passes end where the samples of a process do."""
+    return 1 << max(0, min(MOST_TOGETHER, most).bit_length() - 1) if most > 0 else 1
 
 
 def _memory(recipe: Recipe) -> int:

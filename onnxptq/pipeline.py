@@ -7,6 +7,7 @@ from pathlib import Path
 
 from onnxptq import steps
 from onnxptq.publish import require_distinct, require_writable, require_writable_folder, staging
+from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import Recipe
 from onnxptq.runtime import require_runtime
 from onnxptq.types import Progress
@@ -33,6 +34,7 @@ def quantize(
     report_dir: str | Path | None = None,
     work_dir: str | Path | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Quantize ``model`` and prove the result.
 
@@ -46,6 +48,7 @@ def quantize(
         report_dir: where ``report.json`` and ``report.html`` go; none are written by default.
         work_dir: folder for caches; calibration found there is reused.
         progress: told about every long step.
+        ranks: processes that share the samples; called on the first of them, while the others serve.
 
     Raises:
         OnnxPtqError: see :mod:`onnxptq.errors`. No output file is left behind then.
@@ -57,7 +60,7 @@ def quantize(
     require_writable(target)
     if report_dir is not None:
         require_writable_folder(Path(report_dir))
-    with steps.start(recipe or Recipe(), work_dir, progress) as run:
+    with steps.start(recipe or Recipe(), work_dir, progress, ranks) as run:
         float_model = steps.canonical_model(run, source)
         data = steps.open_data(run, float_model, calibration, evaluation, labels)
         form = steps.prepared(run, float_model, data)

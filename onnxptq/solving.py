@@ -19,6 +19,7 @@ from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.select import CANDIDATES, label, select_observer
 from onnxptq.qdq import insert_quantizers
+from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import Recipe
 from onnxptq.reconstruct.bias import correct_biases
 from onnxptq.reconstruct.initial import initial_solution, weight_grids
@@ -101,6 +102,7 @@ class Solver:
     work_dir: Path
     reference: Path | None = None
     progress: Progress | None = None
+    ranks: Ranks = ALONE
     declined: Mapping[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     focuses: Mapping[str, Focus] = field(default_factory=dict)
@@ -301,6 +303,7 @@ class Solver:
             work_dir=self.work_dir,
             packing=self.packing,
             progress=self.progress,
+            ranks=self.ranks,
         )
         return self.packed.solution
 

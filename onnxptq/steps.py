@@ -35,6 +35,7 @@ from onnxptq.packing import Packing, PackSolution
 from onnxptq.placing import observer_overrides, placement_request, require_quantizers
 from onnxptq.publish import claimed_folder, space_errors, write_texts
 from onnxptq.qdq import insert_quantizers
+from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import Recipe
 from onnxptq.rooting import root_weights
 from onnxptq.rotate.run import rotate
@@ -72,6 +73,7 @@ class Run:
     work_dir: Path
     scratch: Path
     progress: Progress | None
+    ranks: Ranks = ALONE
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     bit_plan: BitPlan | None = None
@@ -142,7 +144,9 @@ class Checks:
 
 
 @contextmanager
-def start(recipe: Recipe, work_dir: str | Path | None, progress: Progress | None) -> Iterator[Run]:
+def start(
+    recipe: Recipe, work_dir: str | Path | None, progress: Progress | None, ranks: Ranks = ALONE
+) -> Iterator[Run]:
     """A run with a work folder for caches and a scratch folder that is removed at the end.
 
     Raises:
@@ -157,7 +161,7 @@ def start(recipe: Recipe, work_dir: str | Path | None, progress: Progress | None
             "Choose another with --work-dir.",
         ) from error
     with space_errors(folder), claimed_folder(folder, "onnxptq-run-") as scratch:
-        yield Run(recipe=recipe, work_dir=folder, scratch=scratch, progress=progress)
+        yield Run(recipe=recipe, work_dir=folder, scratch=scratch, progress=progress, ranks=ranks)
 
 
 def canonical_model(run: Run, source: Path) -> CanonicalModel:
@@ -330,6 +334,7 @@ def _prepared(run: Run, model: CanonicalModel, data: Data, reference: Path) -> P
         work_dir=run.work_dir,
         reference=reference,
         progress=run.progress,
+        ranks=run.ranks,
     )
     with run.timed("solve"):
         solver.begin()
@@ -367,6 +372,7 @@ def calibration(run: Run, model: CanonicalModel, data: Data) -> Calibration:
             provider=recipe.provider,
             group_bytes=run.group_bytes,
             progress=run.progress,
+            ranks=run.ranks,
         )
         cache.save_calibration(run.work_dir, key, result)
     return result

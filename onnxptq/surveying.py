@@ -8,6 +8,7 @@ from pathlib import Path
 from onnxptq import reporting, steps
 from onnxptq.allocating import survey_bits
 from onnxptq.publish import require_writable_folder, write_texts
+from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import Recipe
 from onnxptq.runtime import require_runtime
 from onnxptq.types import Progress
@@ -25,6 +26,7 @@ def sensitivity(
     report_dir: str | Path | None = None,
     work_dir: str | Path | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> SensitivityReport:
     """S and Omega of every block of ``model``, its packs, and the loss of each pack alone per number of bits.
 
@@ -39,6 +41,7 @@ def sensitivity(
         report_dir: where ``sensitivity.json`` and ``sensitivity.html`` go; none are written by default.
         work_dir: folder for caches; calibration found there is reused.
         progress: told about every long step.
+        ranks: as for ``quantize``.
 
     Raises:
         OnnxPtqError: see :mod:`onnxptq.errors`.
@@ -47,7 +50,7 @@ def sensitivity(
     if report_dir is not None:
         require_writable_folder(Path(report_dir))
     recipe = (recipe or DEFAULTS).updated(equalize=False)
-    with steps.start(recipe, work_dir, progress) as run:
+    with steps.start(recipe, work_dir, progress, ranks) as run:
         source = steps.canonical_model(run, Path(model))
         data = steps.open_data(run, source, calibration, None, None)
         form = steps.prepared(run, source, data)

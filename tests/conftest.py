@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from onnxptq.ranks import Ranks
 
 # No deadlines: a loaded machine must not fail a test. The same examples every time where machines judge.
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -22,3 +25,12 @@ def testbed() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"no testbed at {folder} (set ONNXPTQ_TESTBED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Rank 0 of two processes; the other one serves."""
+    from tests.unit.rank_work import two_ranks
+
+    with two_ranks() as found:
+        yield found

@@ -24,12 +24,13 @@ _SLICE = {"starts": 0, "ends": 1, "axes": -1}
 
 
 def open_group(
-    model: CanonicalModel, group: Sequence[str], others: Collection[str], provider: Provider
+    model: CanonicalModel, group: Sequence[str], others: Collection[str], provider: Provider, rank: int = 0
 ) -> Session:
     """A session that can return ``group``, float32 tensors.
 
     Args:
         others: float32 tensors of rank 1 or more that other groups return.
+        rank: of this process among those that do the same.
     """
     proto = onnx.load(str(model.path), load_external_data=False)
     anchored = sorted(set(others) - set(group) - set(model.outputs))
@@ -43,7 +44,7 @@ def open_group(
         )
     exposed = [name for name in group if name not in model.outputs]
     _add_outputs(proto, [*exposed, *(name + _ANCHOR for name in anchored)], onnx.TensorProto.FLOAT)
-    return _open(proto, model.path.with_name(f"exposed_{model.path.name}"), provider)
+    return _open(proto, model.path.with_name(f"exposed_{rank}_{model.path.name}"), provider)
 
 
 def measured_shapes(

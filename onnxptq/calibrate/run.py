@@ -1,22 +1,24 @@
 """The streaming calibration run: one sample at a time, tensors exposed in groups that fit the memory budget.
 
 Every sample is run with the batch size that the model was given by the feeds (1 where the model allows it),
-so a statistic never depends on how a user batched the data.
+so a statistic never depends on how a user batched the data. Statistics of parts of the data merge exactly, so it
+does not depend either on how many processes share the samples.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from onnxptq.calibrate.exposing import measured_shapes, open_group
 from onnxptq.calibrate.statistics import StatisticsBuilder, TensorStatistics
 from onnxptq.errors import FeedError, MemoryBudgetError
+from onnxptq.ranks import ALONE, Ranks
 from onnxptq.runtime import Provider, group_within
-from onnxptq.types import Array, CanonicalModel, Feeds, Progress, Skip
+from onnxptq.types import Array, CanonicalModel, Feeds, Progress, Sample, Skip
 
 DEFAULT_GROUP_BYTES = 1 << 30
 """Exposed activations of one sample held at once when the user states no budget."""
@@ -50,6 +52,7 @@ def calibrate(
     provider: Provider = "cpu",
     group_bytes: int = DEFAULT_GROUP_BYTES,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Calibration:
     """Observe ``tensors`` (activations or graph inputs of ``model``) over all of ``feeds``.
 
@@ -57,6 +60,7 @@ def calibrate(
         histogram: False collects extremes only, which is all that min-max needs.
         apart: positions of samples that do not enter ``fitting``.
         group_bytes: largest total size of the tensors exposed in one pass over the data, in bytes.
+        ranks: processes that run samples; ``feeds`` are read here alone.
 
     Returns:
         Statistics per tensor; tensors that were empty or held NaN/Inf are in ``skips`` instead.
@@ -74,26 +78,81 @@ def calibrate(
     shapes = _shapes(model, feeds, internal, provider)
     groups = _group({name: 4 * math.prod(shape) for name, shape in shapes.items()}, group_bytes, model)
     anchored = [name for name, shape in shapes.items() if shape]
-    builders = {name: StatisticsBuilder(histogram=histogram) for name in tensors}
-    others = {name: StatisticsBuilder(histogram=histogram) for name in tensors}
-    broken: dict[str, str] = {}
-    step = progress.start("calibrate", len(feeds) * max(1, len(groups))) if progress else None
+    seen = ranks.run(
+        _observed,
+        model,
+        tensors,
+        groups or [[]],
+        anchored,
+        histogram,
+        frozenset(apart),
+        provider,
+        feeds=feeds,
+        progress=progress,
+    )
+    fitting = {
+        name: found for name, builder in seen.builders.items() if (found := builder.result()) is not None
+    }
+    for name, builder in seen.builders.items():
+        builder.merge(seen.others[name])
+    return _finish(model, seen.builders, fitting, seen.broken, len(feeds))
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What samples have shown: ``others`` are the ones set apart, ``broken`` says what is wrong with a tensor."""
+
+    builders: dict[str, StatisticsBuilder]
+    others: dict[str, StatisticsBuilder]
+    broken: dict[str, str]
+
+    def merge(self, other: _Seen) -> None:
+        for mine, theirs in ((self.builders, other.builders), (self.others, other.others)):
+            for name, builder in mine.items():
+                builder.merge(theirs[name])
+        self.broken = {**other.broken, **self.broken}
+
+
+def _observed(
+    ranks: Ranks,
+    model: CanonicalModel,
+    tensors: Sequence[str],
+    groups: Sequence[Sequence[str]],
+    anchored: Sequence[str],
+    histogram: bool,
+    apart: Collection[int],
+    provider: Provider,
+    *,
+    feeds: Feeds | None = None,
+    progress: Progress | None = None,
+) -> _Seen:
+    """All samples of ``feeds``, which rank 0 has, dealt among ``ranks``."""
+    seen = _Seen(
+        builders={name: StatisticsBuilder(histogram=histogram) for name in tensors},
+        others={name: StatisticsBuilder(histogram=histogram) for name in tensors},
+        broken={},
+    )
+    step = progress.start("calibrate", len(feeds) * len(groups)) if progress and feeds else None
     with ThreadPoolExecutor(_THREADS) as pool:
-        for number, group in enumerate(groups or [[]]):
-            session = open_group(model, group, anchored, provider) if group else None
-            for position, sample in enumerate(feeds):
-                into = others if position in apart else builders
+        for number, group in enumerate(groups):
+            session = open_group(model, group, anchored, provider, ranks.rank) if group else None
+            for position, sample in ranks.deal(None if feeds is None else _told(feeds, step)):
+                into = seen.others if position in apart else seen.builders
                 if number == 0:
-                    _observe({k: v for k, v in sample.items() if k in builders}, into, broken, pool)
+                    _observe({k: v for k, v in sample.items() if k in into}, into, seen.broken, pool)
                 if session is not None:
                     # Not bound to a name: it would keep one sample's tensors through the next run.
-                    _observe(session.run(sample, group), into, broken, pool)
-                if step:
-                    step()
-    fitting = {name: found for name, builder in builders.items() if (found := builder.result()) is not None}
-    for name, builder in builders.items():
-        builder.merge(others[name])
-    return _finish(model, builders, fitting, broken, len(feeds))
+                    _observe(session.run(sample, group), into, seen.broken, pool)
+    for other in ranks.gather(seen)[1:]:
+        seen.merge(other)
+    return seen
+
+
+def _told(feeds: Feeds, step: Callable[[], None] | None) -> Iterator[Sample]:
+    for sample in feeds:
+        yield sample
+        if step is not None:
+            step()
 
 
 def _observe(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from onnxptq.errors import OutputPathError
 from onnxptq.graph import proto
-from onnxptq.types import Array
+from onnxptq.types import Array, CanonicalModel
 
 
 @contextlib.contextmanager
@@ -175,3 +179,24 @@ def replace_nodes(graph: gs.Graph, dead: Iterable[gs.Node], tail: gs.Node, node:
         other.inputs.clear()
         other.outputs.clear()
     graph.nodes[:] = [kept for kept in graph.nodes if id(kept) not in gone]
+
+
+def _sent(model: CanonicalModel) -> tuple[Any, ...]:
+    """How a model goes to another process: without its graph, which is read there."""
+    facts = {entry.name: getattr(model, entry.name) for entry in fields(model) if entry.name != "graph"}
+    return _received, (facts,)
+
+
+def _received(facts: dict[str, Any]) -> CanonicalModel:
+    path = facts["path"]
+    try:
+        read = onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise OutputPathError(
+            f"A process of this run cannot read '{path}', which another has written: {error.strerror}.",
+            "Choose a --work-dir that all machines share.",
+        ) from error
+    return CanonicalModel(graph=import_graph(read, path.parent), **facts)
+
+
+copyreg.pickle(CanonicalModel, _sent)

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 
 from onnxptq.errors import UsageError
+from onnxptq.ranks import Ranks
 
 LossKind = Literal["kl", "relative"]
 
@@ -70,6 +72,12 @@ class OutputLoss:
             same = fp.shape == q.shape
             self._sums[name] += float((q.double() - wide).square().sum()) if same else energy
             self._scales[name] += energy
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Add up what every one of ``ranks`` has added."""
+        total = ranks.sum(np.array([[self._sums[n], self._scales[n]] for n in self._outputs], np.float64))
+        for name, (part, scale) in zip(self._outputs, total.tolist(), strict=True):
+            self._sums[name], self._scales[name] = part, scale
 
     def value(self) -> float:
         """The loss over everything added; an output that is zero throughout is compared with 1."""

@@ -11,7 +11,8 @@ At the float network loss and gradient are zero, so L_t = 1/2 dz^T H dz to secon
 Rayleigh quotient dz^T H dz / ||dz||^2 (times the number of elements, if E||dz||^2 is taken per element).
 
 Every batch of samples runs through the float network once; block t then runs quantized on the float
-values it reads, and only blocks behind it that read something changed run again.
+values it reads, and only blocks behind it that read something changed run again. Several processes share the
+samples and add up their sums.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from onnxptq.errors import UsageError
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.quantized import SiteHook, quantizing_hooks
 from onnxptq.partition.output_loss import LossKind, OutputLoss, choose_loss, probability_outputs
+from onnxptq.ranks import ALONE, Ranks
 from onnxptq.types import (
     Block,
     CanonicalModel,
@@ -63,6 +65,10 @@ class _Change:
         self.squares += float(dz.square().sum())
         self.absolutes += float(dz.abs().sum())
 
+    def sum_over(self, ranks: Ranks) -> None:
+        total = ranks.sum(np.array([self.squares, self.absolutes, self.elements], np.float64))
+        self.squares, self.absolutes, self.elements = float(total[0]), float(total[1]), int(total[2])
+
 
 def score_blocks(
     model: CanonicalModel,
@@ -76,6 +82,7 @@ def score_blocks(
     memory: int = MEMORY,
     device: str = "cpu",
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Sensitivity, ...]:
     """One Sensitivity per block of ``model``, in order.
 
@@ -87,20 +94,36 @@ def score_blocks(
         solution: their parameters; its ``weights`` replace the float ones in the quantized block.
         loss: ``auto`` looks at the outputs, see :func:`~onnxptq.partition.output_loss.choose_loss`.
         normalize: whether E||dz||^2 is a mean over elements or over samples (E|dz| is one over elements).
+        ranks: processes that share the samples.
 
     Raises:
         UnsupportedOperatorError: a node cannot be lowered; raised before anything runs.
         UsageError: no samples, or no output to compare.
     """
-    scorer = Scorer(model, blocks, samples, loss=loss, normalize=normalize, memory=memory, device=device)
-    return scorer.score(plan, solution, progress=progress)
+    options = {"loss": loss, "normalize": normalize, "memory": memory, "device": device}
+    given = (model, tuple(blocks), tuple(samples), options, plan, solution)
+    return ranks.run(_scored, *given, progress=progress)
+
+
+def _scored(
+    ranks: Ranks,
+    model: CanonicalModel,
+    blocks: Sequence[Block | Pack],
+    samples: Sequence[Sample],
+    options: Mapping[str, Any],
+    plan: QuantPlan,
+    solution: Solution,
+    *,
+    progress: Progress | None = None,
+) -> tuple[Sensitivity, ...]:
+    return Scorer(model, blocks, samples, **options, ranks=ranks).score(plan, solution, progress=progress)
 
 
 class Scorer:
     """:func:`score_blocks` for several plans: the network is lowered and the samples are batched once.
 
     ``sizes`` holds the elements per sample of every tensor that a node of a block writes, and of the inputs.
-    ``loss`` is the kind of loss, known once something was scored.
+    ``loss`` is the kind of loss. All of ``ranks`` have all samples; each runs its share of them.
     """
 
     def __init__(
@@ -113,16 +136,23 @@ class Scorer:
         normalize: Literal["element", "sample"] = "element",
         memory: int = MEMORY,
         device: str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.blocks = tuple(blocks)
-        self.loss = loss
+        self._ranks = ranks
         self._model = model
         self._normalize = normalize
         self._network = BlockNetwork(model.graph, blocks, device=device)
         if not samples:
             raise UsageError("Scoring blocks needs at least one sample.", "Give calibration data.")
-        self.sizes = self._network.measure(_tensors([samples[0]]))
-        self._batches = list(_batches(model, self._network, self.sizes, samples, memory))
+        first = _tensors([samples[0]])
+        self.sizes = self._network.measure(first)
+        found = self._network.run(first, keep=self._network.outputs)
+        floats = {name: found[name] for name in self._network.outputs if found[name].is_floating_point()}
+        self.loss: LossKind = choose_loss(floats) if loss == "auto" else loss
+        self._outputs = tuple(floats)
+        own = [samples[i] for i in ranks.share(len(samples))]
+        self._batches = list(_batches(model, self._network, self.sizes, own, memory))
 
     def score(
         self, plan: QuantPlan, solution: Solution, *, progress: Progress | None = None
@@ -130,14 +160,13 @@ class Scorer:
         """One Sensitivity per block, in order."""
         hooks = [quantizing_hooks(self._model.graph, block, plan, solution) for block in self.blocks]
         changes = [_Change() for _ in self.blocks]
-        losses: list[OutputLoss] = []
+        known = probability_outputs(self._model.graph)
+        losses = [OutputLoss(self.loss, self._outputs, probabilities=known) for _ in self.blocks]
         count = 0
         tick = progress.start("score blocks", len(self._batches) * len(self.blocks)) if progress else None
         for batch in self._batches:
             values = self._network.run(batch)
             count += _rows(batch)
-            if not losses:
-                self.loss, losses = self._new_losses(values)
             for t, block in enumerate(self.blocks):
                 found = _run_quantized(self._network, t, values, hooks[t]) if hooks[t] else {}
                 changed = {name: v for name, v in found.items() if not torch.equal(v, values[name])}
@@ -147,17 +176,15 @@ class Scorer:
                 losses[t].add(values, self._network.run_changed(t + 1, values, changed))
                 if tick is not None:
                     tick()
+        for change, added in zip(changes, losses, strict=True):
+            change.sum_over(self._ranks)
+            added.sum_over(self._ranks)
+        count = int(self._ranks.sum(np.asarray(count)))
         samples = count if self._normalize == "sample" else None
         return tuple(
             _sensitivity(block.index, losses[t].value(), changes[t], samples)
             for t, block in enumerate(self.blocks)
         )
-
-    def _new_losses(self, values: Values) -> tuple[LossKind, list[OutputLoss]]:
-        floats = {n: values[n] for n in self._network.outputs if values[n].is_floating_point()}
-        kind = choose_loss(floats) if self.loss == "auto" else self.loss
-        known = probability_outputs(self._model.graph)
-        return kind, [OutputLoss(kind, tuple(floats), probabilities=known) for _ in self.blocks]
 
 
 def _run_quantized(network: BlockNetwork, index: int, values: Values, hooks: Sequence[SiteHook]) -> Values:

@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from onnxptq.lowering.network import BlockNetwork, Values
+from onnxptq.ranks import ALONE, Ranks
 
 _LEAST = 0.05
 """Smallest weight: an element that no sample has shown to matter may matter on others."""
@@ -26,20 +27,24 @@ _LEAST = 0.05
 
 def fisher_weights(
     network: BlockNetwork,
-    samples: Sequence[Values],
+    samples: Mapping[int, Values],
     probabilities: Collection[str],
-    generator: torch.Generator,
+    seed: int,
+    ranks: Ranks = ALONE,
 ) -> Mapping[str, torch.Tensor]:
     """Weights of the float tensors between the blocks of ``network``, shaped to broadcast against them.
 
     A tensor that no gradient reaches has none.
 
     Args:
-        samples: the network's inputs, one sample at a time: a network need not treat an axis as a batch.
+        samples: the network's inputs by number, one sample at a time: a network need not treat an axis as a batch.
         probabilities: outputs that hold p itself and not logits.
+        seed: of what is drawn; every sample draws from a stream of its own.
+        ranks: processes, each with ``samples`` of its own.
     """
     sums: dict[str, torch.Tensor] = {}
-    for sample in samples:
+    for number, sample in samples.items():
+        generator = torch.Generator().manual_seed((seed << 20) + number)
         values = _run(network, sample)
         inner = {n: v for n, v in values.items() if v.requires_grad and n not in network.outputs}
         target = _target([(n, values[n]) for n in network.outputs], probabilities, generator)
@@ -48,11 +53,18 @@ def fisher_weights(
         found = torch.autograd.grad(target, list(inner.values()), allow_unused=True)
         for (name, value), gradient in zip(inner.items(), found, strict=True):
             if gradient is not None and value.ndim > 1:
-                squares = _averaged(gradient.detach().square())
-                known = sums.get(name)
-                # A tensor whose channels change in number with the sample has no weight per channel.
-                sums[name] = squares if known is None or known.shape != squares.shape else known + squares
-    return {name: _scaled(total) for name, total in sums.items()}
+                _add(sums, name, _averaged(gradient.detach().square()).cpu())
+    total: dict[str, torch.Tensor] = {}
+    for part in ranks.gather(sums):
+        for name, value in part.items():
+            _add(total, name, value)
+    return {name: _scaled(value).to(network.device) for name, value in total.items()}
+
+
+def _add(sums: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+    known = sums.get(name)
+    # A tensor whose channels change in number with the sample has no weight per channel.
+    sums[name] = value if known is None or known.shape != value.shape else known + value
 
 
 def _run(network: BlockNetwork, sample: Values) -> Values:

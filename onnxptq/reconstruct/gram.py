@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxptq.graph.linear import Linear
+from onnxptq.ranks import Ranks
 from onnxptq.types import Array, FloatArray
 
 Matrix = npt.NDArray[np.float64]
@@ -67,6 +68,18 @@ class Gram:
             self.rows + other.rows,
         )
 
+    def sum_over(self, ranks: Ranks) -> Gram:
+        """The sums over the rows of all ``ranks``."""
+        is_mixed = self.mixed is not self.quantized
+        quantized = ranks.sum(self.quantized)
+        return Gram(
+            quantized,
+            ranks.sum(self.mixed) if is_mixed else quantized,
+            ranks.sum(self.float_total),
+            ranks.sum(self.quantized_total),
+            int(ranks.sum(np.asarray(self.rows))),
+        )
+
     def centred(self) -> Gram:
         """The same sums about the means of the rows."""
         product = self.quantized_total[:, :, None] / max(1, self.rows)
@@ -81,6 +94,16 @@ class Gram:
         return bool(np.isfinite(self.quantized).all() and np.isfinite(self.mixed).all())
 
 
+def has_rows(layer: Linear) -> bool:
+    """Whether ``layer_rows`` supports the layer."""
+    if layer.node.op == "Conv":
+        return layer.node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+    is_matrix = (
+        layer.node.op in ("MatMul", "Gemm") and layer.weight_index == 1 and len(layer.weight.shape) == 2
+    )
+    return is_matrix and not layer.node.attrs.get("transA", 0)
+
+
 def layer_rows(
     layer: Linear, value: Array, changed: Array | None, limit: int
 ) -> tuple[FloatArray, FloatArray] | None:
@@ -89,16 +112,10 @@ def layer_rows(
     ``value`` is the layer's input in the float network, ``changed`` in the quantized one (None: the same); of
     the rows about ``limit`` are taken, evenly spread.
     """
-    value = np.asarray(value, np.float32)
-    changed = value if changed is None else np.asarray(changed, np.float32)
-    if layer.node.op == "Conv":
-        rows = _patches(layer, value, limit)
-        return None if rows is None else (rows, rows if changed is value else _patches(layer, changed, limit))  # type: ignore[return-value]
-    if layer.node.op in ("MatMul", "Gemm") and layer.weight_index == 1 and len(layer.weight.shape) == 2:
-        if layer.node.attrs.get("transA", 0):
-            return None
-        return _flat(value, limit), _flat(changed, limit)
-    return None
+    if not has_rows(layer):
+        return None
+    rows = _rows(layer, np.asarray(value, np.float32), limit)
+    return rows, rows if changed is None else _rows(layer, np.asarray(changed, np.float32), limit)
 
 
 def weight_matrix(layer: Linear, weight: Array) -> Array:
@@ -116,20 +133,20 @@ def weight_tensor(layer: Linear, matrix: Array) -> Array:
     return matrix[0] if layer.axis % 2 == 0 else np.ascontiguousarray(matrix[0].T)
 
 
-def _flat(value: FloatArray, limit: int) -> FloatArray:
+def _rows(layer: Linear, value: FloatArray, limit: int) -> FloatArray:
+    if layer.node.op == "Conv":
+        return _patches(layer, value, limit)
     rows = value.reshape(-1, value.shape[-1])
     step = max(1, -(-rows.shape[0] // limit))
     return rows[::step][None]
 
 
-def _patches(layer: Linear, value: FloatArray, limit: int) -> FloatArray | None:
+def _patches(layer: Linear, value: FloatArray, limit: int) -> FloatArray:
     """Patches of a convolution's input, (groups, n, channels per group * kernel)."""
     attrs, spatial = layer.node.attrs, value.ndim - 2
     kernel = list(layer.weight.shape[2:])
     strides = list(attrs.get("strides", [1] * spatial))
     dilations = list(attrs.get("dilations", [1] * spatial))
-    if attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        return None
     pads = list(attrs.get("pads", [0] * (2 * spatial)))
     padded = np.pad(value, [(0, 0), (0, 0), *zip(pads[:spatial], pads[spatial:], strict=True)])
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]

@@ -17,7 +17,7 @@ from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear, find_linears
 from onnxptq.lowering.quantized import quantizing_hooks
 from onnxptq.quantizers.affine import fake_quantize
-from onnxptq.reconstruct.gram import layer_rows, weight_matrix
+from onnxptq.reconstruct.gram import has_rows, layer_rows, weight_matrix
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.types import Array, FloatArray, Pack, QuantPlan, Solution
 
@@ -44,7 +44,7 @@ def layer_noise(
     """
     reads = {(s.consumer, s.input_index): q.quantizer_id for q in plan.quantizers for s in q.sites}
     hooks = quantizing_hooks(index.graph, pack, plan, solution)
-    chosen = range(0, len(data), -(-len(data) // SAMPLES))
+    chunks = [part for part in data.fixed_chunks(SAMPLES) if data.is_own(part)]
     found = {}
     for layer in find_linears(index):
         if layer.weight.name not in weights or layer.node.name not in pack.nodes:
@@ -63,20 +63,22 @@ def layer_noise(
             for s in (start, solution)
         ]
         reader = reads.get((layer.node.name, 1 - layer.weight_index))
+        if not has_rows(layer):
+            continue
         sums, squares, noise, count = 0.0, 0.0, np.zeros(2), 0
-        for value, other in data.inner(layer.input.name, hooks, chosen):
+        for value, other in data.inner(layer.input.name, hooks, chunks):
             read = other.numpy() if reader is None else fake_quantize(other.numpy(), solution.qparams[reader])
             rows = layer_rows(layer, value.numpy(), read, _ROWS)
-            if rows is None:
-                break
+            assert rows is not None
             wanted = _applied(own, rows[0])
             sums += float(wanted.sum())
             squares += float(np.square(wanted).sum())
             count += wanted.size
             noise += [float(np.square(_applied(new, rows[1]) - wanted).sum()) for new in changed]
-        signal = squares - sums * sums / max(1, count)
+        total = data.ranks.sum(np.array([sums, squares, count, *noise]))
+        signal = total[1] - total[0] ** 2 / max(1.0, total[2])
         if signal > 0.0:
-            found[layer.weight.name] = (float(noise[0] / signal), float(noise[1] / signal))
+            found[layer.weight.name] = (float(total[3] / signal), float(total[4] / signal))
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from onnxptq.lowering.network import Values
@@ -28,19 +29,23 @@ class Norms:
 
 def norms_of(data: PackData, chosen: Sequence[int]) -> Norms:
     """Sums over all of ``chosen``; integers among the outputs (indices, masks) have no part in the loss."""
-    sums: dict[str, list[float]] = {}
-    channels: dict[str, int] = {}
+    channels = {}
+    if data.ranks.rank == 0:
+        first = data.targets(range(1)).items()
+        channels = {n: v.shape[1] if v.ndim > 1 else 1 for n, v in first if v.is_floating_point()}
+    channels = data.ranks.broadcast(channels)
+    sums = np.zeros((len(channels), 3))
     for part in data.chunks(chosen):
-        for name, value in data.targets(part).items():
-            if value.is_floating_point():
-                wide = value.double()
-                entry = sums.setdefault(name, [0.0, 0.0, 0.0])
-                for i, term in enumerate(
-                    (float(value.numel()), float(wide.sum()), float(wide.square().sum()))
-                ):
-                    entry[i] += term
-                channels[name] = value.shape[1] if value.ndim > 1 else 1
-    variance = {name: max(q / n - (s / n) ** 2, 1e-30) for name, (n, s, q) in sums.items() if n}
+        targets = data.targets(part)
+        for entry, name in zip(sums, channels, strict=True):
+            wide = targets[name].double()
+            entry += (wide.numel(), float(wide.sum()), float(wide.square().sum()))
+    sums = data.ranks.sum(sums)
+    variance = {
+        name: max(float(q / n - (s / n) ** 2), 1e-30)
+        for name, (n, s, q) in zip(channels, sums, strict=True)
+        if n
+    }
     positions = sum(v * channels[name] for name, v in variance.items()) or 1.0
     return Norms(variance, positions, data.importance)
 

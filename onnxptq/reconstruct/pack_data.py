@@ -10,10 +10,15 @@ import torch
 from onnxptq.lowering import LoweredModule
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.quantized import SiteHook, set_hooks
+from onnxptq.ranks import ALONE, Ranks
 
 _SAME = 1e-3
 """By how much, relative to the largest value, running samples together may change a result: summation order
 changes the last digits, a mix-up of samples changes everything."""
+
+UNIT = 16
+"""Consecutive samples that one process takes as a whole: the rows that a layer is solved on are picked from passes,
+so passes must not depend on the number of processes."""
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
 
@@ -25,6 +30,9 @@ class PackData:
 
     ``together`` samples run in one pass: 1 where the pack does not treat the first axis as a batch. ``importance``
     weighs the elements of outputs in the loss, by tensor; outputs without an entry weigh 1 throughout.
+
+    Where several ``ranks`` share ``count`` samples, this one holds its ``share`` of them. Samples are known by their
+    numbers among all; passes over chosen ones are those over its own among them.
     """
 
     network: BlockNetwork
@@ -34,9 +42,11 @@ class PackData:
     targets_of: Sequence[Values]
     together: int
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    ranks: Ranks = ALONE
+    count: int | None = None
 
     def __len__(self) -> int:
-        return len(self.floats)
+        return len(self.floats) if self.count is None else self.count
 
     @property
     def module(self) -> LoweredModule:
@@ -44,12 +54,28 @@ class PackData:
         return self.network.modules[self.position]
 
     def chunks(self, chosen: Sequence[int]) -> list[Sequence[int]]:
-        """``chosen`` in parts that run in one pass each."""
-        return [chosen[i : i + self.together] for i in range(0, len(chosen), self.together)]
+        """Those of ``chosen`` that this rank holds, in parts that run in one pass each."""
+        own = [i for i in chosen if _owner(i, self.ranks) == self.ranks.rank]
+        return [own[i : i + self.together] for i in range(0, len(own), self.together)]
+
+    def fixed_chunks(self, most: int) -> list[Sequence[int]]:
+        """At most about ``most`` of all samples, evenly spread, in parts that run in one pass each, on whatever
+        rank: the same parts for any number of ranks."""
+        stride = -(-len(self) // most)
+        units = [range(i, min(i + UNIT, len(self)), stride) for i in range(0, len(self), UNIT)]
+        return [unit[i : i + self.together] for unit in units for i in range(0, len(unit), self.together)]
+
+    def is_own(self, part: Sequence[int]) -> bool:
+        """Whether this rank holds the samples of a fixed chunk."""
+        return _owner(part[0], self.ranks) == self.ranks.rank
 
     def quantized(self, chosen: Sequence[int]) -> Values:
         """What the quantized network in front computes for these samples."""
         return self._joined(self.quants, chosen, self._names)
+
+    def apiece(self, chosen: Sequence[int]) -> list[Values]:
+        """The same, sample by sample."""
+        return [self.quants[self._place(i)] for i in chosen]
 
     def float_inputs(self, chosen: Sequence[int]) -> Values:
         """What the float network computes there."""
@@ -64,7 +90,7 @@ class PackData:
         if len(chosen) == 1:
             return [outputs]
         split = {
-            name: torch.split(value, [len(self.targets_of[i][name]) for i in chosen])
+            name: torch.split(value, [len(self.targets_of[self._place(i)][name]) for i in chosen])
             for name, value in outputs.items()
         }
         return [{name: split[name][k] for name in split} for k in range(len(chosen))]
@@ -74,16 +100,21 @@ class PackData:
         pack = self.network.blocks[self.position]
         return (*pack.inputs, *pack.shape_inputs)
 
+    def _place(self, number: int) -> int:
+        """Where this rank holds the sample."""
+        return number // (UNIT * self.ranks.size) * UNIT + number % UNIT
+
     def _joined(self, values: Sequence[Values], chosen: Sequence[int], names: Sequence[str]) -> Values:
-        parts = [values[i] for i in chosen]
+        parts = [values[self._place(i)] for i in chosen]
         return _on(self.network.device, joined(parts, names))
 
     @torch.no_grad()
     def inner(
-        self, tensor: str, hooks: Sequence[SiteHook], chosen: Sequence[int]
+        self, tensor: str, hooks: Sequence[SiteHook], parts: Sequence[Sequence[int]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """A tensor inside the pack: in the float network, and with ``hooks`` behind quantized packs."""
-        for part in self.chunks(chosen):
+        """A tensor inside the pack: in the float network, and with ``hooks`` behind quantized packs. One pair per
+        part, each of one pass."""
+        for part in parts:
             found = []
             for feed, applied in ((self.float_inputs(part), ()), (self.quantized(part), hooks)):
                 set_hooks(self.module, applied)
@@ -93,6 +124,10 @@ class PackData:
             yield found[0], found[1]
 
 
+def _owner(number: int, ranks: Ranks) -> int:
+    return number // UNIT % ranks.size
+
+
 def joined(parts: Sequence[Values], names: Sequence[str]) -> Values:
     """Values of several samples along the first axis."""
     if len(parts) == 1:
@@ -100,31 +135,41 @@ def joined(parts: Sequence[Values], names: Sequence[str]) -> Values:
     return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 
-def most_together(network: BlockNetwork, position: int, values: Sequence[Values], limit: int) -> int:
+def most_together(
+    network: BlockNetwork, position: int, values: Sequence[Values], limit: int, ranks: Ranks = ALONE
+) -> int:
     """How many samples the block at ``position`` may run on at once: ``limit``, or 1 where running two together
-    is not the same as running them one after the other."""
+    is not the same as running them one after the other. Of several ``ranks``, rank 0 tries it."""
     block = network.blocks[position]
     names = (*block.inputs, *block.shape_inputs)
-    if limit <= 1 or len(values) < 2 or not names:
+    if limit <= 1 or not names:
         return 1
-    pair = values[:2]
+    shapes = {tuple((part[name].ndim, part[name].shape[1:]) for name in names) for part in values}
+    is_uniform = len(set().union(*ranks.gather(shapes))) == 1
+    found = 1
+    if is_uniform and ranks.rank == 0 and len(values) > 1:
+        found = limit if _can_be_joined(network, position, values[:2], names) else 1
+    return ranks.broadcast(found)
+
+
+def _can_be_joined(
+    network: BlockNetwork, position: int, pair: Sequence[Values], names: Sequence[str]
+) -> bool:
     if any(part[name].ndim == 0 for part in pair for name in names):
-        return 1
-    if any(part[name].shape[1:] != pair[0][name].shape[1:] for part in values for name in names):
-        return 1
+        return False
     try:
         apart = [network.run_block(position, _on(network.device, part)) for part in pair]
         at_once = network.run_block(position, _on(network.device, joined(pair, names)))
     except RuntimeError:
         # Shapes that hold for one sample only, such as a Reshape to [1, 3, ...].
-        return 1
+        return False
     for name, value in at_once.items():
         if any(part[name].ndim == 0 for part in apart):
-            return 1
+            return False
         expected = torch.cat([part[name] for part in apart])
         if expected.shape != value.shape or not _is_close(expected, value):
-            return 1
-    return limit
+            return False
+    return True
 
 
 def run_all(

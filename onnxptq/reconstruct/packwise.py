@@ -19,18 +19,19 @@ from onnxptq.graph.index import GraphIndex
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.quantized import quantizing_hooks, set_hooks
 from onnxptq.quantizers.low_rank import Factors
+from onnxptq.ranks import ALONE, Ranks
 from onnxptq.reconstruct.checkpoint import Checkpoints, Finished
 from onnxptq.reconstruct.fisher import fisher_weights
 from onnxptq.reconstruct.initial import with_bias_grids
 from onnxptq.reconstruct.layer_noise import layer_noise
 from onnxptq.reconstruct.learning import Learning
 from onnxptq.reconstruct.low_rank import correct_pack
-from onnxptq.reconstruct.pack_data import PackData, most_together, run_all
+from onnxptq.reconstruct.pack_data import UNIT, PackData, most_together, run_all
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 from onnxptq.reconstruct.rank_search import RankChoice, choose_ranks
 from onnxptq.reconstruct.sequential import round_pack
 from onnxptq.reconstruct.training import train
-from onnxptq.reconstruct.vault import Vault
+from onnxptq.reconstruct.vault import Vault, return_memory
 from onnxptq.types import CanonicalModel, LayerRank, Pack, PackOutcome, Progress, QuantPlan, Sample, Solution
 
 FISHER_SAMPLES = 128
@@ -75,38 +76,69 @@ def reconstruct(
     *,
     seed: int = 0,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Reconstruction:
     """Solve all packs in order. Same arguments, same result.
 
     Args:
         solution: where to start; rounding to nearest will do.
         settings: with 0 steps, rounding in closed form is all that is done.
+        ranks: processes that share the samples. Sums and gradients are added up, so the result is that of one process
+            up to the order of float sums.
 
     Raises:
         UnsupportedOperatorError: a node cannot be lowered; raised before any work.
     """
+    given = (model, plan, solution, tuple(packs), settings, resources, seed)
+    return ranks.run(_reconstructed, *given, samples=samples, progress=progress)
+
+
+def _reconstructed(
+    ranks: Ranks,
+    model: CanonicalModel,
+    plan: QuantPlan,
+    solution: Solution,
+    packs: Sequence[Pack],
+    settings: Learning,
+    resources: Resources,
+    seed: int,
+    *,
+    samples: Sequence[Sample] = (),
+    progress: Progress | None = None,
+) -> Reconstruction:
+    """On every rank; ``samples`` are those of rank 0, which hands them out and keeps the checkpoints."""
     network = BlockNetwork(model.graph, packs, device=resources.device)
     index = GraphIndex(model.graph)
     vault = Vault(resources.scratch, resources.cache_bytes)
+    count = ranks.broadcast(len(samples))
+    numbers = ranks.share(count, UNIT)
+    parts = [
+        [samples[i] for i in ranks.share(count, UNIT, rank=rank)] for rank in range(ranks.size) if samples
+    ]
     floats: list[Values] = [
-        {name: torch.from_numpy(np.array(sample[name])) for name in network.inputs} for sample in samples
+        {name: torch.from_numpy(np.array(sample[name])) for name in network.inputs}
+        for sample in ranks.scatter(parts or None)
     ]
     quants = [dict(values) for values in floats]
     importance: Mapping[str, torch.Tensor] = {}
     if settings.steps and settings.weighting > 0.0:
-        generator = torch.Generator().manual_seed(seed)
-        weights = fisher_weights(network, floats[:FISHER_SAMPLES], _probabilities(model.graph), generator)
+        own = {
+            number: values for number, values in zip(numbers, floats, strict=True) if number < FISHER_SAMPLES
+        }
+        weights = fisher_weights(network, own, _probabilities(model.graph), seed, ranks)
         importance = {name: value.pow(settings.weighting) for name, value in weights.items()}
     start, state = solution, Finished(solution=solution, settled=frozenset(), outcome=None)
     outcomes: list[PackOutcome] = []
     tick = progress.start("solve packs", len(packs)) if progress else None
     for position, pack in enumerate(packs):
-        together = most_together(network, position, floats, resources.together[position])
+        together = most_together(network, position, floats, resources.together[position], ranks)
         after = run_all(network, position, floats, together, vault.keep)
-        store = resources.checkpoints
+        return_memory()
+        store = resources.checkpoints if ranks.rank == 0 else None
         known = None if store is None else store.load(position, state.solution, state.settled)
+        known = ranks.broadcast(known)
         if known is None:
-            data = PackData(network, position, floats, quants, after, together, importance)
+            data = PackData(network, position, floats, quants, after, together, importance, ranks, count)
             generator = torch.Generator().manual_seed((seed << 20) + position)
             known = _solved(index, pack, plan, start, state, data, settings, generator)
             if store is not None:
@@ -115,7 +147,9 @@ def reconstruct(
         if state.outcome is not None:
             outcomes.append(state.outcome)
         set_hooks(network.modules[position], quantizing_hooks(model.graph, pack, plan, state.solution))
+        return_memory()
         moved = run_all(network, position, quants, together, vault.keep)
+        return_memory()
         network.modules[position].clear_hooks()
         later = {name for p in packs[position + 1 :] for name in (*p.inputs, *p.shape_inputs)}
         for values, new in ((floats, after), (quants, moved)):
@@ -163,6 +197,7 @@ def _solved(
         solution, corrections = correct_pack(
             index, pack, plan, solution, data, rank=max(settings.ranks), settled=state.settled
         )
+        corrections = data.ranks.broadcast(corrections)
         choices = choose_ranks(corrections, quantizers, data, settings, generator)
     elif settings.is_closed_form_first:
         solution = round_pack(index, pack, plan, solution, data, settled=state.settled)
@@ -170,6 +205,8 @@ def _solved(
     outcome = None
     if settings.steps and not learned.is_empty:
         before, after, steps = train(data, learned, settings, generator)
+        # Other processors may have rounded otherwise.
+        learned.restore(data.ranks.broadcast(learned.state()))
         solution = learned.hardened()
         noise = layer_noise(index, pack, plan, data, choices, start=start, solution=solution)
         outcome = PackOutcome(

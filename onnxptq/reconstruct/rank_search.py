@@ -18,7 +18,7 @@ from onnxptq.reconstruct.learning import Learning
 from onnxptq.reconstruct.objective import Norms, noise_over_signal, norms_of
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
-from onnxptq.reconstruct.training import draws
+from onnxptq.reconstruct.training import draws, parameters_of
 
 DROP = 0.1
 """Probability with which a candidate is left out of a step."""
@@ -90,7 +90,8 @@ def _searched(
         for weight in weights.values():
             weight.drop(0.0, generator)
         _step(outer, data, exam, norms)
-    return {name: tuple(weight.shares().detach().cpu().tolist()) for name, weight in weights.items()}
+    shares = {name: tuple(weight.shares().detach().cpu().tolist()) for name, weight in weights.items()}
+    return data.ranks.broadcast(shares)
 
 
 def _step(optimizer: torch.optim.Optimizer, data: PackData, chosen: Sequence[int], norms: Norms) -> None:
@@ -99,4 +100,5 @@ def _step(optimizer: torch.optim.Optimizer, data: PackData, chosen: Sequence[int
         found = data.module(data.quantized(part))
         loss = noise_over_signal(found, data.targets(part), norms) * (len(part) / len(chosen))
         loss.backward()  # type: ignore[no-untyped-call]
+    data.ranks.sum_gradients(parameters_of(optimizer))
     optimizer.step()

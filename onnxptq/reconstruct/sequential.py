@@ -23,10 +23,10 @@ from onnxptq.lowering.quantized import SiteHook, quantizing_hooks
 from onnxptq.quantizers.affine import fake_quantize
 from onnxptq.reconstruct.closed_form import round_weights
 from onnxptq.reconstruct.damping import DAMPINGS, choose_damping
-from onnxptq.reconstruct.gram import Gram, layer_rows, weight_matrix, weight_tensor
+from onnxptq.reconstruct.gram import Gram, has_rows, layer_rows, weight_matrix, weight_tensor
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.rounding import compensable_layers, width_of
-from onnxptq.types import FloatArray, Pack, QParams, QuantPlan, Solution
+from onnxptq.types import Array, FloatArray, Pack, QParams, QuantPlan, Solution
 
 MAX_WIDTH = 8192
 """Layers with more inputs keep the nearest grid points: solving for them takes minutes."""
@@ -109,7 +109,7 @@ def solve_layers(
     settled: Collection[str],
 ) -> Solution:
     """Apply ``solve`` to one layer of the pack after the other, each with the sums that the solved ones in front
-    of it leave."""
+    of it leave. Of several processes the first one solves."""
     own = set(pack.nodes)
     reads = {(s.consumer, s.input_index): q for q in plan.quantizers for s in q.sites}
     for layer in compensable_layers(index, plan, MAX_WIDTH):
@@ -122,33 +122,41 @@ def solve_layers(
             continue
         hooks = quantizing_hooks(index.graph, pack, plan, solution)
         halves = _sums(layer, qparams, data, hooks)
-        if halves is not None and all(half.is_finite for half in halves):
-            solution = solve(_task(index, layer, halves, weight), solution)
+        if not halves or not all(half.is_finite for half in halves):
+            continue
+        changed: dict[str, Array] = {}
+        if data.ranks.rank == 0:
+            solved = solve(_task(index, layer, halves, weight), solution).weights
+            changed = {n: value for n, value in solved.items() if value is not solution.weights.get(n)}
+        weights = {**solution.weights, **data.ranks.broadcast(changed)}
+        solution = Solution(qparams=solution.qparams, weights=weights)
     return solution
 
 
-def _sums(
-    layer: Linear, qparams: QParams | None, data: PackData, hooks: Sequence[SiteHook]
-) -> list[Gram] | None:
-    """Sums over two halves of the samples, or over all where they run in one piece."""
-    chosen = range(0, len(data), -(-len(data) // SAMPLES))
-    wanted = max(_ROWS_PER_LAYER, _ROWS_PER_INPUT * width_of(layer))
-    limit = -(-wanted // len(chosen)) * min(len(chosen), data.together)
-    pieces = -(-limit * layer.group * width_of(layer) // _ELEMENTS_AT_ONCE)
-    halves: list[Gram] = []
-    count = 0
-    for value, changed in data.inner(layer.input.name, hooks, chosen):
+def _sums(layer: Linear, qparams: QParams | None, data: PackData, hooks: Sequence[SiteHook]) -> list[Gram]:
+    """Sums over two halves of the samples, or over all where they run in one piece; none for layers whose rows
+    cannot be told."""
+    if not has_rows(layer):
+        return []
+    chunks = data.fixed_chunks(SAMPLES)
+    samples = sum(map(len, chunks))
+    each = -(-max(_ROWS_PER_LAYER, _ROWS_PER_INPUT * width_of(layer)) // samples)
+    groups, _, width = weight_matrix(layer, layer.weight.values).shape
+    halves = [Gram.empty(groups, width) for _ in range(2)]
+    own = [(number, part) for number, part in enumerate(chunks) if data.is_own(part)]
+    found = data.inner(layer.input.name, hooks, [part for _, part in own])
+    for (number, part), (value, changed) in zip(own, found, strict=True):
+        limit = each * len(part)
+        pieces = -(-limit * groups * width // _ELEMENTS_AT_ONCE)
         parts = min(max(pieces, 2), max(1, len(value)))
-        for own, other in zip(*(np.array_split(v.numpy(), parts) for v in (value, changed)), strict=True):
+        for k, (x, other) in enumerate(
+            zip(*(np.array_split(v.numpy(), parts) for v in (value, changed)), strict=True)
+        ):
             read = other if qparams is None else fake_quantize(other, qparams)
-            rows = layer_rows(layer, own, read, -(-limit // parts))
-            if rows is None:
-                return None
-            if len(halves) < 2:
-                halves.append(Gram.empty(rows[0].shape[0], rows[0].shape[2]))
-            halves[count % 2].add(*rows)
-            count += 1
-    return halves or None
+            rows = layer_rows(layer, x, read, -(-limit // parts))
+            assert rows is not None
+            halves[(number + k) % 2].add(*rows)
+    return [half for half in (half.sum_over(data.ranks) for half in halves) if half.rows]
 
 
 def _task(index: GraphIndex, layer: Linear, halves: Sequence[Gram], weight: str) -> LayerTask:

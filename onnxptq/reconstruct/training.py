@@ -13,9 +13,10 @@ min(1, 0.5 + 0.5 t / T) of the samples with the lowest loss, which is measured `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from onnxptq.lowering.network import Values
@@ -50,10 +51,12 @@ def train(
     every = max(1, settings.steps // settings.checks)
     for chosen in _lessons(data, learned, pupils, norms, settings, generator):
         optimizer.zero_grad(set_to_none=True)
+        masks = _seeds(chosen, generator) if settings.mixing > 0.0 else {}
         for part in data.chunks(chosen):
-            found = data.module(_mixed(data, part, settings.mixing, generator))
+            found = data.module(_mixed(data, part, settings.mixing, masks))
             loss = noise_over_signal(found, data.targets(part), norms) * (len(part) / len(chosen))
             loss.backward()  # type: ignore[no-untyped-call]
+        data.ranks.sum_gradients(parameters_of(optimizer))
         beta = _sharpness(done / settings.steps, settings)
         if beta is not None:
             undecided = learned.indecision(beta) * (settings.decision / norms.positions)
@@ -72,6 +75,11 @@ def train(
         return before, _judged(data, learned, pupils, norms), done
     learned.restore(best_state)
     return before, best, done
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """What an optimizer moves, in a fixed order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _lessons(
@@ -97,13 +105,15 @@ def _easiest(
     data: PackData, learned: PackQuantizers, pupils: Sequence[int], norms: Norms, share: float
 ) -> list[int]:
     """The ``share`` of the pupils whose loss is lowest now, rounded up; of equal ones the first."""
-    losses: list[float] = []
+    own: dict[int, float] = {}
     with learned.hard():
         for part in data.chunks(pupils):
             found = data.apart(data.module(data.quantized(part)), part)
             wanted = data.apart(data.targets(part), part)
-            losses += [float(noise_over_signal(*both, norms)) for both in zip(found, wanted, strict=True)]
-    order = sorted(range(len(pupils)), key=lambda i: (losses[i], i))
+            each = (float(noise_over_signal(*both, norms)) for both in zip(found, wanted, strict=True))
+            own.update(zip(part, each, strict=True))
+    losses = {number: loss for part in data.ranks.gather(own) for number, loss in part.items()}
+    order = sorted(range(len(pupils)), key=lambda i: (losses[pupils[i]], i))
     return [pupils[i] for i in order[: math.ceil(share * len(pupils))]]
 
 
@@ -130,16 +140,25 @@ def _judged(data: PackData, learned: PackQuantizers, chosen: Sequence[int], norm
         for part in data.chunks(chosen):
             found = data.module(data.quantized(part))
             total += float(noise_over_signal(found, data.targets(part), norms)) * len(part)
-    return total / len(chosen)
+    return float(data.ranks.sum(np.asarray(total))) / len(chosen)
 
 
-def _mixed(data: PackData, chosen: Sequence[int], probability: float, generator: torch.Generator) -> Values:
+def _seeds(chosen: Sequence[int], generator: torch.Generator) -> Mapping[int, int]:
+    """A seed per sample, so that masks depend neither on passes nor on processes."""
+    drawn = torch.randint(1 << 62, (len(chosen),), generator=generator).tolist()
+    return dict(zip(chosen, drawn, strict=True))
+
+
+def _mixed(data: PackData, chosen: Sequence[int], probability: float, seeds: Mapping[int, int]) -> Values:
     quantized = data.quantized(chosen)
     if probability <= 0.0:
         return quantized
+    generators = [torch.Generator().manual_seed(seeds[i]) for i in chosen]
     floats = data.float_inputs(chosen)
     mixed = {}
     for name, value in quantized.items():
-        is_float = torch.rand(value.shape, generator=generator) < probability
+        shapes = [part[name].shape for part in data.apiece(chosen)]
+        drawn = [torch.rand(shape, generator=g) for shape, g in zip(shapes, generators, strict=True)]
+        is_float = (torch.cat(drawn) if len(chosen) > 1 else drawn[0]) < probability
         mixed[name] = torch.where(is_float.to(value.device), floats[name], value)
     return mixed

@@ -122,8 +122,8 @@ def test_named_source_files_exist(page: Path) -> None:
 
 
 def _own_lines(page: Path) -> Iterator[str]:
-    """Lines that speak of onnxptq's options: not pip's and git's, and not the other tools' columns."""
-    for line in page.read_text(encoding="utf-8").splitlines():
+    """Lines that speak of onnxptq's options: not pip's, git's and torchrun's, and not the other tools' columns."""
+    for line in re.sub(r"torchrun .*? -m onnxptq", "onnxptq", page.read_text(encoding="utf-8")).splitlines():
         if line.startswith(("pip ", "python ")):
             continue
         if page.name == "migration.md" and line.startswith("|"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from onnxptq.calibrate.run import Calibration, calibrate
 from onnxptq.errors import FeedError, MemoryBudgetError
+from onnxptq.ranks import Ranks
 from onnxptq.samples import ListFeeds
 from onnxptq.types import CanonicalModel, Sample
 from tests.unit.small_nets import NETS, Net, canonical, random_samples
@@ -53,6 +55,28 @@ def test_groups_and_order_change_no_bit(net: str, tmp_path: Path) -> None:
         _assert_identical(whole, _run(model, samples, tmp_path, group_bytes=size))
     _assert_identical(whole, _run(model, samples[::-1], tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_processes_that_share_the_samples_change_no_bit(count: int, ranks: Ranks, tmp_path: Path) -> None:
+    model = canonical(NETS["residual_block"](), tmp_path)
+    samples = random_samples(model, count)
+    names = [spec.name for spec in model.inputs] + _inner(model)
+    options = {"apart": {1, 3}, "group_bytes": 1 << 16}
+    whole = calibrate(model, ListFeeds(samples), names, **options)
+    shared = calibrate(model, ListFeeds(samples), names, **options, ranks=ranks)
+    _assert_identical(whole, shared)
+    _assert_identical(*(replace(c, statistics=c.fitting) for c in (whole, shared)))
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_what_one_process_finds_broken_is_left_out_of_all(ranks: Ranks, tmp_path: Path) -> None:
+    net = Net()
+    model = canonical(net.proto({"x": [1, 4]}, [net.op("Relu", "r", net.op("Log", "log", "x"))]), tmp_path)
+    samples = [{"x": np.full((1, 4), value, np.float32)} for value in (1.0, -1.0, 2.0)]
+    found = calibrate(model, ListFeeds(samples), ["x", *_inner(model)], ranks=ranks)
+    assert set(found.statistics) == {"x"}
+    assert all("NaN" in reason for reason in found.uncalibrated.values())
 
 
 def test_fusions_do_not_depend_on_the_group(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from onnxptq.lowering.quantized import quantizing_hooks
 from onnxptq.partition.blocks import find_blocks
 from onnxptq.partition.pack import pack_blocks
 from onnxptq.quantizers.affine import asymmetric_qparams
+from onnxptq.ranks import ALONE, Ranks
 from onnxptq.reconstruct.checkpoint import Checkpoints
 from onnxptq.reconstruct.initial import initial_solution
 from onnxptq.reconstruct.learning import Learning
@@ -50,6 +51,7 @@ class Case:
         together: int = 64,
         cache: int = 1 << 30,
         checkpoints: Checkpoints | None = None,
+        ranks: Ranks = ALONE,
     ) -> Reconstruction:
         """The packs, reconstructed."""
         resources = Resources(
@@ -59,7 +61,15 @@ class Case:
             checkpoints=checkpoints,
         )
         return reconstruct(
-            self.model, self.plan, self.start, self.packs, self.samples, settings, resources, seed=seed
+            self.model,
+            self.plan,
+            self.start,
+            self.packs,
+            self.samples,
+            settings,
+            resources,
+            seed=seed,
+            ranks=ranks,
         )
 
     def outputs(self, solution: Solution | None) -> list[Values]:

@@ -46,7 +46,7 @@ def test_weights_are_the_diagonal_of_the_fisher_matrix(last: str) -> None:
     network = _network(last)
     x = torch.from_numpy(RNG.standard_normal((1, 4)).astype(np.float32)).abs()
     probabilities = frozenset(network.outputs) if last == "Softmax" else frozenset()
-    found = fisher_weights(network, [{"x": x}] * DRAWS, probabilities, torch.Generator().manual_seed(1))
+    found = fisher_weights(network, {i: {"x": x} for i in range(DRAWS)}, probabilities, 1)
     hidden = np.maximum(x.numpy() @ FIRST, 0.0)
     z = hidden @ SECOND
     p = (np.exp(z - z.max()) / np.exp(z - z.max()).sum())[0]
@@ -62,10 +62,11 @@ def test_weights_are_the_diagonal_of_the_fisher_matrix(last: str) -> None:
             np.testing.assert_allclose(got, exact / exact.mean(), rtol=0.15, atol=0.02)
 
 
-def test_same_generator_same_weights_and_every_sample_counts() -> None:
+def test_same_seed_same_weights_and_every_sample_counts() -> None:
     network = _network("logits")
     xs = [{"x": torch.from_numpy(RNG.standard_normal((1, 4)).astype(np.float32))} for _ in range(8)]
-    one, two = (fisher_weights(network, xs, frozenset(), torch.Generator().manual_seed(3)) for _ in range(2))
-    fewer = fisher_weights(network, xs[:-1], frozenset(), torch.Generator().manual_seed(3))
+    numbered = dict(enumerate(xs))
+    one, two = (fisher_weights(network, numbered, frozenset(), 3) for _ in range(2))
+    fewer = fisher_weights(network, dict(enumerate(xs[:-1])), frozenset(), 3)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(one[name], fewer[name]) for name in one)

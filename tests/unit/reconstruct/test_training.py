@@ -169,7 +169,8 @@ def test_inputs_are_mixed_by_element(tmp_path: Path) -> None:
     floats = data.float_inputs(chosen)["x"]
     for probability in (0.0, 0.5, 1.0):
         generator = _generator()
-        seen = [training._mixed(data, chosen, probability, generator)["x"] for _ in range(40)]
+        drawn = [training._seeds(chosen, generator) for _ in range(40)]
+        seen = [training._mixed(data, chosen, probability, seeds)["x"] for seeds in drawn]
         share = torch.stack([(x == floats).double() for x in seen]).mean()
         assert all(bool(((x == floats) | (x == 0)).all()) for x in seen)
         # Four standard deviations of a mean of 40 x 96 draws.
