@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -234,6 +237,37 @@ def test_the_budget_holds_whatever_comes_and_goes(tmp_path: Path) -> None:
     fresh = torch.zeros(50)
     assert vault.keep(fresh) is fresh
     assert vault.keep(torch.zeros(1)) is not fresh
+
+
+_FRAGMENTED = """
+import re, torch
+from onnxptq.reconstruct.vault import return_memory
+
+def resident():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10
+
+del_later = torch.ones(7 << 20)   # 28 MB: from now on glibc takes anything smaller from its heap
+del del_later
+before = resident()
+values, passes = [], []
+for _ in range(300):
+    passes.append(torch.ones(1 << 18))
+    values.append(torch.ones(1 << 10))
+del passes
+kept = resident() - before
+return_memory()
+print(kept, resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc and /proc")
+def test_memory_of_passes_between_values_goes_back() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FRAGMENTED], capture_output=True, text=True, check=True, timeout=120
+    )
+    kept, left = map(int, done.stdout.split())
+    assert kept > 250
+    assert left < 50
 
 
 def _bytes(made: Case, settings: Learning, **options: int) -> list[bytes]:
