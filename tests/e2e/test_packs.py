@@ -62,7 +62,7 @@ def attention_node() -> onnx.ModelProto:
 
 def even_attention() -> onnx.ModelProto:
     """Over four tokens, with weights near a quarter."""
-    net = Net(seed=5)
+    net = Net(seed=5, opset=20)
     q, v = net.linear("q", "x", 16, 16), net.linear("v", "x", 16, 16)
     scores = net.op("MatMul", "qk", q, net.op("Transpose", "kt", "x", perm=[0, 2, 1]))
     p = net.op("Softmax", "p", net.op("Mul", "c", scores, net.constant("cool", np.float32(0.05))), axis=-1)
@@ -239,6 +239,16 @@ def test_softmax_ranges_that_begin_above_zero_are_written(method: str, tmp_path:
     assert softmax.full_db <= softmax.from_zero_db < softmax.free_db
     assert found.report.parity is not None
     assert found.report.parity.max_steps == 0.0
+
+
+def test_what_zero_point_0_costs_is_told(tmp_path: Path) -> None:
+    found = _quantized("even attention", tmp_path, target="tensorrt", observer="auto", floor=None)
+    _is_proven(found)
+    (row,) = found.report.softmax
+    assert row.low == 0.0
+    assert row.free_db - row.from_zero_db > 0.1
+    (note,) = [note for note in found.report.notes if "tensorrt has no zero point" in note]
+    assert f"up to {row.free_db - row.from_zero_db:.1f} dB less noise" in note
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "simulate"])
