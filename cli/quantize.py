@@ -132,6 +132,11 @@ from .progress import TerminalProgress
     help="Try rotated channels, exact as well. [default: yes]",
 )
 @click.option(
+    "--shift/--no-shift",
+    default=None,
+    help="Try channels shifted to the middle of their ranges, exact as well. [default: no]",
+)
+@click.option(
     "--compensate/--no-compensate", default=None, help="Try error-compensated rounding. [default: yes]"
 )
 @click.option(

@@ -63,6 +63,7 @@ class Recipe(BaseModel):
         include, exclude: node selectors; with ``include`` only matching nodes are quantized.
         rules: per-tensor exceptions; the last match wins.
         equalize, rotate, compensate, correct_bias: parts of ``auto`` that can be turned off.
+        shift: whether channels shifted to the middle of their ranges are tried.
         samples: at most this many calibration samples, spread evenly over the data.
         holdout: share of the samples kept out of calibration for the quality numbers, where no evaluation
             data is given.
@@ -105,6 +106,7 @@ class Recipe(BaseModel):
     rules: tuple[TensorRule, ...] = ()
     equalize: bool = True
     rotate: bool = True
+    shift: bool = False
     compensate: bool = True
     correct_bias: bool = True
     samples: int = Field(default=256, ge=1)
@@ -164,6 +166,11 @@ class Recipe(BaseModel):
     def tries_rotation(self) -> bool:
         """Whether rotated channels are tried."""
         return self.method != "rtn" and self.rotate
+
+    @property
+    def tries_shift(self) -> bool:
+        """Whether shifted channels are tried."""
+        return self.method != "rtn" and self.shift
 
     @property
     def is_solved_by_packs(self) -> bool:

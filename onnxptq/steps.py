@@ -41,6 +41,7 @@ from onnxptq.rooting import root_weights
 from onnxptq.rotate.run import rotate
 from onnxptq.runtime import count_kernels, runtime_version
 from onnxptq.samples import ListFeeds, pick_samples
+from onnxptq.shift.run import shift
 from onnxptq.solving import Samples, Solver, draw_samples
 from onnxptq.targets import TARGETS, WRITTEN_OUT, candidate_tensors
 from onnxptq.types import CanonicalModel, Feeds, InputSpec, Progress, QuantPlan, Solution
@@ -238,10 +239,10 @@ def picture_preprocess(
 
 
 def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
-    """The model with its channels rotated or rescaled, or both, or neither: what quantizes best to begin with.
+    """The model with its channels rotated, rescaled, shifted, or as they are: what quantizes best to begin with.
 
-    What rotations leave is rescaled before they are compared. Where rescaled channels are good enough, nothing else
-    is tried.
+    What rotations leave is rescaled before they are compared, and what is best of these is shifted. Where rescaled
+    channels are good enough, nothing else is tried.
     """
     reference, model = model.path, _rooted(run, model, data)
     if run.recipe.method == "rtn":
@@ -253,9 +254,13 @@ def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
             other = _rescaled(run, rotated, data, reference, rotated.path.parent)
             if _better(run, found, other, "rotated channels") is other:
                 base, found = rotated, other
-    if found.model is base or found.solver.is_enough:
-        return found
-    return _better(run, _prepared(run, base, data, reference), found, "rescaled channels")
+    if found.model is not base and not found.solver.is_enough:
+        found = _better(run, _prepared(run, base, data, reference), found, "rescaled channels")
+    if run.recipe.tries_shift and not found.solver.is_enough:
+        shifted = _shifted(run, found.model, data)
+        if shifted is not found.model:
+            found = _better(run, found, _prepared(run, shifted, data, reference), "shifted channels")
+    return found
 
 
 def _rooted(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
@@ -308,6 +313,19 @@ def _rotated(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
         )
     run.note(summary.summary)
     return rotated
+
+
+def _shifted(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
+    with run.timed("shift"):
+        shifted, summary = shift(
+            model,
+            ListFeeds(data.samples.equalizing),
+            work_dir=model.path.parent,
+            provider=run.recipe.provider,
+            group_bytes=run.group_bytes,
+        )
+    run.note(summary.summary)
+    return shifted
 
 
 def _better(run: Run, plain: Prepared, changed: Prepared, what: str) -> Prepared:

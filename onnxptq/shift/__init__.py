@@ -1,0 +1,1 @@
+"""Channels moved to the middle of their ranges, without changing the function."""
