@@ -131,8 +131,9 @@ def test_an_error_ends_all_processes_with_its_code(bench: Bench) -> None:
     assert not bench.output.exists()
 
 
-def test_a_process_that_is_killed_takes_the_others_along(bench: Bench) -> None:
-    process = _torchrun(*_bench(bench), "--effort", "paper")
+@pytest.mark.parametrize("how", ["one is killed", "all are interrupted"])
+def test_processes_end_together_and_leave_nothing(how: str, bench: Bench) -> None:
+    process = _torchrun(*_bench(bench), "--effort", "paper", start_new_session=True)
     limit = time.monotonic() + 120
     while not any(bench.work.glob("calibration-*.npz")):
         assert process.poll() is None, process.communicate()
@@ -140,9 +141,14 @@ def test_a_process_that_is_killed_takes_the_others_along(bench: Bench) -> None:
         time.sleep(0.1)
     # Learning takes minutes from here on.
     time.sleep(2)
-    os.kill(_worker(process.pid), signal.SIGKILL)
-    process.communicate(timeout=60)
+    if how == "one is killed":
+        os.kill(_worker(process.pid), signal.SIGKILL)
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1
+    # torchrun interrupts the others once one is gone; they may notice it first.
+    assert err.count("Interrupted. No output was written") + err.count("has ended") == 1
     assert not bench.output.exists()
     assert not list(bench.folder.glob(".*"))
     assert not list(bench.work.glob("onnxptq-run-*"))

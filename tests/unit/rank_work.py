@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from onnxptq.errors import MemoryBudgetError
+from onnxptq.errors import MemoryBudgetError, OutputPathError
 from onnxptq.graph.index import GraphIndex
 from onnxptq.lowering.network import BlockNetwork
 from onnxptq.ranks import Ranks
@@ -103,6 +103,22 @@ def fail(ranks: Ranks, where: int, when: str) -> str:
     if when == "at the end" and ranks.rank == where:
         raise MemoryBudgetError("too much", "less")
     return "done"
+
+
+class Unreadable:
+    """What can be sent but not received."""
+
+    def __reduce__(self) -> tuple[object, tuple[()]]:
+        return _gone, ()
+
+
+def _gone() -> None:
+    raise OutputPathError("The file is gone.", "Share it.")
+
+
+def hand_over(ranks: Ranks, where: int) -> None:
+    """``where`` tries to give away what cannot be packed."""
+    ranks.gather((lambda: 1) if ranks.rank == where else 1)
 
 
 class _Unspeakable(Exception):  # noqa: N818

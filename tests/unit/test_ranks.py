@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxptq.errors import MemoryBudgetError
+from onnxptq.errors import MemoryBudgetError, OutputPathError
 from onnxptq.ranks import ALONE, Ranks
 from tests.unit import rank_work
 
@@ -43,6 +43,18 @@ def test_the_error_of_one_is_the_error_of_all(where: int, when: str, ranks: Rank
     assert any("rank_work.py" in note for note in raised.value.__notes__)
     # And both are ready for more.
     assert ranks.run(rank_work.fail, 7, when) == "done"
+
+
+def test_what_cannot_be_packed_or_unpacked_is_an_error(ranks: Ranks) -> None:
+    with pytest.raises((AttributeError, TypeError), match=r"local|lambda|pickle"):
+        ranks.run(rank_work.fail, 7, lambda: None)  # type: ignore[arg-type]
+    with pytest.raises(OutputPathError, match="gone"):
+        ranks.run(rank_work.fail, 7, rank_work.Unreadable())  # type: ignore[arg-type]
+    with pytest.raises((AttributeError, TypeError), match=r"local|lambda|pickle"):
+        ranks.run(rank_work.hand_over, 0)
+    with pytest.raises((AttributeError, TypeError), match=r"local|lambda|pickle"):
+        ranks.run(rank_work.hand_over, 1)
+    assert ranks.run(rank_work.fail, 7, "") == "done"
 
 
 def test_an_error_that_cannot_be_sent_is_described(ranks: Ranks) -> None:
