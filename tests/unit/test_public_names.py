@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,13 @@ def test_the_public_names_are_pinned() -> None:
     assert list(onnxptq.__all__) == sorted(onnxptq.__all__)
     for name in PUBLIC:
         assert getattr(onnxptq, name) is not None
+
+
+def test_every_package_is_installed() -> None:
+    root = Path(__file__).resolve().parents[2]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {".".join(p.parent.relative_to(root).parts) for p in (root / "onnxptq").rglob("__init__.py")}
+    assert set(settings["packages"]) == {*found, *settings["package-dir"]}
 
 
 def test_unknown_names_are_attribute_errors() -> None:
