@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnxptq.graph.attention import Attention, find_attention
+from onnxptq.graph.attention import Attention, find_attention, reads_directly
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import exposed_copy
 from onnxptq.graph.surgeon import axes_of
@@ -107,9 +107,7 @@ def choose_softmax_ranges(
 
     def collect(chosen: Sequence[_Site], seen: Sequence[Sample], tick: Callable[[], None]) -> None:
         """The operands of the ``chosen`` sites for the samples ``seen``."""
-        read = {
-            name for site in chosen for p in site.products for name in (p.found.quantized, p.found.values)
-        }
+        read = {name for site in chosen for product in site.products for name in product.names}
         exposed = sorted(read - set(samples[0]))
         session = open_transient(
             model.path.with_name(f"products_{model.path.name}"),
@@ -147,10 +145,18 @@ class _Product:
     found: Attention
     apply: Apply
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The tensors that ``operands`` takes."""
+        return frozenset({self.found.quantized, self.found.weights, self.found.values})
+
     def operands(self, values: Mapping[str, Array], most: int) -> tuple[Array, Array]:
         """At most ``most`` rows of R, evenly spread, and V, of the product P V; of V P they are transposed, as
         (V P)^T = P^T V^T. For a weighted sum all of both."""
         weights, other = values[self.found.quantized], values[self.found.values]
+        if self.found.root:
+            # What is put to 0 behind the root, rows of nothing but masked scores among it, is no part of the product.
+            weights = np.where(values[self.found.weights] == 0, np.float32(0), weights)
         if self.found.form != "product":
             return weights, other
         attrs = self.found.product.attrs if self.found.product.op == "Gemm" else {}
@@ -202,7 +208,7 @@ def _softmax_sites(index: GraphIndex, plan: QuantPlan) -> list[_Site]:
     products = {}
     for found in find_attention(index):
         apply = _application(index, found)
-        if apply is not None and (not found.root or found.weights == found.softmax.outputs[0].name):
+        if apply is not None and (not found.root or reads_directly(index, found)):
             products[found.edge] = _Product(found, apply)
     groups = [quantizer.scale_group for quantizer in plan.quantizers]
     sites = []

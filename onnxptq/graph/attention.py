@@ -103,6 +103,22 @@ def is_mixing(node: gs.Node) -> bool:
     )
 
 
+def reads_directly(index: GraphIndex, found: Attention) -> bool:
+    """Whether the product alone reads the weights, and as the softmax writes them: some may be put to 0 before."""
+    tensor = found.softmax.outputs[0].name
+    while tensor != found.weights:
+        uses = [use for use in index.uses(tensor) if not _is_test(use)]
+        if len(uses) != 1 or uses[0].node.op != "Where" or uses[0].index == 0 or tensor in index.output_names:
+            return False
+        tensor = uses[0].node.outputs[0].name
+    return index.sole_user(tensor) is found.product
+
+
+def _is_test(use: Use) -> bool:
+    """Whether only the type is read, or where NaN is: exporters replace it in rows where everything is masked."""
+    return use.node.op == "IsNaN" or (use.node.op == "CastLike" and use.index == 1)
+
+
 def find_attention(index: GraphIndex) -> tuple[Attention, ...]:
     """Every application of softmax weights to values, in the order of the graph."""
     found: list[Attention] = []

@@ -269,6 +269,10 @@ def test_an_attention_node_is_written_out_where_its_products_are_quantized(
     assert {"q.mm", "k.mm", "v.mm", "out.mm"} < readers
     assert len(readers) == 6
     assert len(found.report.softmax) == 1
+    rooted = _quantized("attention node", tmp_path, target=target, activation_bits=4, softmax_root=4,
+                        observer="auto")  # fmt: skip
+    _is_proven(rooted)
+    assert [row.root for row in rooted.report.softmax] == [4]
 
 
 @pytest.mark.parametrize("root", [1, 2])

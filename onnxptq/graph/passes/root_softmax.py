@@ -10,7 +10,8 @@ PowerQuant's (arXiv 2301.09858). The identity is exact in real arithmetic; the l
 a weight is 0.
 
 This is no part of the canonical form: it is applied where it is asked for. Declined: weights that anything but one
-product of two activations (or weighted sum of one) reads, or reads other than directly.
+product of two activations (or weighted sum of one) reads, or reads other than directly. Putting some to 0 with Where
+does no harm.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxptq.graph.attention import Attention, find_attention
+from onnxptq.graph.attention import Attention, find_attention, reads_directly
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.surgeon import free_name, new_constant
 from onnxptq.types import Skip
@@ -46,7 +47,7 @@ def run(graph: gs.Graph, power: int) -> tuple[int, list[Skip]]:
 def _reason(index: GraphIndex, found: Attention) -> str | None:
     if found.softmax.op != "Softmax" or found.product.op not in _PRODUCTS:
         return f"its softmax weights are applied by {found.product.op}, in the form of a {found.form}"
-    if found.weights != found.softmax.outputs[0].name or index.sole_user(found.weights) is not found.product:
+    if not reads_directly(index, found):
         return "its softmax weights are changed on their way to the product, or read by others"
     return None
 

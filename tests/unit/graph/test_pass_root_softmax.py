@@ -36,12 +36,14 @@ def _attention(kind: str) -> onnx.ModelProto:
         p = net.op("Softmax", "p", scores, axis=-1)
     if kind == "shared":
         outputs.append(net.op("Relu", "other", p))
+    if kind == "safe":
+        p = net.op("Where", "kept", net.op("IsNaN", "nan", p), net.constant("zero", np.float32(0)), p)
     net.op("MatMul", "pv", p, v)
     return net.proto({"x": [1, TOKENS, WIDTH]}, outputs)
 
 
 @pytest.mark.parametrize("power", [2, 3, 4])
-@pytest.mark.parametrize("kind", ["plain", "hidden"])
+@pytest.mark.parametrize("kind", ["plain", "hidden", "safe"])
 def test_the_outputs_stay(kind: str, power: int, tmp_path: Path) -> None:
     skipped: list[object] = []
 
@@ -53,9 +55,10 @@ def test_the_outputs_stay(kind: str, power: int, tmp_path: Path) -> None:
     count, ops, graph = apply(_attention(kind), rewrite, tmp_path, tolerance=TOLERANCE)
     assert (count, skipped) == (1, [])
     assert ops["Softmax"] == 0
-    assert ops["Pow"] == ops["LogSoftmax"] == ops["Exp"] == 1
+    assert (ops["Pow"], ops["LogSoftmax"], ops["Exp"]) == (1, 1, 1)
     (found,) = find_attention(GraphIndex(graph))
-    assert (found.form, found.weights, found.root, found.power) == ("product", "p", "p_root", power)
+    weights = "kept" if kind == "safe" else "p"
+    assert (found.form, found.weights, found.root, found.power) == ("product", weights, "p_root", power)
     assert found.edge == ("p", 0)
     assert [node.name for node in found.scores] == ["qk"]
 
