@@ -1,16 +1,17 @@
-"""The five beds: a real model, real data, and how one becomes the input of the other.
+"""The beds: a real model, real data, and how one becomes the input of the other.
 
 A bed's data are decoded once, by the code that ``onnxptq.quantize`` itself uses, into one ``.npy`` file of
 float32 that every tool reads; so all tools see the same numbers.
 
 The testbed folder is ``$ONNXPTQ_TESTBED`` (default ``../shared``); decoded arrays, expanded weights and
 quantized files go to ``$ONNXPTQ_BENCH_CACHE`` (default ``~/.cache/onnxptq/benchmarks``) and never into the
-repository.
+repository. The two beds of digits need no testbed: :mod:`models` holds their networks, a package their data.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -23,6 +24,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from models import digits
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,12 +51,13 @@ _MODELNET40 = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bed:
-    """A model with its data; paths are relative to the testbed folder.
+    """A model with its data; paths are relative to the testbed folder, or to the cache where ``module`` is given.
 
     ``learning_samples`` is for methods that solve weights, from the same folder. ``preprocess`` is what
     ``Recipe.preprocess`` takes. ``labels`` is what ``onnxptq.quantize`` takes (a path is relative to the
     testbed), None where the ground truth is boxes. ``classes`` names a JSON list with the name of each label,
-    and ``model_classes`` the model's number of each name, where the two differ.
+    and ``model_classes`` the model's number of each name, where the two differ. ``module`` of :mod:`models` builds
+    the model.
     """
 
     name: str
@@ -70,6 +74,22 @@ class Bed:
     model_classes: Mapping[str, int] = field(default_factory=dict)
     boxes: str | None = None
     metric: Metric = "top1"
+    module: str = ""
+
+
+def _digits(name: str, title: str, module: str, form: str, input_name: str) -> Bed:
+    return Bed(
+        name=name,
+        title=title,
+        model=f"{module}.onnx",
+        input_name=input_name,
+        calibration=f"{form}/calib.npz",
+        evaluation=f"{form}/heldout.npz",
+        calibration_samples=128,
+        learning_samples=1024,
+        labels=f"{form}/heldout.npz",
+        module=module,
+    )
 
 
 BEDS: Mapping[str, Bed] = {
@@ -151,6 +171,8 @@ BEDS: Mapping[str, Bed] = {
             boxes="data/coco/val/boxes",
             metric="map50",
         ),
+        _digits("swin", "small Swin, digits", "swin_digits", "pictures", "image"),
+        _digits("points", "small point transformer, digits", "point_transformer_digits", "points", "points"),
     )
 }
 
@@ -177,13 +199,18 @@ class Decoded:
         return None if found is None else np.asarray(found, np.int64)
 
 
+def testbed_path() -> Path:
+    """Where the testbed folder should be."""
+    return Path(os.environ.get("ONNXPTQ_TESTBED", ROOT.parent / "shared"))
+
+
 def testbed() -> Path:
     """The testbed folder.
 
     Raises:
         SystemExit: it does not exist.
     """
-    folder = Path(os.environ.get("ONNXPTQ_TESTBED", ROOT.parent / "shared"))
+    folder = testbed_path()
     if not (folder / "models").is_dir():
         raise SystemExit(f"There is no testbed at '{folder}'; set ONNXPTQ_TESTBED.")
     return folder.resolve()
@@ -198,7 +225,9 @@ def cache_folder(*parts: str) -> Path:
 
 
 def model_path(bed: Bed) -> Path:
-    """The FP32 model; one whose weights are stored in half precision is expanded into the cache first."""
+    """The FP32 model; one that is built, or whose weights are stored in half precision, is put in the cache first."""
+    if bed.module:
+        return _built(bed)
     stored = testbed() / bed.model
     if not stored.name.endswith(".fp16w.onnx"):
         return stored
@@ -213,7 +242,25 @@ def model_path(bed: Bed) -> Path:
 
 def source_path(bed: Bed, split: Split) -> Path:
     """The calibration or evaluation data as a user would give them to ``onnxptq.quantize``."""
-    return testbed() / (bed.evaluation if split == "evaluation" else bed.calibration)
+    return _data_folder(bed) / (bed.evaluation if split == "evaluation" else bed.calibration)
+
+
+def _built(bed: Bed) -> Path:
+    module = importlib.import_module(f"models.{bed.module}")
+    # The weights are part of the name, so that a file of older ones is not taken for this one.
+    path = cache_folder("models") / f"{bed.module}-{module.MANIFEST.weights.sha256[:8]}.onnx"
+    if not path.exists():
+        module.build(path)
+    return path
+
+
+def _data_folder(bed: Bed) -> Path:
+    if not bed.module:
+        return testbed()
+    folder = cache_folder("digits")
+    if not (folder / bed.evaluation).exists():
+        digits.write(folder)
+    return folder
 
 
 def decoded(bed: Bed, split: Split, limit: int | None = None) -> Decoded:
@@ -251,7 +298,7 @@ def _decode(bed: Bed, split: Split, limit: int | None, array: Path, facts: Path)
         ids = list(feeds.sample_ids)
         labels = None
         if split == "evaluation" and bed.labels is not None:
-            named = bed.labels if bed.labels == "folders" else testbed() / bed.labels
+            named = bed.labels if bed.labels == "folders" else _data_folder(bed) / bed.labels
             labels = read_labels(named, feeds)
         rows = np.concatenate([sample[specs[0].name] for sample in feeds])
     if bed.classes is not None and labels is not None:

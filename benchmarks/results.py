@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.beds import ROOT, testbed
+from benchmarks.beds import ROOT, testbed_path
 
 SCHEMA = 1
 _PACKAGES = (
@@ -91,7 +91,7 @@ def command_line() -> str:
     """This command as anyone would type it."""
     module = Path(sys.argv[0]).stem
     text = " ".join(["python", "-m", f"benchmarks.{module}", *map(shlex.quote, sys.argv[1:])])
-    return text.replace(str(testbed()), "$ONNXPTQ_TESTBED").replace(str(ROOT), ".")
+    return text.replace(str(testbed_path().resolve()), "$ONNXPTQ_TESTBED").replace(str(ROOT), ".")
 
 
 class ResultsFile:

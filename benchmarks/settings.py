@@ -81,14 +81,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         tool=OURS, name="simulate-rtn", beds=("resnet20",), recipe={"target": "simulate", "method": "rtn"}
     ),
-    Setting(tool=OURS, name="tensorrt", beds=("vit",), recipe={"target": "tensorrt"}),
+    Setting(tool=OURS, name="tensorrt", beds=("vit", "swin", "points"), recipe={"target": "tensorrt"}),
     Setting(tool=OURS, name="tensorrt-rtn", beds=("vit",), recipe={"target": "tensorrt", "method": "rtn"}),
     *(
         _few_bits(weights, activations, method, beds)
         for weights, activations, beds in (
             (4, 8, ("resnet20", "efficientnet", "vit")),
-            (4, 4, ("resnet20", "efficientnet", "vit", "pointnet")),
-            (3, 3, ("resnet20", "pointnet")),
+            (4, 4, ("resnet20", "efficientnet", "vit", "pointnet", "swin", "points")),
+            (3, 3, ("resnet20", "pointnet", "swin", "points")),
         )
         for method in ("rtn", "fast", "balanced")
     ),
@@ -139,6 +139,10 @@ FLOORS: Mapping[tuple[str, str], Floor] = {
     ("vit", "onnxptq:w4a4-fast"): Floor(top1_loss=5.0),
     ("pointnet", "onnxptq:w4a4-balanced"): Floor(top1_loss=2.0),
     ("pointnet", "onnxptq:w3a3-balanced"): Floor(top1_loss=6.0),
+    ("swin", "onnxptq:w4a4-fast"): Floor(top1_loss=2.0),
+    ("swin", "onnxptq:w4a4-balanced"): Floor(top1_loss=2.0),
+    ("points", "onnxptq:w4a4-fast"): Floor(top1_loss=2.0),
+    ("points", "onnxptq:w4a4-balanced"): Floor(top1_loss=2.0),
 }
 
 
