@@ -11,6 +11,7 @@ from onnxptq.lowering import LoweredModule
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.quantized import SiteHook, set_hooks
 from onnxptq.ranks import ALONE, Ranks
+from onnxptq.reconstruct.vault import SLACK, return_memory
 
 _SAME = 1e-3
 """By how much, relative to the largest value, running samples together may change a result: summation order
@@ -181,6 +182,7 @@ def run_all(
     found: list[Values] = []
     for start in range(0, len(values), together):
         parts = values[start : start + together]
+        return_memory(SLACK)
         out = network.run_block(position, _on(network.device, joined(parts, names)))
         if len(parts) == 1:
             found.append({name: _kept(value, keep) for name, value in out.items()})

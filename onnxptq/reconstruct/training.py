@@ -24,6 +24,7 @@ from onnxptq.reconstruct.learning import Learning
 from onnxptq.reconstruct.objective import Norms, noise_over_signal, norms_of
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
+from onnxptq.reconstruct.vault import SLACK, return_memory
 
 RANKINGS = 10
 """How often samples are ranked anew where the easy ones come first."""
@@ -63,6 +64,7 @@ def train(
             undecided.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+        return_memory(SLACK)
         done += 1
         if judges and done % every == 0:
             seen = _judged(data, learned, judges, norms)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+SLACK = 64 << 20
+"""Bytes of freed memory that are not worth giving back."""
 
 
 class Vault:
@@ -57,12 +61,27 @@ class Vault:
         self._held -= self._sizes.pop(id(value), 0)
 
 
-def return_memory() -> None:
-    """Give back to the system what was freed. Between the values that stay, glibc keeps what the passes used: up to
-    a gigabyte over a few of them."""
+def return_memory(slack: int = 0) -> None:
+    """Give back to the system what was freed, once the process has grown by ``slack`` bytes since the last time.
+
+    Between the values that stay, glibc keeps what passes used: up to a gigabyte over a few dozen of them.
+    """
+    global _after_last
     trim = _trim()
-    if trim is not None:
+    if trim is not None and (slack == 0 or _resident() > _after_last + slack):
         trim(0)
+        _after_last = _resident()
+
+
+_after_last = 0
+
+
+def _resident() -> int:
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * mmap.PAGESIZE
 
 
 @functools.cache
