@@ -51,6 +51,12 @@ FOCUS_SAMPLES = 24
 """Calibration samples whose attention matrices choose the ranges of softmax outputs: with few, strong attention that
 they lack is clipped."""
 
+FEW_BITS = 4
+"""Activations of up to so many bits take their ranges from :data:`AT_FEW_BITS`, whatever the trial says: rounding to
+nearest spoils the outputs so much then that what is left tells nothing about the network once it is solved."""
+
+AT_FEW_BITS = Observer(name="mse", norm=2.0)
+
 TELLING_DB = 0.1
 """A loss of less is not worth a sentence."""
 
@@ -126,9 +132,7 @@ class Solver:
                 choose_ranges(self.plan, self.statistics, _named(self.recipe), self.overrides)
             )
             return
-        observer, focused = self._ranges()
-        ranges = choose_ranges(self.plan, self.statistics, observer, self.overrides)
-        self.start = self._initial({**ranges, **focused})
+        self.start = self._initial(self._ranges())
 
     def rank(self) -> float:
         """Quality of ``start``, to compare different forms of one model; infinite where nothing is quantized."""
@@ -223,9 +227,10 @@ class Solver:
     def _initial(self, activations: Mapping[str, QParams]) -> Solution:
         return initial_solution(self.model.graph, self.plan, activations, self._grids)
 
-    def _ranges(self) -> tuple[Observer, Mapping[str, QParams]]:
+    def _ranges(self) -> Mapping[str, QParams]:
+        """Parameters of every activation."""
         if self.recipe.observer != "auto":
-            return _named(self.recipe), {}
+            return choose_ranges(self.plan, self.statistics, _named(self.recipe), self.overrides)
         focused = self._focused()
         # Fitted without the trial samples, so that clipping what calibration has not seen shows; with float
         # weights, so that their noise does not hide that of the activations.
@@ -233,24 +238,32 @@ class Solver:
         activations = replace(
             self.plan, quantizers=tuple(q for q in self.plan.quantizers if q.role == "activation")
         )
+        few = replace(
+            activations, quantizers=tuple(q for q in activations.quantizers if q.qtype.bits <= FEW_BITS)
+        )
 
-        def solved(candidate: Observer) -> Solution:
-            ranges = choose_ranges(activations, fitting, candidate, self.overrides)
-            return Solution(qparams={**ranges, **focused})
+        def solved(statistics: Calibration, candidate: Observer) -> Solution:
+            ranges = choose_ranges(activations, statistics, candidate, self.overrides)
+            narrow = choose_ranges(few, statistics, AT_FEW_BITS, self.overrides)
+            return Solution(qparams={**ranges, **narrow, **focused})
 
-        solutions = {candidate: solved(candidate) for candidate in CANDIDATES}
-        rank = self._trial().adjustable(activations, solutions[CANDIDATES[0]])
+        candidates = CANDIDATES if len(few.quantizers) < len(activations.quantizers) else (AT_FEW_BITS,)
+        solutions = {candidate: solved(fitting, candidate) for candidate in candidates}
+        rank = self._trial().adjustable(activations, solutions[candidates[0]])
         observer, scores = select_observer(
             lambda candidate, count: rank(solutions[candidate], count),
             len(self.samples.trial),
+            candidates,
             progress=self.progress,
         )
         self._float_rank = scores[label(observer)]
         listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
         self.notes.append(
             f"Ranges by {label(observer)} (dB on calibration samples, on fewer for what fell behind: {listed})."
+            if len(candidates) > 1
+            else f"Ranges by {label(observer)} ({listed} dB on calibration samples)."
         )
-        return observer, focused
+        return solved(self.statistics, observer).qparams
 
     def _focused(self) -> Mapping[str, QParams]:
         """Parameters of the softmax outputs whose observer no rule names."""

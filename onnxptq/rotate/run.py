@@ -46,7 +46,7 @@ class Rotation:
             f"{' or '.join(str(n) for n in sorted(set(sizes)))} channels"
             for one, many, sizes in (
                 ("residual stream", "residual streams", self.streams),
-                ("space inside attention", "spaces inside attention", self.heads),
+                ("space between two layers", "spaces between two layers", self.heads),
             )
             if sizes
         ]
@@ -63,7 +63,7 @@ class Rotation:
 def rotate(
     model: CanonicalModel, feeds: Feeds, *, work_dir: Path, seed: int = 0, provider: Provider = "cpu"
 ) -> tuple[CanonicalModel, Rotation]:
-    """Rotate the channels of residual streams and inside attention by random orthogonal matrices.
+    """Rotate the channels of residual streams, and of spaces between two layers, by random orthogonal matrices.
 
     The result computes the same function with the same nodes; only constants differ. It is written to
     ``work_dir/rotated.onnx``.

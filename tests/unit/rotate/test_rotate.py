@@ -201,7 +201,7 @@ def test_a_difference_beyond_the_tolerance_keeps_the_original(
 def test_the_summary_counts_streams_and_heads() -> None:
     found = Rotation(streams=(16, 32), heads=(8,), difference=1.2e-6)
     assert found.summary == (
-        "Rotated: 2 residual streams of 16 or 32 channels, 1 space inside attention of 8 channels; "
+        "Rotated: 2 residual streams of 16 or 32 channels, 1 space between two layers of 8 channels; "
         "the float outputs differ by 1.2e-06."
     )
 
