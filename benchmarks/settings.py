@@ -86,9 +86,10 @@ SETTINGS: tuple[Setting, ...] = (
     *(
         _few_bits(weights, activations, method, beds)
         for weights, activations, beds in (
+            (6, 6, ("vit",)),
             (4, 8, ("resnet20", "efficientnet", "vit")),
             (4, 4, ("resnet20", "efficientnet", "vit", "pointnet", "swin", "points")),
-            (3, 3, ("resnet20", "pointnet", "swin", "points")),
+            (3, 3, ("resnet20", "vit", "pointnet", "swin", "points")),
         )
         for method in ("rtn", "fast", "balanced")
     ),
@@ -136,7 +137,12 @@ FLOORS: Mapping[tuple[str, str], Floor] = {
     ("efficientnet", "onnxptq:w4a8-balanced"): Floor(top1_loss=2.5),
     ("efficientnet", "onnxptq:w4a4-balanced"): Floor(top1_loss=8.0),
     ("vit", "onnxptq:w4a8-fast"): Floor(top1_loss=1.0),
-    ("vit", "onnxptq:w4a4-fast"): Floor(top1_loss=5.0),
+    ("vit", "onnxptq:w4a4-fast"): Floor(top1_loss=3.0),
+    ("vit", "onnxptq:w3a3-fast"): Floor(top1_loss=13.0),
+    ("vit", "onnxptq:w6a6-balanced"): Floor(agreement=0.99, top1_loss=0.4),
+    ("vit", "onnxptq:w4a8-balanced"): Floor(agreement=0.98, top1_loss=0.6),
+    ("vit", "onnxptq:w4a4-balanced"): Floor(agreement=0.96, top1_loss=2.0),
+    ("vit", "onnxptq:w3a3-balanced"): Floor(agreement=0.89, top1_loss=7.0),
     ("pointnet", "onnxptq:w4a4-balanced"): Floor(top1_loss=2.0),
     ("pointnet", "onnxptq:w3a3-balanced"): Floor(top1_loss=6.0),
     ("swin", "onnxptq:w4a4-fast"): Floor(top1_loss=2.0),
