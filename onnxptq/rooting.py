@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-
+from onnxptq.graph.forms import write_form
 from onnxptq.graph.passes import root_softmax
-from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
-from onnxptq.graph.surgeon import import_graph
 from onnxptq.runtime import Provider, Session, difference
 from onnxptq.types import CanonicalModel, Sample, Skip
 
@@ -52,20 +48,11 @@ def root_weights(
     if not count:
         return model, Rooting(power=power, count=0, skips=tuple(skips), difference=0.0)
     path = work_dir / "rooted.onnx"
-    save_graph(
-        graph,
-        path,
-        model_metadata=model.model_metadata,
-        node_metadata=model.node_metadata,
-        inline_bytes=SHARED_DATA_BYTES,
-    )
+    rooted = write_form(model, graph, path, f"rooted {power}")
     before, after = (Session(p, provider=provider).run(sample) for p in (model.path, path))
     gap = difference(before, after)
     if not gap <= TOLERANCE:
         reason = f"the float outputs would differ by {gap:.1e} of their largest magnitude"
         skips.append(Skip(site=model.user_name(model.outputs[0]), reason=reason))
         return model, Rooting(power=power, count=0, skips=tuple(skips), difference=gap)
-    written = import_graph(onnx.load(str(path), load_external_data=False), path.parent)
-    digest = hashlib.sha256(f"{model.fingerprint} rooted {power}".encode()).hexdigest()
-    rooted = replace(model, path=path, graph=written, fingerprint=digest)
     return rooted, Rooting(power=power, count=count, skips=tuple(skips), difference=gap)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from onnxptq.equalize.tracing import Edit, Trace
 from onnxptq.graph.classes import Classes
-from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
-from onnxptq.graph.surgeon import import_graph, set_constant
+from onnxptq.graph.forms import write_form
+from onnxptq.graph.surgeon import set_constant
 from onnxptq.types import CanonicalModel
 
 TOLERANCE = 1e-5
@@ -28,18 +25,8 @@ def apply_factors(
 ) -> CanonicalModel:
     """The model with every constant rescaled, written to ``path``. ``factors``: ln s by variable."""
     graph = rescaled_graph(model, trace, factors)
-    save_graph(
-        graph,
-        path,
-        model_metadata=model.model_metadata,
-        node_metadata=model.node_metadata,
-        inline_bytes=SHARED_DATA_BYTES,
-    )
-    written = import_graph(onnx.load(str(path), load_external_data=False), path.parent)
-    digest = hashlib.sha256(model.fingerprint.encode())
-    for variable, value in sorted(factors.items()):
-        digest.update(f"{variable} {value.hex()}".encode())
-    return replace(model, path=path, graph=written, fingerprint=digest.hexdigest())
+    scales = " ".join(f"{variable} {value.hex()}" for variable, value in sorted(factors.items()))
+    return write_form(model, graph, path, f"rescaled {scales}")
 
 
 def rescaled_graph(model: CanonicalModel, trace: Trace, factors: Mapping[int, float]) -> gs.Graph:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_graphsurgeon as gs
 
 from onnxptq.graph.classes import Classes
-from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
-from onnxptq.graph.surgeon import import_graph, new_constant, set_constant
+from onnxptq.graph.forms import write_form
+from onnxptq.graph.surgeon import new_constant, set_constant
 from onnxptq.rotate.folding import Floats, Folding, Pending, fold
 from onnxptq.rotate.orthogonal import spreading_rotation
 from onnxptq.rotate.spaces import Space
@@ -51,16 +48,7 @@ def apply_rotations(
     nodes = {node.name: node for node in graph.nodes}
     for (name, i), value in pending.values.items():
         _set(graph, nodes[name], i, value.astype(np.float32))
-    save_graph(
-        graph,
-        path,
-        model_metadata=model.model_metadata,
-        node_metadata=model.node_metadata,
-        inline_bytes=SHARED_DATA_BYTES,
-    )
-    written = import_graph(onnx.load(str(path), load_external_data=False), path.parent)
-    digest = hashlib.sha256(f"{model.fingerprint} rotated {seed} {sorted(rotated)}".encode()).hexdigest()
-    return replace(model, path=path, graph=written, fingerprint=digest)
+    return write_form(model, graph, path, f"rotated {seed} {sorted(rotated)}")
 
 
 def _set(graph: gs.Graph, node: gs.Node, i: int, value: npt.NDArray[np.float32]) -> None:

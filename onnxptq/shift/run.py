@@ -8,21 +8,20 @@ normalizations these are the zero points of RepQ-ViT (arXiv 2212.08254), whose s
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_graphsurgeon as gs
 
 from onnxptq.errors import FeedError
+from onnxptq.graph.forms import write_form
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear
-from onnxptq.graph.save import SHARED_DATA_BYTES, exposed_copy, save_graph
-from onnxptq.graph.surgeon import import_graph, new_constant, set_constant
+from onnxptq.graph.save import exposed_copy
+from onnxptq.graph.surgeon import new_constant, set_constant
 from onnxptq.runtime import Provider, Session, concrete_shapes, difference, open_transient
 from onnxptq.runtime.transient import group_within
 from onnxptq.shift.tracing import RULES, ShiftTracer, Writer
@@ -192,16 +191,7 @@ def _applied(
             layer = reader.layer
             node, i = (layer.node, 2) if layer.bias_node is None else (layer.bias_node, layer.bias_index or 0)
             _add(graph, nodes[node.name], i, moved)
-    save_graph(
-        graph,
-        path,
-        model_metadata=model.model_metadata,
-        node_metadata=model.node_metadata,
-        inline_bytes=SHARED_DATA_BYTES,
-    )
-    written = import_graph(onnx.load(str(path), load_external_data=False), path.parent)
-    digest = hashlib.sha256(f"{model.fingerprint} shifted {sorted(offsets.items())}".encode()).hexdigest()
-    return replace(model, path=path, graph=written, fingerprint=digest)
+    return write_form(model, graph, path, f"shifted {sorted(offsets.items())}")
 
 
 def _moved(layer: Linear, taken: Floats) -> Floats:
