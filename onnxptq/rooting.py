@@ -7,11 +7,8 @@ from pathlib import Path
 
 from onnxptq.graph.forms import write_form
 from onnxptq.graph.passes import root_softmax
-from onnxptq.runtime import Provider, Session, difference
+from onnxptq.runtime import SAME_FUNCTION, Provider, Session, difference
 from onnxptq.types import CanonicalModel, Sample, Skip
-
-TOLERANCE = 1e-5
-"""Largest difference of an output from the original, relative to that output's largest magnitude."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +48,7 @@ def root_weights(
     rooted = write_form(model, graph, path, f"rooted {power}")
     before, after = (Session(p, provider=provider).run(sample) for p in (model.path, path))
     gap = difference(before, after)
-    if not gap <= TOLERANCE:
+    if not gap <= SAME_FUNCTION:
         reason = f"the float outputs would differ by {gap:.1e} of their largest magnitude"
         skips.append(Skip(site=model.user_name(model.outputs[0]), reason=reason))
         return model, Rooting(power=power, count=0, skips=tuple(skips), difference=gap)

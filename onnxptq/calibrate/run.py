@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 from onnxptq.calibrate.exposing import measured_shapes, open_group
 from onnxptq.calibrate.statistics import StatisticsBuilder, TensorStatistics
-from onnxptq.errors import FeedError, MemoryBudgetError
+from onnxptq.errors import MemoryBudgetError
 from onnxptq.ranks import ALONE, Ranks
-from onnxptq.runtime import Provider, group_within
+from onnxptq.runtime import Provider, first_sample, group_within
 from onnxptq.types import Array, CanonicalModel, Feeds, Progress, Sample, Skip
 
 DEFAULT_GROUP_BYTES = 1 << 30
@@ -69,13 +69,10 @@ def calibrate(
         FeedError: the feeds hold no sample.
         MemoryBudgetError: one tensor alone is larger than ``group_bytes``.
     """
-    if len(feeds) == 0:
-        raise FeedError(
-            "There is no calibration sample.", "Point --calib at a folder with at least one sample."
-        )
+    sample = first_sample(feeds)
     inputs = {spec.name for spec in model.inputs}
     internal = [name for name in tensors if name not in inputs]
-    shapes = _shapes(model, feeds, internal, provider)
+    shapes = _shapes(model, sample, internal, provider)
     groups = _group({name: 4 * math.prod(shape) for name, shape in shapes.items()}, group_bytes, model)
     anchored = [name for name, shape in shapes.items() if shape]
     seen = ranks.run(
@@ -204,10 +201,9 @@ def _finish(
 
 
 def _shapes(
-    model: CanonicalModel, feeds: Feeds, names: Sequence[str], provider: Provider
+    model: CanonicalModel, sample: Sample, names: Sequence[str], provider: Provider
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor in the first sample: from the graph where it is known, else by running it."""
-    sample = next(iter(feeds))
+    """The shape of each tensor with ``sample``: from the graph where it is known, else by running it."""
     tensors = model.graph.tensors()
     bound = {
         dim: value.shape[i]

@@ -14,11 +14,6 @@ from onnxptq.graph.forms import write_form
 from onnxptq.graph.surgeon import set_constant
 from onnxptq.types import CanonicalModel
 
-TOLERANCE = 1e-5
-"""Largest difference of an output from the original, relative to that output's largest magnitude.
-
-Factors move single-precision rounding errors around: about 1e-6 through a network of a hundred layers."""
-
 
 def apply_factors(
     model: CanonicalModel, trace: Trace, factors: Mapping[int, float], path: Path

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxptq.equalize.apply import TOLERANCE, apply_factors
+from onnxptq.equalize.apply import apply_factors
 from onnxptq.equalize.factors import Choice, choose
 from onnxptq.equalize.gains import channel_gains, tensors_behind
 from onnxptq.equalize.limits import Limits, factor_limits
@@ -18,11 +18,10 @@ from onnxptq.equalize.rules import RULES
 from onnxptq.equalize.terms import Component, Emphasis, build_terms, components
 from onnxptq.equalize.tracing import Trace, Tracer
 from onnxptq.equalize.trial import Trial, is_better
-from onnxptq.errors import FeedError
 from onnxptq.graph.classes import variable_of
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.tracing import Shapes
-from onnxptq.runtime import Provider, Session, concrete_shapes, difference
+from onnxptq.runtime import SAME_FUNCTION, Provider, Session, concrete_shapes, difference, first_sample
 from onnxptq.types import CanonicalModel, Feeds, Progress, Sample, Skip
 
 FACTOR_LIMIT = 64.0
@@ -161,11 +160,7 @@ def equalize(
         FeedError: there is no sample.
         OutputPathError: ``work_dir`` cannot be written.
     """
-    if len(feeds) == 0:
-        raise FeedError(
-            "There is no calibration sample.", "Point --calib at a folder with at least one sample."
-        )
-    sample = next(iter(feeds))
+    sample = first_sample(feeds)
     shapes, values = concrete_shapes(model, sample, provider)
     index = GraphIndex(model.graph)
     trace = Tracer(index, shapes, values).run(RULES)
@@ -322,7 +317,7 @@ def _apply(job: _Job, solved: Solved, sample: Sample) -> tuple[CanonicalModel, S
     def applied(part: Solved) -> CanonicalModel | None:
         result = apply_factors(job.model, job.trace, _factors(part), job.path)
         gap = difference(reference, Session(result.path, provider=job.provider).run(sample))
-        return result if gap <= TOLERANCE else None
+        return result if gap <= SAME_FUNCTION else None
 
     whole = applied(solved)
     if whole is not None:

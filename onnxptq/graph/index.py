@@ -70,6 +70,11 @@ class GraphIndex:
         return uses[0].node if len(uses) == 1 and tensor not in self.output_names else None
 
 
+def probability_outputs(graph: gs.Graph) -> frozenset[str]:
+    """Graph outputs written by a Softmax: they are p itself, not logits."""
+    return frozenset(t.name for t in graph.outputs if t.inputs and t.inputs[0].op == "Softmax")
+
+
 def is_constant(tensor: gs.Tensor) -> bool:
     """Whether ``tensor`` is an initializer."""
     return isinstance(tensor, gs.Constant)

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-import onnx_graphsurgeon as gs
 import torch
 
 from onnxptq.errors import UsageError
@@ -25,11 +24,6 @@ def choose_loss(outputs: Mapping[str, torch.Tensor]) -> LossKind:
     """``kl`` if every float output is a matrix of at least two columns, as class logits are; else ``relative``."""
     floats = [value for value in outputs.values() if value.is_floating_point()]
     return "kl" if floats and all(v.ndim == 2 and v.shape[1] > 1 for v in floats) else "relative"
-
-
-def probability_outputs(graph: gs.Graph) -> frozenset[str]:
-    """Graph outputs written by a Softmax: they are p itself, not logits."""
-    return frozenset(t.name for t in graph.outputs if t.inputs and t.inputs[0].op == "Softmax")
 
 
 class OutputLoss:

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 
 from onnxptq.errors import UsageError
+from onnxptq.graph.index import probability_outputs
 from onnxptq.lowering.network import BlockNetwork, Values
-from onnxptq.lowering.quantized import SiteHook, quantizing_hooks
-from onnxptq.partition.output_loss import LossKind, OutputLoss, choose_loss, probability_outputs
+from onnxptq.lowering.quantized import SiteHook, quantizing_hooks, set_hooks
+from onnxptq.partition.output_loss import LossKind, OutputLoss, choose_loss
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.types import (
     Block,
@@ -189,8 +190,7 @@ class Scorer:
 
 def _run_quantized(network: BlockNetwork, index: int, values: Values, hooks: Sequence[SiteHook]) -> Values:
     module = network.modules[index]
-    for hook in hooks:
-        module.set_hook(*hook)
+    set_hooks(module, hooks)
     try:
         return network.run_block(index, values)
     finally:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx_graphsurgeon as gs
 import torch
 
-from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.index import GraphIndex, probability_outputs
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.quantized import quantizing_hooks, set_hooks
 from onnxptq.quantizers.low_rank import Factors
@@ -125,7 +124,7 @@ def _reconstructed(
         own = {
             number: values for number, values in zip(numbers, floats, strict=True) if number < FISHER_SAMPLES
         }
-        weights = fisher_weights(network, own, _probabilities(model.graph), seed, ranks)
+        weights = fisher_weights(network, own, probability_outputs(model.graph), seed, ranks)
         importance = {name: value.pow(settings.weighting) for name, value in weights.items()}
     start, state = solution, Finished(solution=solution, settled=frozenset(), outcome=None)
     outcomes: list[PackOutcome] = []
@@ -161,10 +160,6 @@ def _reconstructed(
             tick()
     solution = with_bias_grids(model.graph, plan, state.solution)
     return Reconstruction(solution=solution, outcomes=tuple(outcomes))
-
-
-def _probabilities(graph: gs.Graph) -> frozenset[str]:
-    return frozenset(t.name for t in graph.outputs if t.inputs and t.inputs[0].op == "Softmax")
 
 
 def _solved(

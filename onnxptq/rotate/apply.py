@@ -18,11 +18,6 @@ from onnxptq.rotate.spaces import Space
 from onnxptq.rotate.tracing import RotationTracer, Turn
 from onnxptq.types import CanonicalModel
 
-TOLERANCE = 1e-5
-"""Largest difference of an output from the original, relative to that output's largest magnitude.
-
-Rotations are folded in double precision; what is left are single-precision rounding errors of other numbers."""
-
 
 def apply_rotations(
     model: CanonicalModel,

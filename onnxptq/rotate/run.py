@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxptq.errors import FeedError
 from onnxptq.graph.attention import NORMALIZATIONS
 from onnxptq.graph.index import GraphIndex
-from onnxptq.rotate.apply import TOLERANCE, apply_rotations
+from onnxptq.rotate.apply import apply_rotations
 from onnxptq.rotate.folding import find_foldings
 from onnxptq.rotate.rules import RULES
 from onnxptq.rotate.spaces import Space, find_spaces
 from onnxptq.rotate.tracing import RotationTracer
-from onnxptq.runtime import Provider, Session, concrete_shapes, difference
+from onnxptq.runtime import SAME_FUNCTION, Provider, Session, concrete_shapes, difference, first_sample
 from onnxptq.types import CanonicalModel, Feeds, Skip
 
 _TOLD = 3
@@ -79,11 +78,7 @@ def rotate(
         FeedError: there is no sample.
         OutputPathError: ``work_dir`` cannot be written.
     """
-    if len(feeds) == 0:
-        raise FeedError(
-            "There is no calibration sample.", "Point --calib at a folder with at least one sample."
-        )
-    sample = next(iter(feeds))
+    sample = first_sample(feeds)
     shapes, values = concrete_shapes(model, sample, provider)
     index = GraphIndex(model.graph)
     foldings = find_foldings(index, shapes, values)
@@ -96,7 +91,7 @@ def rotate(
     result = apply_rotations(model, tracer, foldings, spaces, work_dir / "rotated.onnx", seed=seed)
     before, after = (Session(m.path, provider=provider).run(sample) for m in (model, result))
     gap = difference(before, after)
-    if not gap <= TOLERANCE:
+    if not gap <= SAME_FUNCTION:
         reason = f"not rotated: the float outputs would differ by {gap:.1e} of their largest magnitude"
         return model, Rotation(skips=(*skips, Skip(site=model.user_name(model.outputs[0]), reason=reason)))
     return result, Rotation(

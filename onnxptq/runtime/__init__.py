@@ -1,6 +1,6 @@
 """Sessions of onnxruntime: the only package that imports it."""
 
-from onnxptq.runtime.difference import difference
+from onnxptq.runtime.difference import SAME_FUNCTION, difference
 from onnxptq.runtime.session import (
     Provider,
     RunError,
@@ -10,16 +10,18 @@ from onnxptq.runtime.session import (
     require_runtime,
     runtime_version,
 )
-from onnxptq.runtime.shapes import concrete_shapes
+from onnxptq.runtime.shapes import concrete_shapes, first_sample
 from onnxptq.runtime.transient import group_within, open_transient
 
 __all__ = [
+    "SAME_FUNCTION",
     "Provider",
     "RunError",
     "Session",
     "concrete_shapes",
     "count_kernels",
     "difference",
+    "first_sample",
     "group_within",
     "installed_runtimes",
     "open_transient",

@@ -11,17 +11,32 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnxptq.errors import FeedError
 from onnxptq.graph.index import is_constant, is_float32
 from onnxptq.graph.save import exposed_copy, write_model
 from onnxptq.runtime.session import Provider
 from onnxptq.runtime.transient import open_transient
-from onnxptq.types import Array, CanonicalModel, Sample
+from onnxptq.types import Array, CanonicalModel, Feeds, Sample
 
 _PARAMETER_OPS = frozenset(
     {"Slice", "Gather", "Tile", "Pad", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"}
 )
 _SHAPE_READERS = frozenset({"Shape", "Size"})
 _SHAPE_SUFFIX = "/concrete shape"
+
+
+def first_sample(feeds: Feeds) -> Sample:
+    """The sample by which a stage learns what a graph does.
+
+    Raises:
+        FeedError: there is none.
+    """
+    sample = next(iter(feeds), None)
+    if sample is None:
+        raise FeedError(
+            "There is no calibration sample.", "Point --calib at a folder with at least one sample."
+        )
+    return sample
 
 
 def concrete_shapes(

@@ -16,22 +16,26 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from onnxptq.errors import FeedError
 from onnxptq.graph.forms import write_form
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear
 from onnxptq.graph.save import exposed_copy
 from onnxptq.graph.surgeon import new_constant, set_constant
-from onnxptq.runtime import Provider, Session, concrete_shapes, difference, open_transient
+from onnxptq.runtime import (
+    SAME_FUNCTION,
+    Provider,
+    Session,
+    concrete_shapes,
+    difference,
+    first_sample,
+    open_transient,
+)
 from onnxptq.runtime.transient import group_within
 from onnxptq.shift.tracing import RULES, ShiftTracer, Writer
 from onnxptq.types import CanonicalModel, Feeds
 
 TAIL = 1e-3
 """Share of a channel's values that may lie beyond either end of its range."""
-
-TOLERANCE = 1e-5
-"""Largest difference of an output from the original, relative to that output's largest magnitude."""
 
 _ROWS = 8192
 """Most rows of a tensor that are looked at."""
@@ -93,11 +97,7 @@ def shift(
         FeedError: there is no sample.
         OutputPathError: ``work_dir`` cannot be written.
     """
-    sample = next(iter(feeds), None)
-    if sample is None:
-        raise FeedError(
-            "There is no calibration sample.", "Point --calib at a folder with at least one sample."
-        )
+    sample = first_sample(feeds)
     shapes, values = concrete_shapes(model, sample, provider)
     index = GraphIndex(model.graph)
     tracer = ShiftTracer(index, shapes, values)
@@ -113,7 +113,7 @@ def shift(
     result = _applied(model, tracer, offsets, work_dir / "shifted.onnx")
     before, after = (Session(m.path, provider=provider).run(sample) for m in (model, result))
     gap = difference(before, after)
-    if not gap <= TOLERANCE:
+    if not gap <= SAME_FUNCTION:
         reason = f"the float outputs would differ by {gap:.1e} of their largest magnitude"
         return model, Shift(reason=reason)
     return result, Shift(

@@ -190,7 +190,7 @@ def test_the_original_is_not_edited(tmp_path: Path) -> None:
 def test_a_difference_beyond_the_tolerance_keeps_the_original(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onnxptq.rotate.run.TOLERANCE", -1.0)
+    monkeypatch.setattr("onnxptq.rotate.run.SAME_FUNCTION", -1.0)
     model = nets.one_stream("none")
     source = canonical(model, tmp_path)
     result, found = rotate(source, samples_for(model, 1), work_dir=tmp_path)

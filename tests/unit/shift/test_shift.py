@@ -13,7 +13,7 @@ from onnxptq.errors import FeedError
 from onnxptq.graph.save import exposed_copy
 from onnxptq.pipeline import quantize
 from onnxptq.recipe import Recipe
-from onnxptq.runtime import Session, difference
+from onnxptq.runtime import SAME_FUNCTION, Session, difference
 from onnxptq.shift import run
 from onnxptq.shift.run import Shift, shift
 from onnxptq.types import Array, CanonicalModel
@@ -34,7 +34,7 @@ def shifted(
     onnx.checker.check_model(str(result.path), full_check=True)
     before, after = (Session(path, exact=True, threads=1) for path in (source.path, result.path))
     for sample in samples[count:]:
-        assert difference(before.run(sample), after.run(sample)) <= run.TOLERANCE
+        assert difference(before.run(sample), after.run(sample)) <= SAME_FUNCTION
     ops = [[node.op for node in m.graph.nodes] for m in (source, result)]
     assert ops[0] == ops[1]  # nothing remains to be computed at run time
     assert (result is source) == (not found.tensors)
