@@ -66,10 +66,9 @@ def quantize(
         form = steps.prepared(run, float_model, data)
         form = steps.allocated(run, float_model, form)
         solved = steps.solved(run, form)
-        plan, solution = solved.plan, solved.solution
         with staging(target) as staged:
             steps.write(run, form.model, solved, staged)
-            checks = steps.check(run, float_model, form.model, plan, solution, staged, data)
+            checks = steps.check(run, float_model, form.model, solved, staged, data)
             report = steps.report(run, form.model, solved, form.statistics, staged, target, data, checks)
             folder = steps.write_report(run, report, report_dir)
             steps.require_quality(run, report, folder)

@@ -145,8 +145,10 @@ def tensor_rows(
     solution: Solution,
     statistics: Calibration,
     layers: tuple[LayerQuality, ...],
+    nearest: tuple[LayerQuality, ...] = (),
 ) -> tuple[TensorQuality, ...]:
-    """One row per tensor that both networks hold, in network order."""
+    """One row per tensor that both networks hold, in network order; ``nearest`` with weights rounded to nearest."""
+    baseline = {layer.tensor: _sqnr(layer) for layer in nearest}
     quantizers = {q.tensor: q for q in plan.quantizers if q.role == "activation"}
     return tuple(
         _quality(
@@ -156,9 +158,14 @@ def tensor_rows(
             quantizers.get(layer.tensor),
             solution,
             statistics.statistics.get(layer.tensor),
+            baseline.get(layer.tensor),
         )
         for position, layer in enumerate(layers)
     )
+
+
+def _sqnr(layer: LayerQuality) -> float:
+    return layer.sqnr_db if layer.quantized_sqnr_db is None else layer.quantized_sqnr_db
 
 
 def _quality(
@@ -168,6 +175,7 @@ def _quality(
     quantizer: Quantizer | None,
     solution: Solution,
     seen: TensorStatistics | None,
+    nearest: float | None,
 ) -> TensorQuality:
     low = high = None
     if quantizer is not None:
@@ -176,7 +184,8 @@ def _quality(
     return TensorQuality(
         tensor=model.user_name(layer.tensor),
         position=position,
-        sqnr_db=layer.sqnr_db if layer.quantized_sqnr_db is None else layer.quantized_sqnr_db,
+        sqnr_db=_sqnr(layer),
+        nearest_sqnr_db=nearest,
         minimum=seen.minimum if seen else None,
         maximum=seen.maximum if seen else None,
         low=low,

@@ -124,10 +124,12 @@ class Prepared:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solved:
     """The final plan with its parameters, and how packs were solved, where they were; ``packing`` is there where
-    packs were scored or solved, ``focuses`` where ranges of softmax outputs were chosen by their products."""
+    packs were scored or solved, ``focuses`` where ranges of softmax outputs were chosen by their products,
+    ``nearest``, the solution by rounding to nearest, where packs bettered it."""
 
     plan: QuantPlan
     solution: Solution
+    nearest: Solution | None
     focuses: Mapping[str, Focus]
     packed: PackSolution | None
     packing: Packing | None
@@ -140,6 +142,7 @@ class Checks:
     parity: Parity
     quality: Comparison | None
     layers: Comparison | None
+    nearest_layers: Comparison | None
     latency: Latency
     kernels: Mapping[str, int] | None
 
@@ -479,6 +482,7 @@ def solved(run: Run, form: Prepared) -> Solved:
         return Solved(
             plan=solver.plan,
             solution=found,
+            nearest=None if solver.packed is None or found is solver.start else solver.start,
             focuses=solver.focuses,
             packed=solver.packed,
             packing=_packing(solver),
@@ -510,8 +514,7 @@ def check(
     run: Run,
     source: CanonicalModel,
     model: CanonicalModel,
-    plan: QuantPlan,
-    solution: Solution,
+    solved: Solved,
     path: Path,
     data: Data,
 ) -> Checks:
@@ -520,7 +523,7 @@ def check(
     Raises:
         OutputCheckError: the file is not what was planned, or does not compute what was simulated.
     """
-    provider = run.recipe.provider
+    provider, plan, solution = run.recipe.provider, solved.plan, solved.solution
     with run.timed("check"):
         check_structure(path, model, plan, solution)
         proof = pick_samples(data.heldout or data.calibration, PARITY_SAMPLES)
@@ -534,7 +537,7 @@ def check(
             provider=provider,
             group_bytes=run.group_bytes,
         )
-    quality = layers = None
+    quality = layers = nearest = None
     if data.heldout is not None:
         with run.timed("measure quality"):
             quality = compare(
@@ -546,19 +549,36 @@ def check(
                 work_dir=run.scratch,
                 progress=run.progress,
             )
-            layers = compare(
-                model.path,
-                path,
-                ListFeeds(pick_samples(data.heldout, LAYER_SAMPLES)),
-                layers=True,
-                provider=provider,
-                work_dir=run.scratch,
-                progress=run.progress,
-            )
+            some = ListFeeds(pick_samples(data.heldout, LAYER_SAMPLES))
+            layers = _layers(run, model, path, some)
+            if solved.nearest is not None:
+                baseline = run.scratch / "nearest.onnx"
+                save_graph(insert_quantizers(model.graph, plan, solved.nearest), baseline)
+                nearest = _layers(run, model, baseline, some)
     with run.timed("measure latency"):
         latency = measure_latency(source.source, path, proof[0], provider=provider)
         kernels = count_kernels(path, run.scratch) if provider == "cpu" else None
-    return Checks(parity=parity, quality=quality, layers=layers, latency=latency, kernels=kernels)
+    return Checks(
+        parity=parity,
+        quality=quality,
+        layers=layers,
+        nearest_layers=nearest,
+        latency=latency,
+        kernels=kernels,
+    )
+
+
+def _layers(run: Run, model: CanonicalModel, path: Path, feeds: Feeds) -> Comparison:
+    """Every inner tensor of a quantized file beside the float one's."""
+    return compare(
+        model.path,
+        path,
+        feeds,
+        layers=True,
+        provider=run.recipe.provider,
+        work_dir=run.scratch,
+        progress=run.progress,
+    )
 
 
 def report(
@@ -608,7 +628,14 @@ def report(
         skips=reporting.user_skips(model, plan, statistics),
         tensors=()
         if checks.layers is None
-        else reporting.tensor_rows(model, plan, solution, statistics, checks.layers.layers),
+        else reporting.tensor_rows(
+            model,
+            plan,
+            solution,
+            statistics,
+            checks.layers.layers,
+            () if checks.nearest_layers is None else checks.nearest_layers.layers,
+        ),
         outputs=outputs,
         parity=checks.parity,
         latency=checks.latency,

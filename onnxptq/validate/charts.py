@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -38,16 +39,30 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+@contextmanager
+def _drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """One picture of so many inches."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.add_subplot()
+
+
 def network_chart(tensors: Sequence[TensorQuality], marked: Sequence[TensorQuality], title: str) -> str:
-    """SQNR of each tensor along the network; ``marked`` ones stand out. Empty if no SQNR is finite."""
+    """SQNR of each tensor along the network; ``marked`` ones stand out, and a dashed line shows weights rounded to
+    nearest where that is known. Empty if no SQNR is finite."""
     finite = [t for t in tensors if math.isfinite(t.sqnr_db)]
     if not finite:
         return ""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.0, 3.0), layout="constrained")
-        axes = figure.add_subplot()
+    with _drawing(9.0, 3.0) as (figure, axes):
         positions = [t.position for t in finite]
         values = [t.sqnr_db for t in finite]
+        nearest = [
+            (t.position, t.nearest_sqnr_db)
+            for t in finite
+            if t.nearest_sqnr_db is not None and math.isfinite(t.nearest_sqnr_db)
+        ]
+        if nearest:
+            axes.plot(*zip(*nearest, strict=True), color=_MUTED, linewidth=1.0, linestyle="--")
         axes.plot(positions, values, color=_ACCENT, linewidth=1.0, alpha=0.6)
         axes.plot(positions, values, "o", color=_ACCENT, markersize=3.5)
         worst = [t for t in marked if math.isfinite(t.sqnr_db)]
@@ -56,7 +71,7 @@ def network_chart(tensors: Sequence[TensorQuality], marked: Sequence[TensorQuali
         axes.set_ylabel("SQNR (dB)")
         axes.grid(axis="y", color=_LINE, linewidth=0.6)
         axes.set_xlim(-0.5, max(positions) + 0.5)
-        axes.set_ylim(min(0.0, *values), None)
+        axes.set_ylim(min(0.0, *values, *(value for _, value in nearest)), None)
         return _svg(figure, "network", title)
 
 
@@ -65,9 +80,7 @@ def range_chart(tensor: TensorQuality, key: str, title: str) -> str:
     histogram = tensor.histogram
     if histogram is None:
         return ""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(3.6, 1.6), layout="constrained")
-        axes = figure.add_subplot()
+    with _drawing(3.6, 1.6) as (figure, axes):
         edges = np.linspace(histogram.low, histogram.high, len(histogram.counts) + 1)
         counts = np.asarray(histogram.counts, np.float64)
         axes.stairs(np.where(counts > 0, counts, np.nan), edges, fill=True, color=_ACCENT, baseline=0.5)
@@ -91,9 +104,7 @@ def curvature_chart(blocks: Sequence[BlockScore], title: str) -> str:
     shown = [(i, value) for i, value in known if math.isfinite(value) and value > 0.0]
     if not shown:
         return ""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.0, 2.6), layout="constrained")
-        axes = figure.add_subplot()
+    with _drawing(9.0, 2.6) as (figure, axes):
         packs = sorted({b.pack for b in blocks})
         for pack in packs:
             members = [b.block for b in blocks if b.pack == pack]
@@ -114,9 +125,7 @@ def bits_chart(packs: Sequence[BitRow], title: str) -> str:
     """Bits of weights and activations along the packs. Empty where none were chosen."""
     if not any(p.weight_bits or p.activation_bits for p in packs):
         return ""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.0, 2.4), layout="constrained")
-        axes = figure.add_subplot()
+    with _drawing(9.0, 2.4) as (figure, axes):
         places = np.arange(len(packs))
         axes.bar(places - 0.2, [p.weight_bits or 0 for p in packs], 0.38, color=_ACCENT)
         axes.bar(places + 0.2, [p.activation_bits or 0 for p in packs], 0.38, color=_WARN)
@@ -136,9 +145,7 @@ def omega_chart(blocks: Sequence[BlockScore], title: str) -> str:
     shown = [(b.block, b.omega) for b in blocks if b.omega is not None and 0.0 < b.omega < math.inf]
     if not shown:
         return ""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.0, 2.2), layout="constrained")
-        axes = figure.add_subplot()
+    with _drawing(9.0, 2.2) as (figure, axes):
         axes.bar([i for i, _ in shown], [value for _, value in shown], 0.7, color=_ACCENT)
         axes.set_yscale("log")
         axes.minorticks_off()
@@ -159,9 +166,7 @@ def loss_chart(packs: Sequence[BitRow], part: Literal["weights", "activations"],
     lines = {pack: line for pack, line in lines.items() if line}
     if not lines:
         return ""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.4, 3.2), layout="constrained")
-        axes = figure.add_subplot()
+    with _drawing(4.4, 3.2) as (figure, axes):
         colour = _ACCENT if part == "weights" else _WARN
         for pack, line in lines.items():
             axes.plot(*zip(*line, strict=True), color=colour, linewidth=1.0, alpha=0.7)

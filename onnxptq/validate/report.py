@@ -80,13 +80,15 @@ class TensorQuality:
     """One tensor along the network.
 
     ``sqnr_db`` compares its values in the quantized network with those in the float one, errors from earlier
-    layers included. ``minimum`` to ``maximum`` is its range over the calibration data, ``low`` to ``high``
+    layers included; ``nearest_sqnr_db`` is the same with weights rounded to nearest, where packs were solved.
+    ``minimum`` to ``maximum`` is its range over the calibration data, ``low`` to ``high``
     what its quantizer represents; None where there is none.
     """
 
     tensor: str
     position: int
     sqnr_db: float
+    nearest_sqnr_db: float | None = None
     minimum: float | None = None
     maximum: float | None = None
     low: float | None = None

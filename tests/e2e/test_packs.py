@@ -164,6 +164,13 @@ def test_few_bits(kind: str, place: int, tmp_path: Path) -> None:
     assert _noise(found) < _noise(nearest)
     assert any("packs" in note for note in found.report.notes)
     assert bool(found.report.packs) == (effort == "balanced")
+    assert all(row.nearest_sqnr_db is None for row in nearest.report.tensors)
+    gains = [
+        row.sqnr_db - row.nearest_sqnr_db for row in found.report.tensors if row.nearest_sqnr_db is not None
+    ]
+    assert len(gains) == len(found.report.tensors)
+    # Inside a pack a tensor may well be farther off than by rounding to nearest.
+    assert max(gains) > 0.0
     assert not list((tmp_path / "work" / "packs").iterdir())
 
 

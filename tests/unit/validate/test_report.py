@@ -280,6 +280,15 @@ def test_pictures_survive_extreme_values() -> None:
     _parsed(render_html(_report(tensors=tensors)))
 
 
+def test_rounding_to_nearest_is_drawn_beside_what_was_solved() -> None:
+    plain = _report(tensors=tuple(_tensor(str(i), i, 30.0) for i in range(4)))
+    beside = _report(tensors=tuple(_tensor(str(i), i, 30.0, nearest_sqnr_db=12.0 + i) for i in range(4)))
+    assert "stroke-dasharray" in render_html(beside)
+    assert "stroke-dasharray" not in render_html(plain)
+    assert "dashed" in render_html(beside)
+    assert "dashed" not in "".join(_parsed(render_html(plain)).text)
+
+
 def test_packs_are_shown_with_the_curvature_of_their_blocks() -> None:
     scores = [1e-9, math.inf, 3.0, 0.0, 1e6]
     blocks = tuple(
