@@ -173,7 +173,7 @@ from .progress import TerminalProgress
 @click.option(
     "--min-agreement", type=float, metavar="SHARE", help="Gate: fail unless top-1 agrees this often."
 )
-@click.option("--seed", type=int, help="For --calib random. [default: 0]")
+@click.option("--seed", type=int, help="For --calib random, rotations and gradient steps. [default: 0]")
 @click.option("--work-dir", type=MODEL, help="Caches. [default: $ONNXPTQ_CACHE or ~/.cache/onnxptq]")
 @image_options
 @output_options

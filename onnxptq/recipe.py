@@ -77,7 +77,8 @@ class Recipe(BaseModel):
             are left in float and reported; None turns this off. With fewer than 8 bits it is off unless set.
         enough: once the outputs reach this many dB on calibration samples, no further alternative for the
             weights is tried; None tries all. Packs are solved regardless.
-        seed: for random calibration data, where that was asked for.
+        seed: for rotations, for the order of samples in gradient steps, and for random calibration data where
+            that was asked for.
         average_bits: choose bits per pack so that weights, and on their own activations, average this many.
         average_activation_bits: another average for activations.
         max_size: choose bits of weights so that the file takes at most this many megabytes (10^6 bytes).
