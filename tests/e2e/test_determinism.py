@@ -82,15 +82,14 @@ def _scales(content: bytes) -> dict[str, bytes]:
 def test_another_placement_reuses_the_calibration(
     bench: Bench, change: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A rotated form is calibrated for itself, and whether it is tried depends on what the placement reaches.
-    assert bench.quantize("--no-report", "--no-rotate").code == 0
+    assert bench.quantize("--no-report").code == 0
     first = bench.output.read_bytes()
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("calibrated again")
 
     monkeypatch.setattr(steps, "calibrate", never)
-    done = bench.quantize("--no-report", "--no-rotate", "--verbose", *change)
+    done = bench.quantize("--no-report", "--verbose", *change)
     assert done.code == 0, done.err
     assert "Calibration is reused" in done.err
     assert bench.output.read_bytes() != first
