@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
@@ -68,7 +68,7 @@ def _run(arguments: list[str] | None, debug: bool) -> int:
     try:
         ranks = Ranks.join()
         if ranks.rank > 0:
-            return ranks.serve()
+            _leave(ranks.serve())
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except OnnxPtqError as error:
@@ -76,6 +76,14 @@ def _run(arguments: list[str] | None, debug: bool) -> int:
     code = _command(arguments, debug, ranks)
     ranks.dismiss(code)
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: threads of torch's that are still about can abort an interpreter that winds down, and the exit
+    code would be lost. Rank 0 alone holds anything that needs tidying up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _command(arguments: list[str] | None, debug: bool, ranks: Ranks) -> int:

@@ -63,7 +63,8 @@ def two_ranks() -> Iterator[Ranks]:
 def _serve(settings: dict[str, str]) -> None:
     os.environ.update(settings)
     torch.set_num_threads(1)
-    raise SystemExit(Ranks.join().serve())
+    # As the command line ends: winding down beside torch's threads may abort.
+    os._exit(Ranks.join().serve())
 
 
 def exchange(ranks: Ranks, count: int, *, words: list[str] | None = None) -> dict[str, object]:
