@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnxptq import steps
+from onnxptq import forming, running, steps
 from onnxptq.publish import require_distinct, require_writable, require_writable_folder, staging
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import Recipe
@@ -60,10 +60,10 @@ def quantize(
     require_writable(target)
     if report_dir is not None:
         require_writable_folder(Path(report_dir))
-    with steps.start(recipe or Recipe(), work_dir, progress, ranks) as run:
+    with running.start(recipe or Recipe(), work_dir, progress, ranks) as run:
         float_model = steps.canonical_model(run, source)
         data = steps.open_data(run, float_model, calibration, evaluation, labels)
-        form = steps.prepared(run, float_model, data)
+        form = forming.prepared(run, float_model, data)
         form = steps.allocated(run, float_model, form)
         solved = steps.solved(run, form)
         with staging(target) as staged:

@@ -9,48 +9,34 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy.typing as npt
 import yaml
 
 from onnxptq import reporting
-from onnxptq.bit_plan import MEGABYTE, BitPlan, planned_bits, read_bit_plan
-from onnxptq.calibrate import cache
+from onnxptq.bit_plan import MEGABYTE, read_bit_plan
 from onnxptq.calibrate.feeds import ImagePreprocess, open_feeds, read_labels, split_holdout
-from onnxptq.calibrate.products import Focus
-from onnxptq.calibrate.run import DEFAULT_GROUP_BYTES, Calibration, calibrate
+from onnxptq.calibrate.run import Calibration
 from onnxptq.comparison import missed_gate, resolve_preprocess
-from onnxptq.equalize.run import equalize
-from onnxptq.errors import FeedError, OutputPathError, QualityGateError
+from onnxptq.errors import FeedError, QualityGateError
+from onnxptq.forming import Prepared, apply_bit_plan, placement, plan
 from onnxptq.graph.canonicalize import canonicalize
-from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import save_graph
-from onnxptq.packing import Packing, PackSolution
-from onnxptq.placing import observer_overrides, placement_request, require_quantizers
-from onnxptq.publish import claimed_folder, space_errors, write_texts
+from onnxptq.packing import Packing
+from onnxptq.publish import write_texts
 from onnxptq.qdq import insert_quantizers
-from onnxptq.ranks import ALONE, Ranks
-from onnxptq.recipe import Recipe
-from onnxptq.rooting import root_weights
-from onnxptq.rotate.run import rotate
-from onnxptq.runtime import count_kernels, runtime_version
+from onnxptq.running import Checks, Data, Run, Solved
+from onnxptq.runtime import count_kernels
 from onnxptq.samples import ListFeeds, pick_samples
-from onnxptq.shift.run import shift
-from onnxptq.solving import Samples, Solver, draw_samples
-from onnxptq.targets import TARGETS, WRITTEN_OUT, candidate_tensors
-from onnxptq.types import CanonicalModel, Feeds, InputSpec, Progress, QuantPlan, Solution
+from onnxptq.solving import Solver, draw_samples
+from onnxptq.targets import WRITTEN_OUT
+from onnxptq.types import CanonicalModel, Feeds, InputSpec
 from onnxptq.validate.compare import Comparison, compare
-from onnxptq.validate.latency import Latency, measure_latency
-from onnxptq.validate.parity import Parity, check_parity
+from onnxptq.validate.latency import measure_latency
+from onnxptq.validate.parity import check_parity
 from onnxptq.validate.report import DataFacts, ModelFacts, OutputFacts, Report, StageTime
 from onnxptq.validate.structure import check_structure
-from onnxptq.version import __version__
 
 PARITY_SAMPLES = 2
 """Held-out samples on which every quantized edge is compared with its simulation."""
@@ -60,112 +46,6 @@ RELAXATIONS = 3
 
 LAYER_SAMPLES = 4
 """Held-out samples on which every inner tensor is compared with the float network."""
-
-
-COMPENSATED_BITS = 10
-"""The nearest rounding that makes as little noise as 8 bits with compensated rounding (9 to 12 dB less)."""
-
-
-@dataclass(slots=True)
-class Run:
-    """The settings of one run and what it has noted so far."""
-
-    recipe: Recipe
-    work_dir: Path
-    scratch: Path
-    progress: Progress | None
-    ranks: Ranks = ALONE
-    notes: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    bit_plan: BitPlan | None = None
-    bits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-
-    @property
-    def group_bytes(self) -> int:
-        """Bytes of activations held at once."""
-        return DEFAULT_GROUP_BYTES if self.recipe.max_memory is None else self.recipe.max_memory << 20
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the time of a block to ``seconds[name]``."""
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-
-    def note(self, text: str) -> None:
-        """Keep a remark for the report and say it."""
-        if text not in self.notes:
-            self.notes.append(text)
-            if self.progress:
-                self.progress.message(text)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Data:
-    """Calibration samples, held-out samples (None where there are none), and labels of the latter."""
-
-    calibration: Feeds
-    samples: Samples
-    heldout: Feeds | None
-    labels: npt.NDArray[Any] | None
-    preprocess: ImagePreprocess | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A form of the model with its statistics, its plan, and a solver that has begun."""
-
-    model: CanonicalModel
-    statistics: Calibration
-    plan: QuantPlan
-    solver: Solver
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Solved:
-    """The final plan with its parameters, and how packs were solved, where they were; ``packing`` is there where
-    packs were scored or solved, ``focuses`` where ranges of softmax outputs were chosen by their products,
-    ``nearest``, the solution by rounding to nearest, where packs bettered it."""
-
-    plan: QuantPlan
-    solution: Solution
-    nearest: Solution | None
-    focuses: Mapping[str, Focus]
-    packed: PackSolution | None
-    packing: Packing | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checks:
-    """What was proven and measured of a written file; quality is None where nothing was held out."""
-
-    parity: Parity
-    quality: Comparison | None
-    layers: Comparison | None
-    nearest_layers: Comparison | None
-    latency: Latency
-    kernels: Mapping[str, int] | None
-
-
-@contextmanager
-def start(
-    recipe: Recipe, work_dir: str | Path | None, progress: Progress | None, ranks: Ranks = ALONE
-) -> Iterator[Run]:
-    """A run with a work folder for caches and a scratch folder that is removed at the end.
-
-    Raises:
-        OutputPathError: the work folder cannot be made.
-    """
-    folder = Path(work_dir) if work_dir is not None else cache.default_work_dir()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputPathError(
-            f"The work folder '{folder}' cannot be written: {error.strerror or error}.",
-            "Choose another with --work-dir.",
-        ) from error
-    with space_errors(folder), claimed_folder(folder, "onnxptq-run-") as scratch:
-        yield Run(recipe=recipe, work_dir=folder, scratch=scratch, progress=progress, ranks=ranks)
 
 
 def canonical_model(run: Run, source: Path) -> CanonicalModel:
@@ -241,186 +121,6 @@ def picture_preprocess(
     return found
 
 
-def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
-    """The model with its channels rotated, rescaled, shifted, or as they are: what quantizes best to begin with.
-
-    What rotations leave is rescaled before they are compared, and what is best of these is shifted. Where rescaled
-    channels are good enough, nothing else is tried.
-    """
-    reference, model = model.path, _rooted(run, model, data)
-    if run.recipe.method == "rtn":
-        return _prepared(run, model, data, reference)
-    base, found = model, _rescaled(run, model, data, reference, run.scratch)
-    if run.recipe.tries_rotation and not found.solver.is_enough:
-        rotated = _rotated(run, model, data)
-        if rotated is not model:
-            other = _rescaled(run, rotated, data, reference, rotated.path.parent)
-            if _better(run, found, other, "rotated channels") is other:
-                base, found = rotated, other
-    if found.model is not base and not found.solver.is_enough:
-        found = _better(run, _prepared(run, base, data, reference), found, "rescaled channels")
-    if run.recipe.tries_shift and not found.solver.is_enough:
-        shifted = _shifted(run, found.model, data)
-        if shifted is not found.model:
-            found = _better(run, found, _prepared(run, shifted, data, reference), "shifted channels")
-    return found
-
-
-def _rooted(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
-    """The model with softmax weights as powers of their roots, where the recipe asks for it."""
-    if run.recipe.softmax_root == 1:
-        return model
-    with run.timed("root"):
-        rooted, summary = root_weights(
-            model,
-            run.recipe.softmax_root,
-            data.samples.correction[0],
-            work_dir=run.scratch,
-            provider=run.recipe.provider,
-        )
-    run.note(summary.summary)
-    return rooted
-
-
-def _rescaled(run: Run, model: CanonicalModel, data: Data, reference: Path, work_dir: Path) -> Prepared:
-    """The model with rescaled channels, where the recipe allows it and anything can be gained."""
-    if not run.recipe.equalize:
-        return _prepared(run, model, data, reference)
-    with run.timed("equalize"):
-        equalized, summary = equalize(
-            model,
-            ListFeeds(data.samples.equalizing),
-            work_dir=work_dir,
-            tensors=candidate_tensors(GraphIndex(model.graph)),
-            symmetric=run.recipe.target == "tensorrt",
-            weight_bits=COMPENSATED_BITS if run.recipe.compensate else 8,
-            samples=len(data.samples.equalizing),
-            provider=run.recipe.provider,
-            group_bytes=run.group_bytes,
-            progress=run.progress,
-        )
-    run.note(summary.summary)
-    return _prepared(run, equalized, data, reference)
-
-
-def _rotated(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
-    folder = run.scratch / "rotated"
-    folder.mkdir(exist_ok=True)
-    with run.timed("rotate"):
-        rotated, summary = rotate(
-            model,
-            ListFeeds(data.samples.correction[:1]),
-            work_dir=folder,
-            seed=run.recipe.seed,
-            provider=run.recipe.provider,
-        )
-    run.note(summary.summary)
-    return rotated
-
-
-def _shifted(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
-    with run.timed("shift"):
-        shifted, summary = shift(
-            model,
-            ListFeeds(data.samples.equalizing),
-            work_dir=model.path.parent,
-            provider=run.recipe.provider,
-            group_bytes=run.group_bytes,
-        )
-    run.note(summary.summary)
-    return shifted
-
-
-def _better(run: Run, plain: Prepared, changed: Prepared, what: str) -> Prepared:
-    with run.timed("solve"):
-        before, after = plain.solver.prospect(), changed.solver.prospect()
-    kept = "kept" if after > before else "dropped"
-    run.note(f"The {what} were {kept}: {before:.2f} dB without, {after:.2f} dB with them.")
-    return changed if after > before else plain
-
-
-def _prepared(run: Run, model: CanonicalModel, data: Data, reference: Path) -> Prepared:
-    statistics = calibration(run, model, data)
-    placed = plan(run, model, statistics)
-    tensors = frozenset(q.tensor for q in placed.quantizers if q.role == "activation")
-    solver = Solver(
-        model=model,
-        plan=placed,
-        statistics=statistics,
-        recipe=run.recipe,
-        overrides=observer_overrides(model, GraphIndex(model.graph), run.recipe, tensors),
-        samples=data.samples,
-        everything=data.calibration,
-        scratch=run.scratch,
-        work_dir=run.work_dir,
-        reference=reference,
-        progress=run.progress,
-        ranks=run.ranks,
-    )
-    with run.timed("solve"):
-        solver.begin()
-    return Prepared(model=model, statistics=statistics, plan=placed, solver=solver)
-
-
-def calibration(run: Run, model: CanonicalModel, data: Data) -> Calibration:
-    """Statistics of every tensor that some target may quantize, from the cache where they are known."""
-    recipe = run.recipe
-    histogram = recipe.observer != "minmax" or any(
-        rule.observer not in (None, "minmax") for rule in recipe.rules
-    )
-    with run.timed("calibrate"):
-        tensors = candidate_tensors(GraphIndex(model.graph))
-        key = cache.cache_key(
-            __version__,
-            runtime_version(),
-            recipe.provider,
-            model.fingerprint,
-            data.calibration.fingerprint,
-            histogram,
-            tensors,
-            *sorted(data.samples.apart),
-        )
-        known = cache.load_calibration(run.work_dir, key)
-        if known is not None:
-            run.note(f"Calibration is reused from '{run.work_dir}' (same model, data and settings).")
-            return known
-        result = calibrate(
-            model,
-            data.calibration,
-            tensors,
-            apart=data.samples.apart,
-            histogram=histogram,
-            provider=recipe.provider,
-            group_bytes=run.group_bytes,
-            progress=run.progress,
-            ranks=run.ranks,
-        )
-        cache.save_calibration(run.work_dir, key, result)
-    return result
-
-
-def plan(run: Run, model: CanonicalModel, statistics: Calibration) -> QuantPlan:
-    """Where quantizers go for the recipe's target.
-
-    Raises:
-        SelectorError: a pattern matches nothing. Also see :func:`onnxptq.placing.require_quantizers`.
-    """
-    with run.timed("place"):
-        placed = _placing(run, model, statistics)({})
-        require_quantizers(placed, model, run.recipe)
-        return placed
-
-
-def apply_bit_plan(run: Run, model: CanonicalModel, plan: BitPlan, path: Path) -> None:
-    """Place everything from now on at the plan's bits.
-
-    Raises:
-        RecipeError: the plan is not for this model.
-    """
-    run.bits = planned_bits(plan, model, path, (run.recipe.weight_bits, run.recipe.activation_bits))
-    run.bit_plan = plan
-
-
 def allocated(run: Run, source: CanonicalModel, form: Prepared) -> Prepared:
     """``form`` with bits chosen per pack, where the recipe sets a budget."""
     if not run.recipe.bit_budget or not form.plan.quantizers:
@@ -440,23 +140,13 @@ def allocated(run: Run, source: CanonicalModel, form: Prepared) -> Prepared:
     return replace(form, plan=placed, solver=solver)
 
 
-def _placing(
-    run: Run, model: CanonicalModel, statistics: Calibration
-) -> Callable[[Mapping[str, str]], QuantPlan]:
-    """The plan as a function of the nodes to leave in float beyond those that the recipe names, with reasons."""
-    index = GraphIndex(model.graph)
-    request = placement_request(model, index, run.recipe, statistics.uncalibrated, run.bits)
-    place = TARGETS[run.recipe.target]
-    return lambda declined: place(index, replace(request, declined={**request.declined, **declined}))
-
-
 def solved(run: Run, form: Prepared) -> Solved:
     """The parameters of every quantizer of the plan, or of one that leaves in float what spoils the outputs."""
     model, solver = form.model, form.solver
     with run.timed("solve"):
         found = solver.finish()
         best = solver, found
-        placed = _placing(run, model, form.statistics)
+        placed = placement(run, model, form.statistics)
         nodes = [node.name for node in model.graph.nodes]
         for _ in range(RELAXATIONS):
             more = solver.relax(

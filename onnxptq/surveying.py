@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from onnxptq import reporting, steps
+from onnxptq import forming, reporting, running, steps
 from onnxptq.allocating import survey_bits
 from onnxptq.publish import require_writable_folder, write_texts
 from onnxptq.ranks import ALONE, Ranks
@@ -50,10 +50,10 @@ def sensitivity(
     if report_dir is not None:
         require_writable_folder(Path(report_dir))
     recipe = (recipe or DEFAULTS).updated(equalize=False)
-    with steps.start(recipe, work_dir, progress, ranks) as run:
+    with running.start(recipe, work_dir, progress, ranks) as run:
         source = steps.canonical_model(run, Path(model))
         data = steps.open_data(run, source, calibration, None, None)
-        form = steps.prepared(run, source, data)
+        form = forming.prepared(run, source, data)
         survey = survey_bits(form.solver)
         report = SensitivityReport(
             model=str(model),

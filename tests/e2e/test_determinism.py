@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 import onnxptq
-from onnxptq import steps
+from onnxptq import forming
 from tests.e2e.command import Bench, classifier, pictures, save_samples
 
 COUNT = 12
@@ -88,7 +88,7 @@ def test_another_placement_reuses_the_calibration(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr(steps, "calibrate", never)
+    monkeypatch.setattr(forming, "calibrate", never)
     done = bench.quantize("--no-report", "--verbose", *change)
     assert done.code == 0, done.err
     assert "Calibration is reused" in done.err

@@ -14,18 +14,18 @@ import pytest
 from tests.e2e.command import Bench, process, snapshot
 
 SLOW = """
-import signal, sys, time
-import onnxptq.steps as steps
+import importlib, signal, sys, time
 from onnxptq.cli.main import main
 # A shell's background job starts with the signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-name, ready = sys.argv[1], sys.argv[2]
-real = getattr(steps, name)
+(place, name), ready = sys.argv[1].rsplit(".", 1), sys.argv[2]
+module = importlib.import_module(place)
+real = getattr(module, name)
 def slow(*arguments, **options):
     open(ready, "w").close()
     time.sleep(60)
     return real(*arguments, **options)
-setattr(steps, name, slow)
+setattr(module, name, slow)
 main(sys.argv[3:])
 """
 
@@ -63,7 +63,7 @@ def _scratch(folder: Path) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_while_calibrating(bench: Bench, number: int) -> None:
     before = snapshot(bench.folder)
-    code, err = _stop(bench, "calibrate", number)
+    code, err = _stop(bench, "onnxptq.forming.calibrate", number)
     assert code == 130
     assert "Traceback" not in err
     assert err.strip().startswith("Interrupted.")
@@ -73,7 +73,7 @@ def test_interrupted_while_calibrating(bench: Bench, number: int) -> None:
 
 def test_interrupted_while_checking_and_resumed_from_the_cache(bench: Bench) -> None:
     before = snapshot(bench.folder)
-    code, _ = _stop(bench, "check_parity", signal.SIGINT)
+    code, _ = _stop(bench, "onnxptq.steps.check_parity", signal.SIGINT)
     assert code == 130
     assert snapshot(bench.folder) == before
     assert _scratch(bench.work) == []
@@ -83,7 +83,7 @@ def test_interrupted_while_checking_and_resumed_from_the_cache(bench: Bench) -> 
 
 
 def test_killed_then_run_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, _ = _stop(bench, "check_parity", signal.SIGKILL)
+    code, _ = _stop(bench, "onnxptq.steps.check_parity", signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert not bench.output.exists()
     assert len(_scratch(bench.work)) == 1

@@ -1,0 +1,230 @@
+"""The exact form of a model that quantizes best: its channels rotated, rescaled, shifted, or as they are.
+
+All forms compute the same function. Each is calibrated, placed and begun to be solved before it is judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from onnxptq.bit_plan import BitPlan, planned_bits
+from onnxptq.calibrate import cache
+from onnxptq.calibrate.run import Calibration, calibrate
+from onnxptq.equalize.run import equalize
+from onnxptq.graph.index import GraphIndex
+from onnxptq.placing import observer_overrides, placement_request, require_quantizers
+from onnxptq.rooting import root_weights
+from onnxptq.rotate.run import rotate
+from onnxptq.running import Data, Run
+from onnxptq.runtime import runtime_version
+from onnxptq.samples import ListFeeds
+from onnxptq.shift.run import shift
+from onnxptq.solving import Solver
+from onnxptq.targets import TARGETS, candidate_tensors
+from onnxptq.types import CanonicalModel, QuantPlan
+from onnxptq.version import __version__
+
+COMPENSATED_BITS = 10
+"""The nearest rounding that makes as little noise as 8 bits with compensated rounding (9 to 12 dB less)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A form of the model with its statistics, its plan, and a solver that has begun."""
+
+    model: CanonicalModel
+    statistics: Calibration
+    plan: QuantPlan
+    solver: Solver
+
+
+def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
+    """The model with its channels rotated, rescaled, shifted, or as they are: what quantizes best to begin with.
+
+    What rotations leave is rescaled before they are compared, and what is best of these is shifted. Where rescaled
+    channels are good enough, nothing else is tried.
+    """
+    reference, model = model.path, _rooted(run, model, data)
+    if run.recipe.method == "rtn":
+        return _prepared(run, model, data, reference)
+    base, found = model, _rescaled(run, model, data, reference, run.scratch)
+    if run.recipe.tries_rotation and not found.solver.is_enough:
+        rotated = _rotated(run, model, data)
+        if rotated is not model:
+            other = _rescaled(run, rotated, data, reference, rotated.path.parent)
+            if _better(run, found, other, "rotated channels") is other:
+                base, found = rotated, other
+    if found.model is not base and not found.solver.is_enough:
+        found = _better(run, _prepared(run, base, data, reference), found, "rescaled channels")
+    if run.recipe.tries_shift and not found.solver.is_enough:
+        shifted = _shifted(run, found.model, data)
+        if shifted is not found.model:
+            found = _better(run, found, _prepared(run, shifted, data, reference), "shifted channels")
+    return found
+
+
+def _rooted(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
+    """The model with softmax weights as powers of their roots, where the recipe asks for it."""
+    if run.recipe.softmax_root == 1:
+        return model
+    with run.timed("root"):
+        rooted, summary = root_weights(
+            model,
+            run.recipe.softmax_root,
+            data.samples.correction[0],
+            work_dir=run.scratch,
+            provider=run.recipe.provider,
+        )
+    run.note(summary.summary)
+    return rooted
+
+
+def _rescaled(run: Run, model: CanonicalModel, data: Data, reference: Path, work_dir: Path) -> Prepared:
+    """The model with rescaled channels, where the recipe allows it and anything can be gained."""
+    if not run.recipe.equalize:
+        return _prepared(run, model, data, reference)
+    with run.timed("equalize"):
+        equalized, summary = equalize(
+            model,
+            ListFeeds(data.samples.equalizing),
+            work_dir=work_dir,
+            tensors=candidate_tensors(GraphIndex(model.graph)),
+            symmetric=run.recipe.target == "tensorrt",
+            weight_bits=COMPENSATED_BITS if run.recipe.compensate else 8,
+            samples=len(data.samples.equalizing),
+            provider=run.recipe.provider,
+            group_bytes=run.group_bytes,
+            progress=run.progress,
+        )
+    run.note(summary.summary)
+    return _prepared(run, equalized, data, reference)
+
+
+def _rotated(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
+    folder = run.scratch / "rotated"
+    folder.mkdir(exist_ok=True)
+    with run.timed("rotate"):
+        rotated, summary = rotate(
+            model,
+            ListFeeds(data.samples.correction[:1]),
+            work_dir=folder,
+            seed=run.recipe.seed,
+            provider=run.recipe.provider,
+        )
+    run.note(summary.summary)
+    return rotated
+
+
+def _shifted(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
+    with run.timed("shift"):
+        shifted, summary = shift(
+            model,
+            ListFeeds(data.samples.equalizing),
+            work_dir=model.path.parent,
+            provider=run.recipe.provider,
+            group_bytes=run.group_bytes,
+        )
+    run.note(summary.summary)
+    return shifted
+
+
+def _better(run: Run, plain: Prepared, changed: Prepared, what: str) -> Prepared:
+    with run.timed("solve"):
+        before, after = plain.solver.prospect(), changed.solver.prospect()
+    kept = "kept" if after > before else "dropped"
+    run.note(f"The {what} were {kept}: {before:.2f} dB without, {after:.2f} dB with them.")
+    return changed if after > before else plain
+
+
+def _prepared(run: Run, model: CanonicalModel, data: Data, reference: Path) -> Prepared:
+    statistics = calibration(run, model, data)
+    placed = plan(run, model, statistics)
+    tensors = frozenset(q.tensor for q in placed.quantizers if q.role == "activation")
+    solver = Solver(
+        model=model,
+        plan=placed,
+        statistics=statistics,
+        recipe=run.recipe,
+        overrides=observer_overrides(model, GraphIndex(model.graph), run.recipe, tensors),
+        samples=data.samples,
+        everything=data.calibration,
+        scratch=run.scratch,
+        work_dir=run.work_dir,
+        reference=reference,
+        progress=run.progress,
+        ranks=run.ranks,
+    )
+    with run.timed("solve"):
+        solver.begin()
+    return Prepared(model=model, statistics=statistics, plan=placed, solver=solver)
+
+
+def calibration(run: Run, model: CanonicalModel, data: Data) -> Calibration:
+    """Statistics of every tensor that some target may quantize, from the cache where they are known."""
+    recipe = run.recipe
+    histogram = recipe.observer != "minmax" or any(
+        rule.observer not in (None, "minmax") for rule in recipe.rules
+    )
+    with run.timed("calibrate"):
+        tensors = candidate_tensors(GraphIndex(model.graph))
+        key = cache.cache_key(
+            __version__,
+            runtime_version(),
+            recipe.provider,
+            model.fingerprint,
+            data.calibration.fingerprint,
+            histogram,
+            tensors,
+            *sorted(data.samples.apart),
+        )
+        known = cache.load_calibration(run.work_dir, key)
+        if known is not None:
+            run.note(f"Calibration is reused from '{run.work_dir}' (same model, data and settings).")
+            return known
+        result = calibrate(
+            model,
+            data.calibration,
+            tensors,
+            apart=data.samples.apart,
+            histogram=histogram,
+            provider=recipe.provider,
+            group_bytes=run.group_bytes,
+            progress=run.progress,
+            ranks=run.ranks,
+        )
+        cache.save_calibration(run.work_dir, key, result)
+    return result
+
+
+def plan(run: Run, model: CanonicalModel, statistics: Calibration) -> QuantPlan:
+    """Where quantizers go for the recipe's target.
+
+    Raises:
+        SelectorError: a pattern matches nothing. Also see :func:`onnxptq.placing.require_quantizers`.
+    """
+    with run.timed("place"):
+        placed = placement(run, model, statistics)({})
+        require_quantizers(placed, model, run.recipe)
+        return placed
+
+
+def placement(
+    run: Run, model: CanonicalModel, statistics: Calibration
+) -> Callable[[Mapping[str, str]], QuantPlan]:
+    """The plan as a function of the nodes to leave in float beyond those that the recipe names, with reasons."""
+    index = GraphIndex(model.graph)
+    request = placement_request(model, index, run.recipe, statistics.uncalibrated, run.bits)
+    place = TARGETS[run.recipe.target]
+    return lambda declined: place(index, replace(request, declined={**request.declined, **declined}))
+
+
+def apply_bit_plan(run: Run, model: CanonicalModel, plan: BitPlan, path: Path) -> None:
+    """Place everything from now on at the plan's bits.
+
+    Raises:
+        RecipeError: the plan is not for this model.
+    """
+    run.bits = planned_bits(plan, model, path, (run.recipe.weight_bits, run.recipe.activation_bits))
+    run.bit_plan = plan
