@@ -7,7 +7,7 @@ from pathlib import Path
 
 from onnxptq.graph.forms import write_form
 from onnxptq.graph.passes import root_softmax
-from onnxptq.runtime import SAME_FUNCTION, Provider, Session, difference
+from onnxptq.runtime import Provider, compare_forms
 from onnxptq.types import CanonicalModel, Sample, Skip
 
 
@@ -46,10 +46,8 @@ def root_weights(
         return model, Rooting(power=power, count=0, skips=tuple(skips), difference=0.0)
     path = work_dir / "rooted.onnx"
     rooted = write_form(model, graph, path, f"rooted {power}")
-    before, after = (Session(p, provider=provider).run(sample) for p in (model.path, path))
-    gap = difference(before, after)
-    if not gap <= SAME_FUNCTION:
-        reason = f"the float outputs would differ by {gap:.1e} of their largest magnitude"
+    gap, reason = compare_forms(model.path, path, sample, provider=provider)
+    if reason:
         skips.append(Skip(site=model.user_name(model.outputs[0]), reason=reason))
         return model, Rooting(power=power, count=0, skips=tuple(skips), difference=gap)
     return rooted, Rooting(power=power, count=count, skips=tuple(skips), difference=gap)

@@ -21,7 +21,7 @@ from onnxptq.equalize.trial import Trial, is_better
 from onnxptq.graph.classes import variable_of
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.tracing import Shapes
-from onnxptq.runtime import SAME_FUNCTION, Provider, Session, concrete_shapes, difference, first_sample
+from onnxptq.runtime import Provider, Session, compare_forms, concrete_shapes, first_sample
 from onnxptq.types import CanonicalModel, Feeds, Progress, Sample, Skip
 
 FACTOR_LIMIT = 64.0
@@ -312,12 +312,11 @@ def _apply(job: _Job, solved: Solved, sample: Sample) -> tuple[CanonicalModel, S
     """Apply what keeps the outputs; where they change, halves are searched for the sets that are to blame."""
     if not solved:
         return job.model, (), ()
-    reference = Session(job.model.path, provider=job.provider).run(sample)
 
     def applied(part: Solved) -> CanonicalModel | None:
         result = apply_factors(job.model, job.trace, _factors(part), job.path)
-        gap = difference(reference, Session(result.path, provider=job.provider).run(sample))
-        return result if gap <= SAME_FUNCTION else None
+        _, reason = compare_forms(job.model.path, result.path, sample, provider=job.provider)
+        return None if reason else result
 
     whole = applied(solved)
     if whole is not None:

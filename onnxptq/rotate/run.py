@@ -14,7 +14,7 @@ from onnxptq.rotate.folding import find_foldings
 from onnxptq.rotate.rules import RULES
 from onnxptq.rotate.spaces import Space, find_spaces
 from onnxptq.rotate.tracing import RotationTracer
-from onnxptq.runtime import SAME_FUNCTION, Provider, Session, concrete_shapes, difference, first_sample
+from onnxptq.runtime import Provider, compare_forms, concrete_shapes, first_sample
 from onnxptq.types import CanonicalModel, Feeds, Skip
 
 _TOLD = 3
@@ -89,11 +89,10 @@ def rotate(
     if not spaces:
         return model, Rotation(skips=skips)
     result = apply_rotations(model, tracer, foldings, spaces, work_dir / "rotated.onnx", seed=seed)
-    before, after = (Session(m.path, provider=provider).run(sample) for m in (model, result))
-    gap = difference(before, after)
-    if not gap <= SAME_FUNCTION:
-        reason = f"not rotated: the float outputs would differ by {gap:.1e} of their largest magnitude"
-        return model, Rotation(skips=(*skips, Skip(site=model.user_name(model.outputs[0]), reason=reason)))
+    gap, reason = compare_forms(model.path, result.path, sample, provider=provider)
+    if reason:
+        skip = Skip(site=model.user_name(model.outputs[0]), reason=f"not rotated: {reason}")
+        return model, Rotation(skips=(*skips, skip))
     return result, Rotation(
         streams=tuple(space.roots.size for space in spaces if space.is_stream),
         heads=tuple(space.roots.size for space in spaces if not space.is_stream),

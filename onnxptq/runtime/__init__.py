@@ -1,6 +1,6 @@
 """Sessions of onnxruntime: the only package that imports it."""
 
-from onnxptq.runtime.difference import SAME_FUNCTION, difference
+from onnxptq.runtime.difference import SAME_FUNCTION, compare_forms, difference
 from onnxptq.runtime.session import (
     Provider,
     RunError,
@@ -18,6 +18,7 @@ __all__ = [
     "Provider",
     "RunError",
     "Session",
+    "compare_forms",
     "concrete_shapes",
     "count_kernels",
     "difference",

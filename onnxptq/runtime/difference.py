@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
-from onnxptq.types import Array
+from onnxptq.runtime.session import Provider, Session
+from onnxptq.types import Array, Sample
 
 SAME_FUNCTION = 1e-5
 """Largest :func:`difference` of a form of a model that computes the same in real arithmetic.
@@ -30,3 +32,16 @@ def difference(before: Mapping[str, Array], after: Mapping[str, Array]) -> float
             gap = float(np.abs(wanted[finite] - found[finite]).max())
             worst = max(worst, gap / peak if peak > 0 else gap)
     return worst
+
+
+def compare_forms(
+    before: Path, after: Path, sample: Sample, *, provider: Provider = "cpu"
+) -> tuple[float, str]:
+    """The :func:`difference` of two forms' outputs on ``sample``, and why ``after`` must not replace ``before``.
+
+    The reason is empty where it may. NaN is no small difference.
+    """
+    gap = difference(*(Session(path, provider=provider).run(sample) for path in (before, after)))
+    if gap <= SAME_FUNCTION:
+        return gap, ""
+    return gap, f"the float outputs would differ by {gap:.1e} of their largest magnitude"

@@ -21,15 +21,7 @@ from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear
 from onnxptq.graph.save import exposed_copy
 from onnxptq.graph.surgeon import new_constant, set_constant
-from onnxptq.runtime import (
-    SAME_FUNCTION,
-    Provider,
-    Session,
-    concrete_shapes,
-    difference,
-    first_sample,
-    open_transient,
-)
+from onnxptq.runtime import Provider, Session, compare_forms, concrete_shapes, first_sample, open_transient
 from onnxptq.runtime.transient import group_within
 from onnxptq.shift.tracing import RULES, ShiftTracer, Writer
 from onnxptq.types import CanonicalModel, Feeds
@@ -111,10 +103,8 @@ def shift(
         tracer, free, _middles(model, feeds, sizes, axes, provider, group_bytes or _GROUP_BYTES)
     )
     result = _applied(model, tracer, offsets, work_dir / "shifted.onnx")
-    before, after = (Session(m.path, provider=provider).run(sample) for m in (model, result))
-    gap = difference(before, after)
-    if not gap <= SAME_FUNCTION:
-        reason = f"the float outputs would differ by {gap:.1e} of their largest magnitude"
+    gap, reason = compare_forms(model.path, result.path, sample, provider=provider)
+    if reason:
         return model, Shift(reason=reason)
     return result, Shift(
         tensors=tuple(model.user_name(w.tensor) for w in free),
