@@ -37,6 +37,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "packs": {"method": "pack-ptq", "effort": "balanced"},
     "packs, focus": {"method": "pack-ptq", "effort": "balanced", "focus": True},
     "packs, fisher": {"method": "pack-ptq", "effort": "balanced", "loss": "fisher"},
+    "packs, global-local": {"method": "pack-ptq", "effort": "balanced", "loss": "global-local"},
     "packs, low rank": {"method": "pack-ptq", "effort": "balanced", "low_rank": "merge"},
     "packs, easy first": {"method": "pack-ptq", "effort": "balanced", "easy_first": True},
     "packs, shifts": {"method": "pack-ptq", "effort": "balanced", "shift": True},

@@ -65,9 +65,9 @@ from .progress import TerminalProgress
 )
 @click.option(
     "--loss",
-    type=click.Choice(["plain", "fisher"]),
-    help="What gradient steps make small: the error of a pack's outputs, or that weighed by its effect on the "
-    "network's output. [default: plain]",
+    type=click.Choice(["plain", "fisher", "global-local"]),
+    help="What gradient steps make small: the error of a pack's outputs; that weighed by its effect on the "
+    "network's output; or it and the error of the network's output. [default: plain]",
 )
 @click.option(
     "--low-rank",

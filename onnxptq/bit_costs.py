@@ -52,7 +52,7 @@ class BitPlacing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """One PackChoices per pack, and the kind of loss that costs are (see :mod:`onnxptq.partition.output_loss`)."""
+    """One PackChoices per pack, and the kind of loss that costs are (see :mod:`onnxptq.lowering.output_loss`)."""
 
     packs: tuple[PackChoices, ...]
     loss: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ def learning(recipe: Recipe) -> Learning:
     found = chosen[recipe.reconstruction_effort]
     if recipe.loss == "fisher":
         found = replace(found, weighting=FISHER_EXPONENT)
+    found = replace(found, is_global=recipe.loss == "global-local")
     found = replace(found, **_METHODS.get(recipe.method, {}))
     if recipe.merges_low_rank:
         found = replace(found, weights="low-rank", **_LOW_RANK[recipe.reconstruction_effort])
@@ -203,6 +205,10 @@ def solve_by_packs(
         )
     settings = learning(recipe)
     packing, needs = _within(model, plan, packing, samples, settings, recipe)
+    if settings.is_global:
+        # The loss at the outputs keeps what the packs behind compute.
+        behind = accumulate(reversed([need.activations for need in needs]))
+        needs = [replace(n, activations=a) for n, a in zip(needs, reversed(list(behind)), strict=True)]
     spare = _memory(recipe) // 2
     together = [_together((spare - need.parameters) // max(1, need.activations)) for need in needs]
     folder = work_dir / "packs" / _key(model, plan, start, samples, packing, settings, recipe, device)

@@ -93,7 +93,7 @@ class Recipe(BaseModel):
     method: Method = "auto"
     effort: Effort | None = None
     max_pack_blocks: int | None = Field(default=4, ge=1)
-    loss: Literal["plain", "fisher"] = "plain"
+    loss: Literal["plain", "fisher", "global-local"] = "plain"
     low_rank: Literal["merge", "off"] | None = None
     easy_first: bool | None = None
     focus: bool | None = None

@@ -2,7 +2,7 @@
 
 For block t, with only that block quantized (its weights and the activations it reads):
 
-    L_t     = loss(p_fp, p_q(t))           at the network's output, see onnxptq.partition.output_loss
+    L_t     = loss(p_fp, p_q(t))           at the network's output, see onnxptq.lowering.output_loss
     dz      = z_q - z_fp                   the change of the block's outputs
     S_t     = 2 L_t / E||dz||^2            mean curvature of the loss along the error really made
     Omega_t = S_t E|dz|                    sensitivity for the allocation of bits
@@ -28,8 +28,8 @@ import torch
 from onnxptq.errors import UsageError
 from onnxptq.graph.index import probability_outputs
 from onnxptq.lowering.network import BlockNetwork, Values
+from onnxptq.lowering.output_loss import LossKind, OutputLoss, choose_loss
 from onnxptq.lowering.quantized import SiteHook, quantizing_hooks, set_hooks
-from onnxptq.partition.output_loss import LossKind, OutputLoss, choose_loss
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.types import (
     Block,
@@ -93,7 +93,7 @@ def score_blocks(
     Args:
         plan: where quantizers are; sites outside the blocks (of nodes that handle no data) have no effect.
         solution: their parameters; its ``weights`` replace the float ones in the quantized block.
-        loss: ``auto`` looks at the outputs, see :func:`~onnxptq.partition.output_loss.choose_loss`.
+        loss: ``auto`` looks at the outputs, see :func:`~onnxptq.lowering.output_loss.choose_loss`.
         normalize: whether E||dz||^2 is a mean over elements or over samples (E|dz| is one over elements).
         ranks: processes that share the samples.
 

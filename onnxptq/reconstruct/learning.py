@@ -31,6 +31,7 @@ class Learning:
         bias_rate: the same for biases, relative to the root mean square of each; 0 keeps them.
         weighting: exponent of the Fisher weights of a pack's outputs (:mod:`onnxptq.reconstruct.fisher`); 0 weighs
             all elements alike.
+        is_global: whether the loss at the network's outputs counts as well (:mod:`onnxptq.reconstruct.suffix`).
         warm_up: share of the steps before AdaRound's indecision counts.
         decision: its weight.
     """
@@ -52,6 +53,7 @@ class Learning:
     activation_scale_rate: float = 1e-3
     bias_rate: float = 1e-3
     weighting: float = 0.0
+    is_global: bool = False
     warm_up: float = 0.2
     decision: float = 0.01
 

@@ -3,6 +3,11 @@
     sum over outputs o of  E[w (o_q - o_fp)^2] / V_o,     V_o = E||o_fp - mean(o_fp)||^2
 
 so that packs of any size compare. w is 1, or a power of the Fisher weights of :mod:`onnxptq.reconstruct.fisher`.
+Where the network's outputs count as well (:mod:`onnxptq.reconstruct.suffix`),
+
+    loss = 2 local / local_0 + global / global_0
+
+with both relative to what they were before anything was learnt, as GLF-Q weighs them.
 """
 
 from __future__ import annotations
@@ -15,6 +20,10 @@ import torch
 
 from onnxptq.lowering.network import Values
 from onnxptq.reconstruct.pack_data import PackData
+from onnxptq.reconstruct.suffix import Suffix
+
+_LOCAL_SHARE = 2.0
+"""What the local loss counts beside the global one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +67,49 @@ def noise_over_signal(found: Values, targets: Values, norms: Norms) -> torch.Ten
         weights = norms.importance.get(name)
         parts.append((squares if weights is None else squares * weights).mean() / variance)
     return torch.stack(parts).sum()
+
+
+@dataclass(slots=True)
+class Objective:
+    """The loss of samples of a pack, local or with what follows the pack.
+
+    ``start`` holds the local and the global loss before anything was learnt, of which the second is 0 where there is
+    none.
+    """
+
+    data: PackData
+    norms: Norms
+    suffix: Suffix | None = None
+    start: tuple[float, float] = (0.0, 0.0)
+
+    def begin(self, chosen: Sequence[int]) -> float:
+        """Measure ``start`` on these samples, and return the loss."""
+        self.start = self.measured(chosen)
+        return self.combined(*self.start)
+
+    def __call__(self, found: Values, part: Sequence[int]) -> torch.Tensor:
+        """The loss of what the pack found for the samples of one pass, to be differentiated."""
+        local, distant = self._parts(found, part)
+        if distant is None or self.start[1] <= 0.0 or self.start[0] <= 0.0:
+            return local
+        return local * (_LOCAL_SHARE / self.start[0]) + distant * (1.0 / self.start[1])
+
+    def combined(self, local: float, distant: float) -> float:
+        """The loss of a local and a global one."""
+        if self.start[1] <= 0.0 or self.start[0] <= 0.0:
+            return local
+        return local * (_LOCAL_SHARE / self.start[0]) + distant * (1.0 / self.start[1])
+
+    @torch.no_grad()
+    def measured(self, chosen: Sequence[int]) -> tuple[float, float]:
+        """The mean local and global loss of these samples, over all ranks."""
+        total = np.zeros(2)
+        for part in self.data.chunks(chosen):
+            local, distant = self._parts(self.data.module(self.data.quantized(part)), part)
+            total += np.array([float(local), 0.0 if distant is None else float(distant)]) * len(part)
+        local, distant = self.data.ranks.sum(total) / len(chosen)
+        return float(local), float(distant)
+
+    def _parts(self, found: Values, part: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        local = noise_over_signal(found, self.data.targets(part), self.norms)
+        return local, None if self.suffix is None else self.suffix.loss(found, part)

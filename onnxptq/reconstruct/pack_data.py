@@ -86,6 +86,19 @@ class PackData:
         """The pack's float outputs."""
         return self._joined(self.targets_of, chosen, self.network.blocks[self.position].outputs)
 
+    def passing(self, chosen: Sequence[int]) -> Values:
+        """What later packs read of the quantized network in front of this one."""
+        blocks = self.network.blocks
+        names = {
+            name for block in blocks[self.position + 1 :] for name in (*block.inputs, *block.shape_inputs)
+        }
+        held = [name for name in sorted(names) if name in self.quants[self._place(chosen[0])]]
+        return self._joined(self.quants, chosen, held)
+
+    def places(self, chosen: Sequence[int]) -> list[int]:
+        """Where this rank holds these samples among its own."""
+        return [self._place(i) for i in chosen]
+
     def apart(self, outputs: Values, chosen: Sequence[int]) -> list[Values]:
         """What a pass over these samples writes, sample by sample."""
         if len(chosen) == 1:
@@ -149,18 +162,20 @@ def most_together(
     is_uniform = len(set().union(*ranks.gather(shapes))) == 1
     found = 1
     if is_uniform and ranks.rank == 0 and len(values) > 1:
-        found = limit if _can_be_joined(network, position, values[:2], names) else 1
+        pair = [{name: part[name] for name in names} for part in values[:2]]
+        is_same = can_be_joined(lambda feed: network.run_block(position, _on(network.device, feed)), pair)
+        found = limit if is_same else 1
     return ranks.broadcast(found)
 
 
-def _can_be_joined(
-    network: BlockNetwork, position: int, pair: Sequence[Values], names: Sequence[str]
-) -> bool:
+def can_be_joined(run: Callable[[Values], Values], pair: Sequence[Values]) -> bool:
+    """Whether running two samples together is the same as running them one after the other."""
+    names = list(pair[0])
     if any(part[name].ndim == 0 for part in pair for name in names):
         return False
     try:
-        apart = [network.run_block(position, _on(network.device, part)) for part in pair]
-        at_once = network.run_block(position, _on(network.device, joined(pair, names)))
+        apart = [run(part) for part in pair]
+        at_once = run(joined(pair, names))
     except RuntimeError:
         # Shapes that hold for one sample only, such as a Reshape to [1, 3, ...].
         return False

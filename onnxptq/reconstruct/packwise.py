@@ -29,6 +29,7 @@ from onnxptq.reconstruct.pack_data import UNIT, PackData, most_together, run_all
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 from onnxptq.reconstruct.rank_search import RankChoice, choose_ranks
 from onnxptq.reconstruct.sequential import round_pack
+from onnxptq.reconstruct.suffix import Suffix, wanted_outputs
 from onnxptq.reconstruct.training import train
 from onnxptq.reconstruct.vault import Vault, return_memory
 from onnxptq.types import CanonicalModel, LayerRank, Pack, PackOutcome, Progress, QuantPlan, Sample, Solution
@@ -126,11 +127,15 @@ def _reconstructed(
         }
         weights = fisher_weights(network, own, probability_outputs(model.graph), seed, ranks)
         importance = {name: value.pow(settings.weighting) for name, value in weights.items()}
+    wanted = None
+    if settings.steps and settings.is_global:
+        wanted = wanted_outputs(network, floats, probability_outputs(model.graph), vault.keep, ranks)
     start, state = solution, Finished(solution=solution, settled=frozenset(), outcome=None)
     outcomes: list[PackOutcome] = []
     tick = progress.start("solve packs", len(packs)) if progress else None
     for position, pack in enumerate(packs):
-        together = most_together(network, position, floats, resources.together[position], ranks)
+        limit = resources.together[position] if wanted is None or wanted.is_joinable else 1
+        together = most_together(network, position, floats, limit, ranks)
         after = run_all(network, position, floats, together, vault.keep)
         return_memory()
         store = resources.checkpoints if ranks.rank == 0 else None
@@ -139,7 +144,8 @@ def _reconstructed(
         if known is None:
             data = PackData(network, position, floats, quants, after, together, importance, ranks, count)
             generator = torch.Generator().manual_seed((seed << 20) + position)
-            known = _solved(index, pack, plan, start, state, data, settings, generator)
+            suffix = None if wanted is None else Suffix(data, wanted)
+            known = _solved(index, pack, plan, start, state, data, settings, generator, suffix)
             if store is not None:
                 store.save(position, state.solution, state.settled, known)
         state = known
@@ -171,6 +177,7 @@ def _solved(
     data: PackData,
     settings: Learning,
     generator: torch.Generator,
+    suffix: Suffix | None,
 ) -> Finished:
     solution = state.solution
 
@@ -199,7 +206,7 @@ def _solved(
     learned = quantizers({name: (choice.factors,) for name, choice in choices.items()})
     outcome = None
     if settings.steps and not learned.is_empty:
-        before, after, steps = train(data, learned, settings, generator)
+        before, after, steps = train(data, learned, settings, generator, suffix)
         # Other processors may have rounded otherwise.
         learned.restore(data.ranks.broadcast(learned.state()))
         solution = learned.hardened()

@@ -16,14 +16,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
-import numpy as np
 import torch
 
 from onnxptq.lowering.network import Values
 from onnxptq.reconstruct.learning import Learning
-from onnxptq.reconstruct.objective import Norms, noise_over_signal, norms_of
+from onnxptq.reconstruct.objective import Norms, Objective, noise_over_signal, norms_of
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
+from onnxptq.reconstruct.suffix import Suffix
 from onnxptq.reconstruct.vault import SLACK, return_memory
 
 RANKINGS = 10
@@ -34,19 +34,30 @@ _LOWEST_GAIN = 0.005
 
 
 def train(
-    data: PackData, learned: PackQuantizers, settings: Learning, generator: torch.Generator
+    data: PackData,
+    learned: PackQuantizers,
+    settings: Learning,
+    generator: torch.Generator,
+    suffix: Suffix | None = None,
 ) -> tuple[float, float, int]:
     """Learn in place; the state that was judged best remains.
 
+    Args:
+        suffix: what follows the pack, where the network's outputs count as well.
+
     Returns:
-        The loss before and after, and the steps that were taken.
+        The local loss before and after, and the steps that were taken.
     """
     order = torch.randperm(len(data), generator=generator).tolist()
     held_out = math.ceil(settings.held_out * len(data)) if len(data) > 1 else 0
     judges, pupils = order[:held_out], order[held_out:]
     norms = norms_of(data, judges or pupils)
-    before = _judged(data, learned, judges or pupils, norms)
-    best, best_state, stale, done = before, learned.state(), 0, 0
+    objective = Objective(data, norms, suffix)
+    # An undecided AdaRound weight is closer to the float one than what would be hardened now.
+    with learned.hard():
+        best = objective.begin(judges or pupils)
+    before, after = objective.start[0], objective.start[0]
+    best_state, stale, done = learned.state(), 0, 0
     optimizer = torch.optim.Adam(learned.groups(settings))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     every = max(1, settings.steps // settings.checks)
@@ -55,7 +66,7 @@ def train(
         masks = _seeds(chosen, generator) if settings.mixing > 0.0 else {}
         for part in data.chunks(chosen):
             found = data.module(_mixed(data, part, settings.mixing, masks))
-            loss = noise_over_signal(found, data.targets(part), norms) * (len(part) / len(chosen))
+            loss = objective(found, part) * (len(part) / len(chosen))
             loss.backward()  # type: ignore[no-untyped-call]
         data.ranks.sum_gradients(parameters_of(optimizer))
         beta = _sharpness(done / settings.steps, settings)
@@ -67,16 +78,19 @@ def train(
         return_memory(SLACK)
         done += 1
         if judges and done % every == 0:
-            seen = _judged(data, learned, judges, norms)
+            with learned.hard():
+                losses = objective.measured(judges)
+            seen = objective.combined(*losses)
             stale = 0 if seen < (1.0 - _LOWEST_GAIN) * best else stale + 1
             if seen < best:
-                best, best_state = seen, learned.state()
+                best, after, best_state = seen, losses[0], learned.state()
             if stale >= settings.patience:
                 break
     if not judges:
-        return before, _judged(data, learned, pupils, norms), done
+        with learned.hard():
+            return before, objective.measured(pupils)[0], done
     learned.restore(best_state)
-    return before, best, done
+    return before, after, done
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
@@ -132,17 +146,6 @@ def _sharpness(progress: float, settings: Learning) -> float | None:
     if settings.weights != "adaround" or progress < settings.warm_up:
         return None
     return 20.0 - 18.0 * (progress - settings.warm_up) / (1.0 - settings.warm_up)
-
-
-@torch.no_grad()
-def _judged(data: PackData, learned: PackQuantizers, chosen: Sequence[int], norms: Norms) -> float:
-    """The loss of what would be hardened now: an undecided AdaRound weight is closer to the float one."""
-    total = 0.0
-    with learned.hard():
-        for part in data.chunks(chosen):
-            found = data.module(data.quantized(part))
-            total += float(noise_over_signal(found, data.targets(part), norms)) * len(part)
-    return float(data.ranks.sum(np.asarray(total))) / len(chosen)
 
 
 def _seeds(chosen: Sequence[int], generator: torch.Generator) -> Mapping[int, int]:

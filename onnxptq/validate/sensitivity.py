@@ -15,7 +15,7 @@ class SensitivityReport:
     Attributes:
         model, fingerprint: the file and its contents.
         target: whose placement was measured.
-        loss: the measure at the output: ``kl`` or ``relative`` (see :mod:`onnxptq.partition.output_loss`).
+        loss: the measure at the output: ``kl`` or ``relative`` (see :mod:`onnxptq.lowering.output_loss`).
         weight_bits, activation_bits: of the network whose blocks have the scores S and Omega.
         samples: calibration samples that losses per number of bits were measured on.
         blocks: their scores, and the packs that follow from them.

@@ -15,8 +15,8 @@ import torch
 
 from onnxptq.errors import UsageError
 from onnxptq.graph.index import GraphIndex
+from onnxptq.lowering.output_loss import OutputLoss, choose_loss
 from onnxptq.partition.blocks import find_blocks
-from onnxptq.partition.output_loss import OutputLoss, choose_loss
 from onnxptq.partition.score import score_blocks
 from onnxptq.qdq.write import insert_quantizers
 from onnxptq.quantizers.affine import asymmetric_qparams

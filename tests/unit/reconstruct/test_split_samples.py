@@ -24,6 +24,7 @@ SETTINGS = {
     "AdaRound on mixed inputs": replace(
         STEPS, weights="adaround", is_closed_form_first=False, mixing=0.5, held_out=0.0, latent_rate=3e-2
     ),
+    "with the network's outputs": replace(STEPS, is_global=True),
     "Fisher weights": replace(STEPS, weighting=0.5),
     "easy samples first": replace(STEPS, is_easy_first=True),
     "low rank": replace(STEPS, weights="low-rank", is_closed_form_first=False, ranks=(2, 4), search_steps=6),

@@ -15,6 +15,7 @@ from onnxptq.quantizers.affine import fake_quantize, shifted_qparams
 from onnxptq.quantizers.focusing import FocusedActivation
 from onnxptq.reconstruct import training
 from onnxptq.reconstruct.learning import Learning
+from onnxptq.reconstruct.objective import Objective
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 from onnxptq.reconstruct.training import train
@@ -121,11 +122,11 @@ def test_it_stops_where_nothing_is_gained_and_keeps_the_best(
     settings = replace(PLAIN, steps=100, checks=10, patience=3, held_out=0.25)
     learned = _learned(made, data, settings)
 
-    def judged(*_: Any) -> float:
+    def judged(*_: Any) -> tuple[float, float]:
         states.append(learned.state())
-        return next(scores)
+        return next(scores), 0.0
 
-    monkeypatch.setattr(training, "_judged", judged)
+    monkeypatch.setattr(Objective, "measured", judged)
     before, best, steps = train(data, learned, settings, _generator())
     # 0.7 is worse, 0.4999 no gain to speak of though the best, 0.6 is the third that is flat.
     assert (before, best, steps) == (1.0, 0.4999, 50)
@@ -178,10 +179,14 @@ def test_inputs_are_mixed_by_element(tmp_path: Path) -> None:
         assert probability != 0.5 or not torch.equal(seen[0], seen[1])
 
 
-@pytest.mark.parametrize("mixing", [0.0, 0.5, 1.0])
-def test_how_many_samples_run_together_is_no_part_of_the_result(mixing: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [{"mixing": 0.0}, {"mixing": 0.5}, {"mixing": 1.0}, {"is_global": True}],
+    ids=["quantized", "mixed", "float", "global"],
+)
+def test_how_many_samples_run_together_is_no_part_of_the_result(given: Any, tmp_path: Path) -> None:
     made = case(chain(2), tmp_path, samples=8)
-    settings = replace(PLAIN, mixing=mixing, steps=5)
+    settings = replace(PLAIN, **given, steps=5)
     found = [made.solved(settings, together=n).solution for n in (1, 3, 64)]
     for other in found[1:]:
         for name, value in found[0].weights.items():

@@ -57,7 +57,10 @@ class OutputLoss:
             fp = reference[name]
             q = changed.get(name, fp)
             if self._kind == "kl":
-                self._sums[name] += 0.0 if q is fp else self._divergence(name, fp, q)
+                is_probability = name in self._probabilities
+                self._sums[name] += (
+                    0.0 if q is fp else float(divergence(fp, q, is_probability=is_probability))
+                )
                 self._scales[name] += fp.shape[0]
                 continue
             wide = fp.double()
@@ -77,13 +80,16 @@ class OutputLoss:
         """The loss over everything added; an output that is zero throughout is compared with 1."""
         return sum(self._sums[name] / (self._scales[name] or 1.0) for name in self._outputs)
 
-    def _divergence(self, name: str, fp: torch.Tensor, q: torch.Tensor) -> float:
-        log_p, log_q = self._logarithms(name, fp), self._logarithms(name, q)
-        return float((log_p.exp() * (log_p - log_q)).sum())
 
-    def _logarithms(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        # Double precision: two nearly equal distributions cancel to the square of their difference.
-        wide = value.double()
-        if name in self._probabilities:
-            wide = wide.clamp_min(torch.finfo(torch.float32).tiny).log()
-        return torch.log_softmax(wide, dim=1)
+def divergence(fp: torch.Tensor, q: torch.Tensor, *, is_probability: bool) -> torch.Tensor:
+    """The sum over rows of sum_c p_c (log p_c - log q_c)."""
+    log_p, log_q = _logarithms(fp, is_probability), _logarithms(q, is_probability)
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def _logarithms(value: torch.Tensor, is_probability: bool) -> torch.Tensor:
+    # Double precision: two nearly equal distributions cancel to the square of their difference.
+    wide = value.double()
+    if is_probability:
+        wide = wide.clamp_min(torch.finfo(torch.float32).tiny).log()
+    return torch.log_softmax(wide, dim=1)
