@@ -250,7 +250,7 @@ def _built(bed: Bed) -> Path:
     # The weights are part of the name, so that a file of older ones is not taken for this one.
     path = cache_folder("models") / f"{bed.module}-{module.MANIFEST.weights.sha256[:8]}.onnx"
     if not path.exists():
-        module.build(path)
+        module.MODEL.build(path)
     return path
 
 

@@ -17,15 +17,13 @@ published network looks for points far from each other instead.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models.digits import CLASSES, POINTS
-from models.exporting import publish, traced
 from models.manifest import RepositoryFile
-from models.training import Schedule, TrainedManifest, load_weights, run_program
+from models.training import Schedule, TrainedManifest, TrainedModel
 
 MANIFEST = TrainedManifest(
     name="point_transformer_digits",
@@ -162,28 +160,8 @@ def disturbed(points: Tensor, chance: torch.Generator) -> Tensor:
     return torch.cat([p, points[..., 2:]], dim=-1)[:, torch.randperm(count, generator=chance)]
 
 
-def load_torch() -> nn.Module:
-    """The trained network in evaluation mode.
-
-    Raises:
-        EnvironmentMismatchError: the weights are absent or not the expected ones.
-    """
-    return load_weights(PointTransformerDigits(), MANIFEST.weights)
-
-
-def build(output: Path) -> Path:
-    """Export the network to ``output``, compare it with torch in onnxruntime, and return ``output``.
-
-    Nothing is left at ``output`` unless every check passed; a file already there is replaced at once.
-
-    Raises:
-        EnvironmentMismatchError: the weights are absent or not the expected ones.
-        OutputCheckError: the exported file does not compute what the torch network computes.
-        OutputPathError: the folder of ``output`` cannot be written.
-    """
-    network = load_torch()
-    return publish(traced(network, MANIFEST), network, MANIFEST, output)
+MODEL = TrainedModel(manifest=MANIFEST, make=PointTransformerDigits, augment=disturbed, schedule=SCHEDULE)
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(MANIFEST, PointTransformerDigits, disturbed, SCHEDULE, build, sys.argv[1:]))
+    sys.exit(MODEL.main(sys.argv[1:]))

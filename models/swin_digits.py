@@ -16,15 +16,13 @@ exported graph looks like those of the large networks.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models.digits import CLASSES, SIDE
-from models.exporting import publish, traced
 from models.manifest import RepositoryFile
-from models.training import Schedule, TrainedManifest, load_weights, run_program
+from models.training import Schedule, TrainedManifest, TrainedModel
 
 MANIFEST = TrainedManifest(
     name="swin_digits",
@@ -187,28 +185,8 @@ def moved(images: Tensor, chance: torch.Generator) -> Tensor:
     )
 
 
-def load_torch() -> nn.Module:
-    """The trained network in evaluation mode.
-
-    Raises:
-        EnvironmentMismatchError: the weights are absent or not the expected ones.
-    """
-    return load_weights(SwinDigits(), MANIFEST.weights)
-
-
-def build(output: Path) -> Path:
-    """Export the network to ``output``, compare it with torch in onnxruntime, and return ``output``.
-
-    Nothing is left at ``output`` unless every check passed; a file already there is replaced at once.
-
-    Raises:
-        EnvironmentMismatchError: the weights are absent or not the expected ones.
-        OutputCheckError: the exported file does not compute what the torch network computes.
-        OutputPathError: the folder of ``output`` cannot be written.
-    """
-    network = load_torch()
-    return publish(traced(network, MANIFEST), network, MANIFEST, output)
+MODEL = TrainedModel(manifest=MANIFEST, make=SwinDigits, augment=moved, schedule=SCHEDULE)
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(MANIFEST, SwinDigits, moved, SCHEDULE, build, sys.argv[1:]))
+    sys.exit(MODEL.main(sys.argv[1:]))

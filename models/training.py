@@ -18,6 +18,7 @@ import torch
 
 from models import digits
 from models.digits import Digits
+from models.exporting import publish, traced
 from models.manifest import RepositoryFile
 from onnxptq.errors import OnnxPtqError, OutputPathError
 
@@ -53,6 +54,69 @@ class Schedule:
     decay: float = 0.02
     rise: float = 0.2
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedModel:
+    """A reference model that is trained here: what it is, and how its weights came about.
+
+    ``make`` gives the network without its weights.
+    """
+
+    manifest: TrainedManifest
+    make: Callable[[], torch.nn.Module]
+    augment: Augment
+    schedule: Schedule
+
+    def load_torch(self) -> torch.nn.Module:
+        """The trained network in evaluation mode.
+
+        Raises:
+            EnvironmentMismatchError: the weights are absent or not the expected ones.
+        """
+        return load_weights(self.make(), self.manifest.weights)
+
+    def build(self, output: Path) -> Path:
+        """Export the network to ``output``, compare it with torch in onnxruntime, and return ``output``.
+
+        Nothing is left at ``output`` unless every check passed; a file already there is replaced at once.
+
+        Raises:
+            EnvironmentMismatchError: the weights are absent or not the expected ones.
+            OutputCheckError: the exported file does not compute what the torch network computes.
+            OutputPathError: the folder of ``output`` cannot be written.
+        """
+        network = self.load_torch()
+        return publish(traced(network, self.manifest), network, self.manifest, output)
+
+    def main(self, arguments: list[str]) -> int:
+        """The command line of the model's module; returns the exit code."""
+        is_training = arguments[:1] == ["--train"]
+        named = arguments[1:] if is_training else arguments
+        if len(named) != 1 or named[0].startswith("-"):
+            print(f"usage: python -m models.{self.manifest.name} OUT.onnx | --train OUT.npz", file=sys.stderr)
+            return 0 if arguments in (["-h"], ["--help"]) else 2
+        output = Path(named[0])
+        try:
+            if is_training:
+                print(self._train(output))
+            else:
+                path = self.build(output)
+                print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, checked against torch")
+        except OnnxPtqError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        return 0
+
+    def _train(self, output: Path) -> str:
+        """Write new weights, and say how good they are."""
+        form = self.manifest.form
+        network = train(self.make, digits.load(form, "calib"), self.augment, self.schedule, print)
+        save_weights(network, output)
+        sha256 = hashlib.sha256(output.read_bytes()).hexdigest()
+        stored = RepositoryFile(relative_path=str(output.resolve()), sha256=sha256)
+        reached = accuracy(load_weights(self.make(), stored), digits.load(form, "heldout"))
+        return f"{output}: sha256 {sha256}, recognises {reached:.4f} of the held-out digits"
 
 
 def train(
@@ -132,38 +196,6 @@ def load_weights(network: torch.nn.Module, file: RepositoryFile) -> torch.nn.Mod
         raise KeyError(f"{file.relative_path} has no {unknown[0]!r}")
     network.load_state_dict({**own, **state})
     return network.eval()
-
-
-def run_program(
-    manifest: TrainedManifest,
-    make: Callable[[], torch.nn.Module],
-    augment: Augment,
-    schedule: Schedule,
-    build: Callable[[Path], Path],
-    arguments: list[str],
-) -> int:
-    """The command line of a reference model's module; returns the exit code."""
-    is_training = arguments[:1] == ["--train"]
-    named = arguments[1:] if is_training else arguments
-    if len(named) != 1 or named[0].startswith("-"):
-        print(f"usage: python -m models.{manifest.name} OUT.onnx | --train OUT.npz", file=sys.stderr)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    output = Path(named[0])
-    try:
-        if is_training:
-            network = train(make, digits.load(manifest.form, "calib"), augment, schedule, print)
-            save_weights(network, output)
-            hasher = hashlib.sha256(output.read_bytes())
-            stored = RepositoryFile(relative_path=str(output.resolve()), sha256=hasher.hexdigest())
-            reached = accuracy(load_weights(make(), stored), digits.load(manifest.form, "heldout"))
-            print(f"{output}: sha256 {stored.sha256}, recognises {reached:.4f} of the held-out digits")
-        else:
-            path = build(output)
-            print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, checked against torch")
-    except OnnxPtqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
 
 
 @contextmanager

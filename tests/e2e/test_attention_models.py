@@ -59,13 +59,13 @@ class Bed:
 
 @pytest.fixture(scope="module")
 def swin(tmp_path_factory: pytest.TempPathFactory) -> Bed:
-    path = swin_digits.build(tmp_path_factory.mktemp("swin") / "swin.onnx")
+    path = swin_digits.MODEL.build(tmp_path_factory.mktemp("swin") / "swin.onnx")
     return Bed(path=path, input_name="image", form="pictures")
 
 
 @pytest.fixture(scope="module")
 def points(tmp_path_factory: pytest.TempPathFactory) -> Bed:
-    path = point_transformer_digits.build(tmp_path_factory.mktemp("points") / "points.onnx")
+    path = point_transformer_digits.MODEL.build(tmp_path_factory.mktemp("points") / "points.onnx")
     return Bed(path=path, input_name="points", form="points")
 
 

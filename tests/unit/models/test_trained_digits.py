@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +15,7 @@ import torch
 
 from models import digits, point_transformer_digits, swin_digits
 from models.manifest import RepositoryFile
-from models.training import (
-    Augment,
-    Schedule,
-    TrainedManifest,
-    accuracy,
-    load_weights,
-    run_program,
-    save_weights,
-    train,
-)
+from models.training import TrainedModel, accuracy, load_weights, save_weights, train
 from onnxptq.errors import EnvironmentMismatchError
 
 pytestmark = pytest.mark.skipif(
@@ -34,39 +23,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    manifest: TrainedManifest
-    make: Callable[[], torch.nn.Module]
-    augment: Augment
-    schedule: Schedule
-    load: Callable[[], torch.nn.Module]
-    build: Callable[[Path], Path]
-
-
-MODELS = (
-    Model(
-        manifest=swin_digits.MANIFEST,
-        make=swin_digits.SwinDigits,
-        augment=swin_digits.moved,
-        schedule=swin_digits.SCHEDULE,
-        load=swin_digits.load_torch,
-        build=swin_digits.build,
-    ),
-    Model(
-        manifest=point_transformer_digits.MANIFEST,
-        make=point_transformer_digits.PointTransformerDigits,
-        augment=point_transformer_digits.disturbed,
-        schedule=point_transformer_digits.SCHEDULE,
-        load=point_transformer_digits.load_torch,
-        build=point_transformer_digits.build,
-    ),
-)
+MODELS = (swin_digits.MODEL, point_transformer_digits.MODEL)
 BOTH = pytest.mark.parametrize("model", MODELS, ids=[model.manifest.name for model in MODELS])
 
 
 @BOTH
-def test_the_exported_network_recognises_what_the_manifest_says(model: Model, tmp_path: Path) -> None:
+def test_the_exported_network_recognises_what_the_manifest_says(model: TrainedModel, tmp_path: Path) -> None:
     path = model.build(tmp_path / "net.onnx")
     heldout = digits.load(model.manifest.form, "heldout")
 
@@ -76,12 +38,12 @@ def test_the_exported_network_recognises_what_the_manifest_says(model: Model, tm
     # Another processor may sum in another order: two digits of 600 that lie on the fence.
     assert reached == pytest.approx(model.manifest.accuracy, abs=2.5 / digits.HELD_OUT)
     with torch.inference_mode():
-        expected = model.load()(torch.from_numpy(heldout.samples)).numpy()
+        expected = model.load_torch()(torch.from_numpy(heldout.samples)).numpy()
     assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 @BOTH
-def test_interface_and_bytes(model: Model, tmp_path: Path) -> None:
+def test_interface_and_bytes(model: TrainedModel, tmp_path: Path) -> None:
     first, second = (model.build(tmp_path / f"{i}.onnx") for i in range(2))
     assert first.read_bytes() == second.read_bytes()
     proto, manifest = onnx.load(first), model.manifest
@@ -111,7 +73,7 @@ def test_the_graphs_look_like_those_of_the_large_networks(tmp_path: Path) -> Non
 
 
 @BOTH
-def test_training_is_repeatable_and_learns(model: Model, tmp_path: Path) -> None:
+def test_training_is_repeatable_and_learns(model: TrainedModel, tmp_path: Path) -> None:
     every = digits.load(model.manifest.form, "calib")
     few = digits.Digits(samples=every.samples[:256], labels=every.labels[:256])
     schedule = dataclasses.replace(model.schedule, epochs=2)
@@ -138,10 +100,10 @@ def test_training_is_repeatable_and_learns(model: Model, tmp_path: Path) -> None
 
 
 @BOTH
-def test_the_program(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program(model: TrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*arguments: str) -> int:
-        schedule = dataclasses.replace(model.schedule, epochs=1, batch=256)
-        return run_program(model.manifest, model.make, model.augment, schedule, model.build, list(arguments))
+        short = dataclasses.replace(model.schedule, epochs=1, batch=256)
+        return dataclasses.replace(model, schedule=short).main(list(arguments))
 
     assert run("--train", str(tmp_path / "w.npz")) == 0
     assert "recognises 0." in capsys.readouterr().out
@@ -242,7 +204,7 @@ def test_vector_attention_is_the_published_sum() -> None:
 
 
 def test_the_order_of_points_matters_only_for_which_remain() -> None:
-    network = point_transformer_digits.load_torch()
+    network = point_transformer_digits.MODEL.load_torch()
     points = torch.from_numpy(digits.load("points", "heldout").samples[:8])
     chance = torch.Generator().manual_seed(0)
     first, second = (half + torch.randperm(16, generator=chance) for half in (0, 16))
