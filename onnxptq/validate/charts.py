@@ -112,12 +112,8 @@ def curvature_chart(blocks: Sequence[BlockScore], title: str) -> str:
             axes.axvspan(min(members) - 0.5, max(members) + 0.5, color=_ACCENT, alpha=shade, linewidth=0)
         axes.plot(*zip(*shown, strict=True), color=_ACCENT, linewidth=1.0, alpha=0.6)
         axes.plot(*zip(*shown, strict=True), "o", color=_ACCENT, markersize=4.5)
-        axes.set_yscale("log")
-        axes.minorticks_off()
         axes.set_xlim(-0.5, len(blocks) - 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("block; shades are packs")
-        axes.set_ylabel("S")
+        _logarithmic_over_counts(axes, "block; shades are packs", "S")
         return _svg(figure, "curvature", title)
 
 
@@ -147,12 +143,8 @@ def omega_chart(blocks: Sequence[BlockScore], title: str) -> str:
         return ""
     with _drawing(9.0, 2.2) as (figure, axes):
         axes.bar([i for i, _ in shown], [value for _, value in shown], 0.7, color=_ACCENT)
-        axes.set_yscale("log")
-        axes.minorticks_off()
         axes.set_xlim(-0.5, len(blocks) - 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("block")
-        axes.set_ylabel("Omega")
+        _logarithmic_over_counts(axes, "block", "Omega")
         return _svg(figure, "omega", title)
 
 
@@ -173,12 +165,17 @@ def loss_chart(packs: Sequence[BitRow], part: Literal["weights", "activations"],
             # They take turns, so that fewer names overlap.
             bits, loss = line[pack % len(line)]
             axes.annotate(str(pack), (bits, loss), color=_INK, fontsize=8)
-        axes.set_yscale("log")
-        axes.minorticks_off()
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel(f"bits of {part}")
-        axes.set_ylabel("loss at the output")
+        _logarithmic_over_counts(axes, f"bits of {part}", "loss at the output")
         return _svg(figure, f"loss-{part}", title)
+
+
+def _logarithmic_over_counts(axes: Axes, across: str, up: str) -> None:
+    """Whole numbers along the x axis, powers of ten along the y axis."""
+    axes.set_yscale("log")
+    axes.minorticks_off()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
 
 
 def _few_ticks(axes: Axes) -> None:
