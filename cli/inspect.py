@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .options import MODEL, output_options
+from .options import MODEL, output_options, selector_options
 from .progress import TerminalProgress
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=MODEL)
-@click.option("--include", multiple=True, metavar="PATTERN", help="As in quantize.")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="As in quantize.")
+@selector_options
 @click.option("--blocks", is_flag=True, help="Also list the blocks that the network falls into.")
 @click.option(
     "--attention", is_flag=True, help="Also list attention, layers behind normalizations, and Gelu outputs."

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
-from onnxptq.recipe import read_yaml_mapping
+from onnxptq.recipe import Recipe, read_yaml_mapping
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -16,6 +16,48 @@ MODEL = click.Path(path_type=Path)
 
 PICTURE_FLAGS = ("size", "resize", "color", "layout", "scale", "mean", "std")
 """The parameters that ``image_options`` adds besides ``preprocess``."""
+
+
+def choices(field: str) -> click.Choice[str]:
+    """What a field of the recipe may be set to."""
+    allowed = get_args(Recipe.model_fields[field].annotation)
+    # A field that may be left out is a union of a Literal and None.
+    words = [word for part in allowed for word in get_args(part) or (part,)]
+    return click.Choice([word for word in words if isinstance(word, str)])
+
+
+calibration_option = click.option(
+    "--calib",
+    required=True,
+    metavar="DATA",
+    help="Calibration inputs: a folder of pictures, .npy, .npz or "
+    "test_data_set_* samples, one .npz, or the word 'random'.",
+)
+
+samples_option = click.option(
+    "--samples", type=int, help="At most this many calibration samples. [default: 256]"
+)
+
+max_pack_blocks_option = click.option(
+    "--max-pack-blocks", type=int, help="Blocks in a pack, at most. [default: 4]"
+)
+
+work_dir_option = click.option(
+    "--work-dir", type=MODEL, help="Caches. [default: $ONNXPTQ_CACHE or ~/.cache/onnxptq]"
+)
+
+
+def selector_options(command: Command) -> Command:
+    """Which nodes are quantized."""
+    command = click.option(
+        "--exclude", multiple=True, metavar="PATTERN", help="Leave these in float. Repeatable."
+    )(command)
+    return click.option(
+        "--include",
+        multiple=True,
+        metavar="PATTERN",
+        help="Quantize only these: an op type, a name pattern, or re:REGEX. Repeatable.",
+    )(command)
 
 
 def image_options(command: Command) -> Command:
@@ -60,6 +102,11 @@ def picture_options(preprocess: Path | None, flags: dict[str, Any]) -> dict[str,
     """
     values = read_yaml_mapping(preprocess) if preprocess is not None else {}
     return {**values, **{name: _parsed(name, value) for name, value in flags.items() if value is not None}}
+
+
+def given(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a recipe that a command line sets."""
+    return {name: value for name, value in settings.items() if value not in (None, ())}
 
 
 def _parsed(name: str, value: Any) -> Any:

@@ -12,19 +12,26 @@ from rich.console import Console
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import Recipe
 
-from .options import MODEL, PICTURE_FLAGS, image_options, output_options, picture_options
+from .options import (
+    MODEL,
+    PICTURE_FLAGS,
+    calibration_option,
+    choices,
+    given,
+    image_options,
+    max_pack_blocks_option,
+    output_options,
+    picture_options,
+    samples_option,
+    selector_options,
+    work_dir_option,
+)
 from .progress import TerminalProgress
 
 
 @click.command()
 @click.argument("model", type=MODEL)
-@click.option(
-    "--calib",
-    required=True,
-    metavar="DATA",
-    help="Calibration inputs: a folder of pictures, .npy, .npz or "
-    "test_data_set_* samples, one .npz, or the word 'random'.",
-)
+@calibration_option
 @click.option(
     "--eval",
     "evaluation",
@@ -45,33 +52,28 @@ from .progress import TerminalProgress
 )
 @click.option("--no-report", is_flag=True, help="Write no report.")
 @click.option("--recipe", "recipe_path", type=MODEL, help="YAML with any of the settings below; options win.")
-@click.option(
-    "-t",
-    "--target",
-    type=click.Choice(["ort-cpu", "tensorrt", "simulate"]),
-    help="Where the file will run. [default: ort-cpu]",
-)
+@click.option("-t", "--target", type=choices("target"), help="Where the file will run. [default: ort-cpu]")
 @click.option(
     "--method",
-    type=click.Choice(["auto", "rtn", "pack-ptq", "brecq", "qdrop", "adaround", "aiqvit"]),
+    type=choices("method"),
     help="auto; pack-ptq: reconstruct packs of blocks; brecq, qdrop, adaround, aiqvit: as published; rtn: plain "
     "round-to-nearest. [default: auto]",
 )
 @click.option(
     "--effort",
-    type=click.Choice(["fast", "balanced", "paper"]),
+    type=choices("effort"),
     help="How packs are solved: in closed form, with a few hundred gradient steps each, or with 20 000. "
     "Left out: fast for auto, else balanced.",
 )
 @click.option(
     "--loss",
-    type=click.Choice(["plain", "fisher", "global-local"]),
+    type=choices("loss"),
     help="What gradient steps make small: the error of a pack's outputs; that weighed by its effect on the "
     "network's output; or it and the error of the network's output. [default: plain]",
 )
 @click.option(
     "--low-rank",
-    type=click.Choice(["merge", "off"]),
+    type=choices("low_rank"),
     help="merge: learn weights through low-rank corrections, merged before rounding. Left out: merge for aiqvit, "
     "else off.",
 )
@@ -91,7 +93,7 @@ from .progress import TerminalProgress
     metavar="N",
     help="Quantize softmax weights by their N-th root (target simulate): finer for small ones. [default: 1]",
 )
-@click.option("--max-pack-blocks", type=int, help="Blocks in a pack, at most. [default: 4]")
+@max_pack_blocks_option
 @click.option("-w", "--weight-bits", type=int, help="2 to 8. [default: 8]")
 @click.option("-a", "--activation-bits", type=int, help="2 to 8. [default: 8]")
 @click.option(
@@ -106,23 +108,17 @@ from .progress import TerminalProgress
 )
 @click.option(
     "--allocator",
-    type=click.Choice(["exact", "greedy"]),
+    type=choices("allocator"),
     help="exact, or the greedy one of the Pack-PTQ paper. [default: exact]",
 )
 @click.option("--plan", metavar="FILE", help="Apply the bits of a plan.yaml (see docs/mixed_precision.md).")
 @click.option(
     "--observer",
-    type=click.Choice(["auto", "mse", "minmax", "percentile", "entropy"]),
+    type=choices("observer"),
     help="How activation ranges are chosen. [default: auto]",
 )
 @click.option("--percentile", type=float, help="For the percentile observer. [default: 99.999]")
-@click.option(
-    "--include",
-    multiple=True,
-    metavar="PATTERN",
-    help="Quantize only these: an op type, a name pattern, or re:REGEX. Repeatable.",
-)
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave these in float. Repeatable.")
+@selector_options
 @click.option(
     "--equalize/--no-equalize", default=None, help="Rescale channels, exactly, beforehand. [default: yes]"
 )
@@ -155,7 +151,7 @@ from .progress import TerminalProgress
     metavar="DB",
     help="Try nothing more once the outputs reach this; above 100 for never. [default: 35.0]",
 )
-@click.option("--samples", type=int, help="At most this many calibration samples. [default: 256]")
+@samples_option
 @click.option("--holdout", type=float, help="Share held out where --eval is absent. [default: 0.2]")
 @click.option("--opset", type=int, help="Raise the model to this opset.")
 @click.option(
@@ -163,7 +159,7 @@ from .progress import TerminalProgress
 )
 @click.option(
     "--provider",
-    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    type=choices("provider"),
     help="Runs calibration and checks. [default: cpu]",
 )
 @click.option(
@@ -174,7 +170,7 @@ from .progress import TerminalProgress
     "--min-agreement", type=float, metavar="SHARE", help="Gate: fail unless top-1 agrees this often."
 )
 @click.option("--seed", type=int, help="For --calib random, rotations and gradient steps. [default: 0]")
-@click.option("--work-dir", type=MODEL, help="Caches. [default: $ONNXPTQ_CACHE or ~/.cache/onnxptq]")
+@work_dir_option
 @image_options
 @output_options
 @click.pass_obj
@@ -235,7 +231,7 @@ def quantize(
 
 def _recipe(path: Path | None, settings: dict[str, Any], pictures: dict[str, Any]) -> Recipe:
     base = Recipe.from_yaml(path) if path is not None else Recipe()
-    changes = {name: value for name, value in settings.items() if value not in (None, ())}
+    changes = given(settings)
     if pictures:
         changes["preprocess"] = {**base.preprocess, **pictures}
     return base.updated(**changes)

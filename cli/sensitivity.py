@@ -14,7 +14,20 @@ from rich.table import Table
 
 from onnxptq.ranks import ALONE, Ranks
 
-from .options import MODEL, PICTURE_FLAGS, image_options, output_options, picture_options
+from .options import (
+    MODEL,
+    PICTURE_FLAGS,
+    calibration_option,
+    choices,
+    given,
+    image_options,
+    max_pack_blocks_option,
+    output_options,
+    picture_options,
+    samples_option,
+    selector_options,
+    work_dir_option,
+)
 from .progress import TerminalProgress
 
 if TYPE_CHECKING:
@@ -24,21 +37,20 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=MODEL)
-@click.option("--calib", required=True, metavar="DATA", help="Calibration inputs, as in quantize.")
+@calibration_option
 @click.option("--report", "report_dir", type=MODEL, help="Folder for sensitivity.html and sensitivity.json.")
 @click.option(
     "-t",
     "--target",
-    type=click.Choice(["ort-cpu", "tensorrt", "simulate"]),
+    type=choices("target"),
     help="Whose quantizers are measured. [default: simulate]",
 )
 @click.option("-w", "--weight-bits", type=int, help="Of the network whose blocks are scored. [default: 4]")
 @click.option("-a", "--activation-bits", type=int, help="The same. [default: 4]")
-@click.option("--max-pack-blocks", type=int, help="Blocks in a pack, at most. [default: 4]")
-@click.option("--include", multiple=True, metavar="PATTERN", help="As in quantize.")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="As in quantize.")
-@click.option("--samples", type=int, help="At most this many calibration samples. [default: 256]")
-@click.option("--work-dir", type=MODEL, help="Caches. [default: $ONNXPTQ_CACHE or ~/.cache/onnxptq]")
+@max_pack_blocks_option
+@selector_options
+@samples_option
+@work_dir_option
 @image_options
 @output_options
 @click.pass_obj
@@ -64,8 +76,7 @@ def sensitivity(
     from onnxptq.surveying import sensitivity as run
 
     pictures = picture_options(preprocess, {name: settings.pop(name) for name in PICTURE_FLAGS})
-    changes = {name: value for name, value in settings.items() if value not in (None, ())}
-    recipe = DEFAULTS.updated(**changes, preprocess=pictures)
+    recipe = DEFAULTS.updated(**given(settings), preprocess=pictures)
     with TerminalProgress(quiet=quiet or as_json, verbose=verbose) as progress:
         found = run(
             model,

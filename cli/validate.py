@@ -13,7 +13,7 @@ from rich.table import Table
 
 from onnxptq.errors import QualityGateError
 
-from .options import MODEL, PICTURE_FLAGS, image_options, output_options, picture_options
+from .options import MODEL, PICTURE_FLAGS, choices, image_options, output_options, picture_options
 from .progress import TerminalProgress
 
 
@@ -29,7 +29,7 @@ from .progress import TerminalProgress
 @click.option("--limit", type=click.IntRange(min=1), help="At most this many samples, spread evenly.")
 @click.option(
     "--provider",
-    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    type=choices("provider"),
     default="cpu",
     help="Runs both models. [default: cpu]",
 )

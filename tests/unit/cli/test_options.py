@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import click
 import pytest
 from click.testing import CliRunner
 from onnxptq.cli.main import cli
-from onnxptq.cli.options import picture_options
+from onnxptq.cli.options import PICTURE_FLAGS, picture_options
 from onnxptq.cli.quantize import quantize
 
+from onnxptq.calibrate.feeds import ImagePreprocess
 from onnxptq.calibrate.run import DEFAULT_GROUP_BYTES
 from onnxptq.errors import RecipeError
 from onnxptq.recipe import Recipe
 
 SETTINGS = sorted(set(Recipe.model_fields) - {"rules", "preprocess"})
 """Recipe fields with an option of their own; rules need a file, and pictures have options for each field."""
+
+
+PICTURES = ImagePreprocess.model_fields
 
 
 def _options(command: click.Command) -> dict[str, click.Option]:
@@ -90,6 +96,14 @@ def test_the_documented_default_is_the_recipes(name: str) -> None:
         assert int(written) == DEFAULT_GROUP_BYTES >> 20
     else:
         assert written == str(default)
+
+
+@pytest.mark.parametrize("name", [n for n in PICTURE_FLAGS if "Literal" in str(PICTURES[n].annotation)])
+def test_pictures_have_the_choices_of_their_fields(name: str) -> None:
+    # The command line writes them again, as it would have to import what reads pictures otherwise.
+    offered = _options(quantize)[name].type
+    assert isinstance(offered, click.Choice)
+    assert tuple(offered.choices) == get_args(PICTURES[name].annotation)
 
 
 @pytest.mark.parametrize("command", sorted(cli.commands))
