@@ -18,7 +18,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from models.manifest import PackageFile
-from onnxptq.errors import OnnxPtqError, OutputPathError
+from models.program import run_program
+from onnxptq.errors import OutputPathError
 from onnxptq.types import FloatArray
 
 Form = Literal["pictures", "points"]
@@ -122,16 +123,7 @@ def write(folder: Path) -> tuple[Path, ...]:
 
 def main(arguments: list[str]) -> int:
     """Run as a program; returns the exit code."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m models.digits OUT_FOLDER", file=sys.stderr)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    try:
-        files = write(Path(arguments[0]))
-    except OnnxPtqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(*files, sep="\n")
-    return 0
+    return run_program("digits OUT_FOLDER", lambda folder: "\n".join(map(str, write(folder))), arguments)
 
 
 if __name__ == "__main__":

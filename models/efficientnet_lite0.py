@@ -19,7 +19,8 @@ import torch
 
 from models.exporting import publish, traced
 from models.manifest import ImagePreprocessing, ModelManifest, PackageFile
-from onnxptq.errors import EnvironmentMismatchError, OnnxPtqError, OutputCheckError
+from models.program import run_program
+from onnxptq.errors import EnvironmentMismatchError, OutputCheckError
 
 MANIFEST = ModelManifest(
     name="efficientnet_lite0",
@@ -110,18 +111,14 @@ def _export(network: torch.nn.Module) -> onnx.ModelProto:
     return model
 
 
+def _built(output: Path) -> str:
+    path = build(output)
+    return f"{path}: {path.stat().st_size / 1e6:.1f} MB, checked against torch"
+
+
 def main(arguments: list[str]) -> int:
     """Run as a program; returns the exit code."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m models.efficientnet_lite0 OUT.onnx", file=sys.stderr)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    try:
-        path = build(Path(arguments[0]))
-    except OnnxPtqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, checked against torch")
-    return 0
+    return run_program("efficientnet_lite0 OUT.onnx", _built, arguments)
 
 
 if __name__ == "__main__":

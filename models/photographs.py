@@ -17,7 +17,8 @@ from typing import Literal
 from PIL import Image
 
 from models.manifest import PackageFile
-from onnxptq.errors import OnnxPtqError, OutputPathError
+from models.program import run_program
+from onnxptq.errors import OutputPathError
 
 Side = Literal["calib", "heldout"]
 
@@ -188,19 +189,14 @@ def _licences() -> str:
     return "\n".join(["Cut from photographs that these packages ship.", "", *rows, ""])
 
 
+def _written(folder: Path) -> str:
+    counts = ((part, len(list(part.iterdir()))) for part in write(folder))
+    return "\n".join(f"{part}: {count} photographs" for part, count in counts)
+
+
 def main(arguments: list[str]) -> int:
     """Run as a program; returns the exit code."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m models.photographs OUT_FOLDER", file=sys.stderr)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    try:
-        folders = write(Path(arguments[0]))
-    except OnnxPtqError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    for folder in folders:
-        print(f"{folder}: {len(list(folder.iterdir()))} photographs")
-    return 0
+    return run_program("photographs OUT_FOLDER", _written, arguments)
 
 
 if __name__ == "__main__":

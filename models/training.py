@@ -7,7 +7,6 @@ Topin, "Super-Convergence", 2018).
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from models import digits
 from models.digits import Digits
 from models.exporting import publish, traced
 from models.manifest import RepositoryFile
-from onnxptq.errors import OnnxPtqError, OutputPathError
+from models.program import run_program
+from onnxptq.errors import OutputPathError
 
 Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 """Other samples of the same classes: (samples, source of chance) -> samples."""
@@ -91,22 +91,14 @@ class TrainedModel:
 
     def main(self, arguments: list[str]) -> int:
         """The command line of the model's module; returns the exit code."""
-        is_training = arguments[:1] == ["--train"]
-        named = arguments[1:] if is_training else arguments
-        if len(named) != 1 or named[0].startswith("-"):
-            print(f"usage: python -m models.{self.manifest.name} OUT.onnx | --train OUT.npz", file=sys.stderr)
-            return 0 if arguments in (["-h"], ["--help"]) else 2
-        output = Path(named[0])
-        try:
-            if is_training:
-                print(self._train(output))
-            else:
-                path = self.build(output)
-                print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, checked against torch")
-        except OnnxPtqError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
-        return 0
+        usage = f"{self.manifest.name} OUT.onnx | --train OUT.npz"
+        if arguments[:1] == ["--train"]:
+            return run_program(usage, self._train, arguments[1:])
+        return run_program(usage, self._export, arguments)
+
+    def _export(self, output: Path) -> str:
+        path = self.build(output)
+        return f"{path}: {path.stat().st_size / 1e6:.2f} MB, checked against torch"
 
     def _train(self, output: Path) -> str:
         """Write new weights, and say how good they are."""

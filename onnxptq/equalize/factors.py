@@ -93,27 +93,23 @@ def _descend(
 
 def _log_ranges(terms: Sequence[Term], size: int) -> Floats:
     """Mean over tensors of sign * ln(range / tensor's range); NaN for variables that are zero everywhere."""
-    sums, counts = np.zeros(size), np.zeros(size)
-    for term in terms:
-        if isinstance(term, ActivationTerm):
-            absmax = np.maximum(term.high, -term.low)
-            used = (term.index >= 0) & (absmax > 0)
-            if used.any():
-                logs = term.sign[used] * np.log(absmax[used] / absmax.max())
-                sums += np.bincount(term.index[used], weights=logs, minlength=size)
-                counts += np.bincount(term.index[used], minlength=size)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    found = [term for term in terms if isinstance(term, ActivationTerm)]
+    return _mean_logs([(term, np.maximum(term.high, -term.low)) for term in found], size)
 
 
 def _log_weights(terms: Sequence[Term], size: int) -> Floats:
     """Mean over weights of sign * ln of the largest weight reading a variable; NaN where there is none."""
+    found = [term for term in terms if isinstance(term, WeightTerm)]
+    return _mean_logs([(term, term.absmax.max(axis=0)) for term in found], size)
+
+
+def _mean_logs(peaks: Sequence[tuple[Term, Floats]], size: int) -> Floats:
+    """The mean of sign * ln(peak / largest peak of its term) by variable, over peaks above 0; NaN without any."""
     sums, counts = np.zeros(size), np.zeros(size)
-    for term in terms:
-        if isinstance(term, WeightTerm):
-            peak = term.absmax.max(axis=0)
-            used = (term.index >= 0) & (peak > 0)
-            if used.any():
-                logs = term.sign[used] * np.log(peak[used] / peak.max())
-                sums += np.bincount(term.index[used], weights=logs, minlength=size)
-                counts += np.bincount(term.index[used], minlength=size)
+    for term, peak in peaks:
+        used = (term.index >= 0) & (peak > 0)
+        if used.any():
+            logs = term.sign[used] * np.log(peak[used] / peak.max())
+            sums += np.bincount(term.index[used], weights=logs, minlength=size)
+            counts += np.bincount(term.index[used], minlength=size)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,23 @@ def walk_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
             for nested in subgraphs_of(node):
                 for inner in walk_graphs(nested):
                     yield from inner.initializer
+
+
+def take_initializers(model: onnx.ModelProto, is_taken: Callable[[TensorProto], bool]) -> list[TensorProto]:
+    """Replace initializers of the main graph by graph inputs of their names and types, in place; returns them."""
+    taken, kept = [], []
+    for tensor in model.graph.initializer:
+        if is_taken(tensor):
+            taken.append(TensorProto())
+            taken[-1].CopyFrom(tensor)
+            model.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
+        else:
+            kept.append(tensor)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return taken
 
 
 def default_opset(model: onnx.ModelProto) -> int | None:

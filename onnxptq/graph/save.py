@@ -139,16 +139,7 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with every external initializer as an input: all that type inference needs."""
     skeleton = onnx.ModelProto()
     skeleton.CopyFrom(model)
-    kept = []
-    for tensor in skeleton.graph.initializer:
-        if proto.is_external(tensor):
-            skeleton.graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            )
-        else:
-            kept.append(tensor)
-    del skeleton.graph.initializer[:]
-    skeleton.graph.initializer.extend(kept)
+    proto.take_initializers(skeleton, proto.is_external)
     return skeleton
 
 

@@ -55,20 +55,11 @@ def detach(model: onnx.ModelProto, folder: Path) -> Mapping[str, TensorProto]:
     are read into the model.
     """
     _lift_constants(model.graph)
-    detached: dict[str, TensorProto] = {}
-    kept = []
-    for tensor in model.graph.initializer:
-        if proto.is_external(tensor) or proto.stored_bytes(tensor) > _KEPT_BYTES:
-            detached[tensor.name] = _clone(tensor)
-            model.graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            )
-        else:
-            kept.append(tensor)
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    taken = proto.take_initializers(
+        model, lambda tensor: proto.is_external(tensor) or proto.stored_bytes(tensor) > _KEPT_BYTES
+    )
     load_inline(model, folder)
-    return detached
+    return {tensor.name: tensor for tensor in taken}
 
 
 def _lift_constants(graph: onnx.GraphProto) -> None:
@@ -82,12 +73,6 @@ def _lift_constants(graph: onnx.GraphProto) -> None:
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-
-
-def _clone(tensor: TensorProto) -> TensorProto:
-    result = TensorProto()
-    result.CopyFrom(tensor)
-    return result
 
 
 def declare_float(detached: Mapping[str, TensorProto], model: onnx.ModelProto) -> None:
