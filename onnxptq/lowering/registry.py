@@ -248,15 +248,6 @@ def register(
     return add
 
 
-def register_plain(op: str, since_version: int, function: Callable[..., torch.Tensor]) -> None:
-    """Register a standard operator without attributes, whose inputs are the function's arguments."""
-
-    @register("", op, since_version)
-    def build(spec: NodeSpec) -> Kernel:
-        spec.ignore()
-        return function
-
-
 def entries() -> tuple[Entry, ...]:
     """Every registration, by domain, operator and version."""
     found = [entry for versions in _ENTRIES.values() for entry in versions.values()]

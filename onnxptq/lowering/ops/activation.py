@@ -11,18 +11,27 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 
-from onnxptq.lowering.registry import Declined, Kernel, NodeSpec, register, register_plain
+from onnxptq.lowering.registry import Declined, Kernel, NodeSpec, register
 
 Tensor = torch.Tensor
 
 
-register_plain("Relu", 6, torch.relu)
-register_plain("Sigmoid", 6, torch.sigmoid)
-register_plain("Tanh", 6, torch.tanh)
-register_plain("Softplus", 1, lambda x: torch.logaddexp(x, torch.zeros_like(x)))
-register_plain("Softsign", 1, F.softsign)
-register_plain("HardSwish", 14, F.hardswish)
-register_plain("Mish", 18, F.mish)
+def _plain(op: str, since_version: int, function: Callable[[Tensor], Tensor]) -> None:
+    """Register an activation without attributes."""
+
+    @register("", op, since_version)
+    def build(spec: NodeSpec) -> Kernel:
+        spec.ignore()
+        return function
+
+
+_plain("Relu", 6, torch.relu)
+_plain("Sigmoid", 6, torch.sigmoid)
+_plain("Tanh", 6, torch.tanh)
+_plain("Softplus", 1, lambda x: torch.logaddexp(x, torch.zeros_like(x)))
+_plain("Softsign", 1, F.softsign)
+_plain("HardSwish", 14, F.hardswish)
+_plain("Mish", 18, F.mish)
 
 
 @register("", "LeakyRelu", 6)

@@ -11,9 +11,18 @@ from collections.abc import Callable
 
 import torch
 
-from onnxptq.lowering.registry import Declined, Kernel, NodeSpec, register, register_plain
+from onnxptq.lowering.registry import Declined, Kernel, NodeSpec, register
 
 Tensor = torch.Tensor
+
+
+def _plain(op: str, since_version: int, function: Callable[..., Tensor]) -> None:
+    """Register an operator without attributes, whose inputs are the function's arguments."""
+
+    @register("", op, since_version)
+    def build(spec: NodeSpec) -> Kernel:
+        spec.ignore()
+        return function
 
 
 def _div(a: Tensor, b: Tensor) -> Tensor:
@@ -32,33 +41,33 @@ def _keep_type(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
     return run
 
 
-register_plain("Add", 7, torch.add)
-register_plain("Sub", 7, torch.sub)
-register_plain("Mul", 7, torch.mul)
-register_plain("Div", 7, _div)
-register_plain("Neg", 6, torch.neg)
-register_plain("Abs", 6, torch.abs)
-register_plain("Sqrt", 6, torch.sqrt)
-register_plain("Exp", 6, torch.exp)
-register_plain("Log", 6, torch.log)
-register_plain("Reciprocal", 6, torch.reciprocal)
-register_plain("Floor", 6, torch.floor)
-register_plain("Ceil", 6, torch.ceil)
-register_plain("Round", 11, torch.round)
-register_plain("Sign", 9, torch.sign)
-register_plain("Erf", 9, _keep_type(torch.erf))
-register_plain("Sin", 7, torch.sin)
-register_plain("Cos", 7, torch.cos)
-register_plain("Tan", 7, torch.tan)
-register_plain("Asin", 7, torch.asin)
-register_plain("Acos", 7, torch.acos)
-register_plain("Atan", 7, torch.atan)
-register_plain("Sinh", 9, torch.sinh)
-register_plain("Cosh", 9, torch.cosh)
-register_plain("Asinh", 9, torch.asinh)
-register_plain("Acosh", 9, torch.acosh)
-register_plain("Atanh", 9, torch.atanh)
-register_plain("Det", 11, torch.linalg.det)
+_plain("Add", 7, torch.add)
+_plain("Sub", 7, torch.sub)
+_plain("Mul", 7, torch.mul)
+_plain("Div", 7, _div)
+_plain("Neg", 6, torch.neg)
+_plain("Abs", 6, torch.abs)
+_plain("Sqrt", 6, torch.sqrt)
+_plain("Exp", 6, torch.exp)
+_plain("Log", 6, torch.log)
+_plain("Reciprocal", 6, torch.reciprocal)
+_plain("Floor", 6, torch.floor)
+_plain("Ceil", 6, torch.ceil)
+_plain("Round", 11, torch.round)
+_plain("Sign", 9, torch.sign)
+_plain("Erf", 9, _keep_type(torch.erf))
+_plain("Sin", 7, torch.sin)
+_plain("Cos", 7, torch.cos)
+_plain("Tan", 7, torch.tan)
+_plain("Asin", 7, torch.asin)
+_plain("Acos", 7, torch.acos)
+_plain("Atan", 7, torch.atan)
+_plain("Sinh", 9, torch.sinh)
+_plain("Cosh", 9, torch.cosh)
+_plain("Asinh", 9, torch.asinh)
+_plain("Acosh", 9, torch.acosh)
+_plain("Atanh", 9, torch.atanh)
+_plain("Det", 11, torch.linalg.det)
 
 
 def _variadic(op: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from onnxptq.lowering.registry import Kernel, NodeSpec, register, register_plain
+from onnxptq.lowering.registry import Kernel, NodeSpec, register
 
 Tensor = torch.Tensor
 
 
-register_plain("Equal", 7, torch.eq)
-register_plain("Greater", 7, torch.gt)
-register_plain("Less", 7, torch.lt)
-register_plain("GreaterOrEqual", 12, torch.ge)
-register_plain("LessOrEqual", 12, torch.le)
-register_plain("And", 7, torch.logical_and)
-register_plain("Or", 7, torch.logical_or)
-register_plain("Xor", 7, torch.logical_xor)
-register_plain("Not", 1, torch.logical_not)
-register_plain("BitwiseAnd", 18, torch.bitwise_and)
-register_plain("BitwiseOr", 18, torch.bitwise_or)
-register_plain("BitwiseXor", 18, torch.bitwise_xor)
-register_plain("BitwiseNot", 18, torch.bitwise_not)
-register_plain("Where", 9, torch.where)
-register_plain("IsNaN", 9, torch.isnan)
+def _plain(op: str, since_version: int, function: Callable[..., Tensor]) -> None:
+    @register("", op, since_version)
+    def build(spec: NodeSpec) -> Kernel:
+        spec.ignore()
+        return function
+
+
+_plain("Equal", 7, torch.eq)
+_plain("Greater", 7, torch.gt)
+_plain("Less", 7, torch.lt)
+_plain("GreaterOrEqual", 12, torch.ge)
+_plain("LessOrEqual", 12, torch.le)
+_plain("And", 7, torch.logical_and)
+_plain("Or", 7, torch.logical_or)
+_plain("Xor", 7, torch.logical_xor)
+_plain("Not", 1, torch.logical_not)
+_plain("BitwiseAnd", 18, torch.bitwise_and)
+_plain("BitwiseOr", 18, torch.bitwise_or)
+_plain("BitwiseXor", 18, torch.bitwise_xor)
+_plain("BitwiseNot", 18, torch.bitwise_not)
+_plain("Where", 9, torch.where)
+_plain("IsNaN", 9, torch.isnan)
 
 
 @register("", "IsInf", 10)
