@@ -74,8 +74,8 @@ from .progress import TerminalProgress
 @click.option(
     "--low-rank",
     type=choices("low_rank"),
-    help="merge: learn weights through low-rank corrections, merged before rounding. Left out: merge for aiqvit, "
-    "else off.",
+    help="merge: learn weights through low-rank corrections, merged before rounding. branch: add what rounding has "
+    "spoilt beside layers, in float, where that pays. auto: measure them. Left out: merge for aiqvit, else off.",
 )
 @click.option(
     "--easy-first/--no-easy-first",

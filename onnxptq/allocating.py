@@ -27,6 +27,7 @@ from onnxptq.packing import SCORING_SAMPLES, Packing, find_packing, scored, torc
 from onnxptq.placing import placement_request
 from onnxptq.qdq import insert_quantizers
 from onnxptq.recipe import Recipe
+from onnxptq.reconstruct.branches import largest_branches
 from onnxptq.samples import Draw
 from onnxptq.solving import FOCUS_SAMPLES, Solver
 from onnxptq.targets import TARGETS
@@ -119,17 +120,20 @@ def _at(pack: PackChoices, bits: int) -> PackChoices:
 
 
 def _bytes_beside_weights(solver: Solver, packing: Packing, draft: BitPlan) -> int:
-    """Bytes of the file, annotations included, less those of its quantized weights.
+    """Bytes of the file, annotations and all branches that it may get included, less those of its quantized weights.
 
     Args:
         draft: any plan of the same packs; its text is as long as that of the final one but for some digits.
     """
     model, plan = solver.model, solver.plan
+    start = solver.start
+    if "branch" in solver.recipe.low_rank_choices:
+        start = replace(start, branches=largest_branches(GraphIndex(model.graph), plan))
     whole = save_graph(
-        insert_quantizers(model.graph, plan, solver.start),
+        insert_quantizers(model.graph, plan, start),
         solver.scratch / "start.onnx",
         model_metadata=reporting.model_annotations(model, plan, solver.recipe, draft),
-        node_metadata=reporting.node_annotations(model, plan, packing, draft),
+        node_metadata=reporting.node_annotations(model, plan, packing, draft, start.branches),
     )
     return whole - weight_bytes(model, plan) + _SLACK
 

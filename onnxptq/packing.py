@@ -107,7 +107,12 @@ def learning(recipe: Recipe) -> Learning:
     found = replace(found, **_METHODS.get(recipe.method, {}))
     if recipe.merges_low_rank:
         found = replace(found, weights="low-rank", **_LOW_RANK[recipe.reconstruction_effort])
-    return replace(found, is_easy_first=recipe.is_easy_first, focuses_softmax=recipe.learns_focus)
+    return replace(
+        found,
+        adds_branches=recipe.low_rank == "branch",
+        is_easy_first=recipe.is_easy_first,
+        focuses_softmax=recipe.learns_focus,
+    )
 
 
 def torch_device(recipe: Recipe) -> str:

@@ -20,6 +20,7 @@ ObserverChoice = Literal["auto", "mse", "minmax", "percentile", "entropy"]
 Method = Literal["auto", "rtn", "pack-ptq", "brecq", "qdrop", "adaround", "aiqvit"]
 Effort = Literal["fast", "balanced", "paper"]
 Allocator = Literal["exact", "greedy"]
+LowRank = Literal["off", "merge", "branch", "auto"]
 
 
 class TensorRule(BaseModel):
@@ -49,8 +50,9 @@ class Recipe(BaseModel):
         loss: what gradient steps make small: ``plain`` noise over signal of a pack's outputs, or with ``fisher``
             the same with each channel weighed by how much it moves the network's output.
         low_rank: ``merge`` learns weights through low-rank corrections, of ranks that are searched for, and merges
-            these before rounding; ``off`` learns the weights themselves. None is ``merge`` for ``aiqvit`` and
-            ``off`` for the other methods.
+            these before rounding; ``off`` learns the weights themselves; ``branch`` puts what rounding has spoilt
+            beside the layers where that pays, in float and of low rank; ``auto`` measures all of these that go with
+            method and effort. None is ``merge`` for ``aiqvit`` and ``off`` for the other methods.
         easy_first: whether gradient steps see the samples with the lowest loss first. None does so for ``aiqvit``.
         focus: whether gradient steps learn both ends of softmax ranges, instead of their scale. None does so for
             ``aiqvit``.
@@ -94,7 +96,7 @@ class Recipe(BaseModel):
     effort: Effort | None = None
     max_pack_blocks: int | None = Field(default=4, ge=1)
     loss: Literal["plain", "fisher", "global-local"] = "plain"
-    low_rank: Literal["merge", "off"] | None = None
+    low_rank: LowRank | None = None
     easy_first: bool | None = None
     focus: bool | None = None
     softmax_root: int = Field(default=1, ge=1, le=8)
@@ -148,8 +150,13 @@ class Recipe(BaseModel):
         if self.low_rank == "merge":
             if not self.learns:
                 raise ValueError("low_rank merge is learnt: it needs effort balanced or paper")
-            if self.method in ("brecq", "qdrop", "adaround"):
+            if not self._can_merge:
                 raise ValueError(f"method {self.method} learns roundings, so it takes no low_rank merge")
+        if self.low_rank in ("branch", "auto") and len(self.low_rank_choices) < (self.low_rank == "auto") + 1:
+            raise ValueError(
+                f"low_rank {self.low_rank} needs method auto or pack-ptq, effort fast or balanced, and packs, which "
+                "auto solves below 8 bits or where an effort is given"
+            )
         if self.easy_first and not self.learns:
             raise ValueError("easy_first orders gradient steps: it needs effort balanced or paper")
         if self.focus and not self.learns:
@@ -181,9 +188,28 @@ class Recipe(BaseModel):
         return True
 
     @property
+    def low_rank_choices(self) -> tuple[LowRank, ...]:
+        """What ``low_rank`` comes to: one, or with ``auto`` all that the method allows; empty where it does not."""
+        possible: dict[LowRank, bool] = {"off": True, "merge": self._can_merge, "branch": self._can_branch}
+        if self.low_rank is None:
+            return ("merge",) if self.learns and self.method == "aiqvit" else ("off",)
+        asked: tuple[LowRank, ...] = tuple(possible) if self.low_rank == "auto" else (self.low_rank,)
+        return tuple(choice for choice in asked if possible[choice])
+
+    @property
+    def _can_merge(self) -> bool:
+        return self.learns and self.method not in ("brecq", "qdrop", "adaround")
+
+    @property
+    def _can_branch(self) -> bool:
+        """Branches make up for roundings in closed form, which other methods and effort ``paper`` take anew."""
+        is_closed_form = self.method in ("auto", "pack-ptq") and self.reconstruction_effort != "paper"
+        return self.is_solved_by_packs and is_closed_form
+
+    @property
     def merges_low_rank(self) -> bool:
-        """Whether weights are learnt through low-rank corrections."""
-        return self.low_rank == "merge" or (self.low_rank is None and self.learns and self.method == "aiqvit")
+        """Whether weights are learnt through low-rank corrections, and nothing else is tried."""
+        return self.low_rank_choices == ("merge",)
 
     @property
     def is_easy_first(self) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxptq.allocate.choices import PackChoices
-from onnxptq.bit_plan import BitPlan, known_nodes
+from onnxptq.bit_plan import MEGABYTE, BitPlan, known_nodes
 from onnxptq.calibrate.products import Focus
 from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.statistics import TensorStatistics
@@ -26,6 +26,7 @@ from onnxptq.recipe import Recipe
 from onnxptq.runtime import runtime_version
 from onnxptq.types import (
     GRAPH_OUTPUT,
+    Branch,
     CanonicalModel,
     PackOutcome,
     PerAxis,
@@ -37,10 +38,13 @@ from onnxptq.types import (
     Solution,
 )
 from onnxptq.validate.compare import LayerQuality
+from onnxptq.validate.latency import Latency
 from onnxptq.validate.report import (
     BitPlanFacts,
     BitRow,
     BlockScore,
+    BranchFacts,
+    BranchRow,
     Histogram,
     QuantizedRow,
     SizeRow,
@@ -209,9 +213,9 @@ def _reduced(seen: TensorStatistics) -> Histogram:
 
 
 def size_rows(
-    model: CanonicalModel, plan: QuantPlan, source_bytes: int, output_bytes: int
+    model: CanonicalModel, plan: QuantPlan, solution: Solution, source_bytes: int, output_bytes: int
 ) -> tuple[SizeRow, ...]:
-    """Bytes of quantized weights, of other constants, and of the rest, before and after."""
+    """Bytes of quantized weights, of other constants, of branches, and of the rest, before and after."""
     tensors = model.graph.tensors()
     constants = {name: _float_bytes(t) for name, t in tensors.items() if isinstance(t, gs.Constant)}
     weights = [q for q in plan.quantizers if q.role != "activation"]
@@ -219,13 +223,15 @@ def size_rows(
     before = sum(constants[name] for name in quantized)
     after = sum(-(-constants[q.tensor] // 4 * _storage_bits(q) // 8) for q in weights)
     other = sum(size for name, size in constants.items() if name not in quantized)
+    branches = _branch_bytes(solution)
     return (
         SizeRow(component="quantized weights and biases", before=before, after=after),
         SizeRow(component="other constants", before=other, after=other),
+        *([SizeRow(component="low-rank branches", before=0, after=branches)] if branches else []),
         SizeRow(
             component="graph, scales and names",
             before=max(0, source_bytes - before - other),
-            after=max(0, output_bytes - after - other),
+            after=max(0, output_bytes - after - other - branches),
         ),
     )
 
@@ -236,6 +242,44 @@ def _float_bytes(constant: gs.Constant) -> int:
 
 def _storage_bits(quantizer: Quantizer) -> int:
     return int("".join(c for c in quantizer.qtype.storage if c.isdigit()))
+
+
+def branch_facts(model: CanonicalModel, solution: Solution, latency: Latency | None) -> BranchFacts | None:
+    """One row per branch, in network order; None where there are none."""
+    rows = []
+    for node in model.graph.nodes:
+        branch = solution.branches.get(node.name)
+        if branch is not None:
+            weight = node.inputs[1]
+            rows.append(
+                BranchRow(
+                    node=node.name,
+                    weight=model.user_name(weight.name),
+                    rank=branch.rank,
+                    before=branch.before,
+                    after=branch.after,
+                    parameters=branch.parameters,
+                    share=branch.parameters / math.prod(int(d) for d in weight.shape),
+                )
+            )
+    return BranchFacts(rows=tuple(rows), bytes=_branch_bytes(solution), latency=latency) if rows else None
+
+
+def branch_note(model: CanonicalModel, plan: QuantPlan, solution: Solution) -> str:
+    """How many layers got a branch, in one line."""
+    facts = branch_facts(model, solution, None)
+    if facts is None:
+        return "No layer has a low-rank branch."
+    layers = len({q.tensor for q in plan.quantizers if q.role == "weight"})
+    gains = [10 * math.log10(row.before / row.after) for row in facts.rows if row.after > 0.0]
+    return (
+        f"{len(facts.rows)} of {layers} layers have a low-rank branch: {facts.bytes / MEGABYTE:.2f} MB in float, "
+        f"{max(gains, default=0.0):.1f} dB less noise in a layer's output at most."
+    )
+
+
+def _branch_bytes(solution: Solution) -> int:
+    return 4 * sum(branch.parameters for branch in solution.branches.values())
 
 
 def bit_plan_facts(plan: BitPlan) -> BitPlanFacts:
@@ -304,10 +348,15 @@ def _sha256(text: str) -> str:
 
 
 def node_annotations(
-    model: CanonicalModel, plan: QuantPlan, packing: Packing | None, bit_plan: BitPlan | None
+    model: CanonicalModel,
+    plan: QuantPlan,
+    packing: Packing | None,
+    bit_plan: BitPlan | None,
+    branches: Mapping[str, Branch],
 ) -> dict[str, dict[str, str]]:
     """What the file says about its nodes beside what the user's own said: for quantized ones their bits, their
-    pack, and S and Omega of their block, where the network was packed or given a plan of bits."""
+    pack, and S and Omega of their block, where the network was packed or given a plan of bits, and the rank of their
+    branch."""
     if packing is None and bit_plan is None:
         return {name: dict(values) for name, values in model.node_metadata.items()}
     found: dict[str, dict[str, str]] = {}
@@ -333,6 +382,8 @@ def node_annotations(
                     if block.index in scores:
                         found[name]["onnxptq.sensitivity"] = f"{scores[block.index].curvature:.6g}"
                         found[name]["onnxptq.omega"] = f"{scores[block.index].omega:.6g}"
+    for name, branch in branches.items():
+        found.setdefault(name, {})["onnxptq.branch_rank"] = str(branch.rank)
     found.pop(GRAPH_OUTPUT, None)
     own = model.node_metadata
     return {

@@ -77,7 +77,8 @@ class Data:
 class Solved:
     """The final plan with its parameters, and how packs were solved, where they were; ``packing`` is there where
     packs were scored or solved, ``focuses`` where ranges of softmax outputs were chosen by their products,
-    ``nearest``, the solution by rounding to nearest, where packs bettered it."""
+    ``nearest``, the solution by rounding to nearest, where packs bettered it; ``checkpoints`` are folders of finished
+    packs."""
 
     plan: QuantPlan
     solution: Solution
@@ -85,17 +86,20 @@ class Solved:
     focuses: Mapping[str, Focus]
     packed: PackSolution | None
     packing: Packing | None
+    checkpoints: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checks:
-    """What was proven and measured of a written file; quality is None where nothing was held out."""
+    """What was proven and measured of a written file; quality is None where nothing was held out. ``branch_latency``
+    is that of the file against the same without branches, None where it has none."""
 
     parity: Parity
     quality: Comparison | None
     layers: Comparison | None
     nearest_layers: Comparison | None
     latency: Latency
+    branch_latency: Latency | None
     kernels: Mapping[str, int] | None
 
 

@@ -20,7 +20,7 @@ from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.select import CANDIDATES, label, select_observer
 from onnxptq.qdq import insert_quantizers
 from onnxptq.ranks import ALONE, Ranks
-from onnxptq.recipe import Recipe
+from onnxptq.recipe import LowRank, Recipe
 from onnxptq.reconstruct.bias import correct_biases
 from onnxptq.reconstruct.initial import initial_solution, weight_grids
 from onnxptq.reconstruct.rounding import round_in_closed_form
@@ -66,9 +66,19 @@ WIDTH_AT_8_BITS = 1280
 WIDTH_BELOW = 8192
 """The same for narrower weights, where it decides between a working network and a broken one."""
 
+BRANCH_MARGIN_DB = 0.5
+"""By how much branches must be better than the alternatives to be worth the time that they take whenever the network
+runs."""
+
 _PLAIN = "nearest rounding"
 _COMPENSATED = "compensated rounding"
 _PACKS = "packs"
+_LOW_RANK: Mapping[LowRank, str] = {
+    "off": _PACKS,
+    "merge": f"{_PACKS} with merged corrections",
+    "branch": f"{_PACKS} with branches",
+}
+"""Names of the alternatives that are solved by packs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +103,8 @@ class Solver:
     it is the same). ``declined`` names the nodes that ``plan`` leaves in float to reach the floor. ``notes``
     collects what was measured and decided; ``focuses`` are the ranges of softmax outputs that were chosen by the
     products that read them, by quantizer id; ``packed`` is how packs were solved, where they were, and ``packing``
-    the packs to take, None for those that the plan suggests. The float network is run once, at the first
-    comparison.
+    the packs to take, None for those that the plan suggests. ``checkpoints`` are all folders with finished packs. The
+    float network is run once, at the first comparison.
     """
 
     model: CanonicalModel
@@ -115,6 +125,7 @@ class Solver:
     start: Solution = field(default_factory=lambda: Solution(qparams={}))
     packing: Packing | None = None
     packed: PackSolution | None = None
+    checkpoints: list[Path] = field(default_factory=list)
     _grids: Mapping[str, QParams] = field(default_factory=dict)
     _known_trial: Trial | None = None
     _start_quality: Quality | None = None
@@ -302,46 +313,64 @@ class Solver:
             return False
         return True
 
-    def _by_packs(self) -> Solution:
+    def _by_packs(self, low_rank: LowRank, packed: dict[str, PackSolution]) -> Solution:
+        """The network solved by packs, which ``packed`` keeps under the name of the alternative."""
         from onnxptq.packing import solve_by_packs
 
         (everything,) = Draw(self.everything).take((0, len(self.everything)))
-        self.packed = solve_by_packs(
+        found = solve_by_packs(
             self.model,
             self.plan,
             self.start,
             everything,
-            self.recipe,
+            self.recipe.updated(low_rank=low_rank),
             scratch=self.scratch,
             work_dir=self.work_dir,
-            packing=self.packing,
+            packing=next((other.packing for other in packed.values()), self.packing),
             progress=self.progress,
             ranks=self.ranks,
         )
-        return self.packed.solution
+        self.checkpoints.append(found.checkpoints)
+        self.packed = packed[_LOW_RANK[low_rank]] = found
+        return found.solution
 
     def _improved(self) -> Solution:
         """The best of what is tried: one alternative after the other until the outputs are good enough."""
         solutions = {_PLAIN: self.start}
         qualities = {_PLAIN: self._starting()}
         best = _PLAIN
-        for name, found in self._alternatives():
+        packed: dict[str, PackSolution] = {}
+        for name, found in self._alternatives(packed):
             enough = self.recipe.enough
-            if name != _PACKS and enough is not None and qualities[best].rank >= enough:
+            if not name.startswith(_PACKS) and enough is not None and qualities[best].rank >= enough:
                 self.notes.append(f"Nothing more was tried: {enough:g} dB on calibration samples are enough.")
                 break
             solutions[name] = found()
             qualities[name] = self._trial().quality(self.plan, solutions[name])
-            best = max(qualities, key=lambda known: qualities[known].rank)
+            best = max(qualities, key=lambda known: qualities[known].rank - self._margin(known))
         listed = ", ".join(f"{name} {quality.rank:.2f}" for name, quality in qualities.items())
         self.notes.append(f"Weights by {best} (dB on calibration samples: {listed}).")
+        highest = max(qualities, key=lambda known: qualities[known].rank)
+        if highest != best:
+            self.notes.append(
+                f"Branches gain less than {self._margin(highest):g} dB, which their run time is not worth."
+            )
         self._reached = qualities[best]
+        self.packed = packed.get(best, self.packed)
         return solutions[best]
 
-    def _alternatives(self) -> Sequence[tuple[str, Callable[[], Solution]]]:
+    def _margin(self, name: str) -> float:
+        """What an alternative must be better by."""
+        is_asked_for = self.recipe.low_rank == "branch"
+        return BRANCH_MARGIN_DB if name == _LOW_RANK["branch"] and not is_asked_for else 0.0
+
+    def _alternatives(self, packed: dict[str, PackSolution]) -> Sequence[tuple[str, Callable[[], Solution]]]:
         """What may be better than nearest rounding, the cheapest for what it gains first."""
         if self.recipe.is_solved_by_packs and self._can_be_lowered():
-            return [(_PACKS, self._by_packs)]
+            return [
+                (_LOW_RANK[choice], functools.partial(self._by_packs, choice, packed))
+                for choice in self.recipe.low_rank_choices
+            ]
         compensated = functools.cache(self._compensated)
         found: list[tuple[str, Callable[[], Solution]]] = []
         if self.recipe.correct_bias:

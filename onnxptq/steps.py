@@ -31,9 +31,9 @@ from onnxptq.runtime import count_kernels
 from onnxptq.samples import ListFeeds, pick_samples
 from onnxptq.solving import Solver, draw_samples
 from onnxptq.targets import WRITTEN_OUT
-from onnxptq.types import CanonicalModel, Feeds, InputSpec
+from onnxptq.types import CanonicalModel, Feeds, InputSpec, Sample
 from onnxptq.validate.compare import Comparison, compare
-from onnxptq.validate.latency import measure_latency
+from onnxptq.validate.latency import Latency, measure_latency
 from onnxptq.validate.parity import check_parity
 from onnxptq.validate.report import DataFacts, ModelFacts, OutputFacts, Report, StageTime
 from onnxptq.validate.structure import check_structure
@@ -169,6 +169,8 @@ def solved(run: Run, form: Prepared) -> Solved:
                 "more did not help."
             )
         solver, found = best
+        if found.branches or run.recipe.low_rank == "branch":
+            run.note(reporting.branch_note(model, solver.plan, found))
         return Solved(
             plan=solver.plan,
             solution=found,
@@ -176,6 +178,7 @@ def solved(run: Run, form: Prepared) -> Solved:
             focuses=solver.focuses,
             packed=solver.packed,
             packing=_packing(solver),
+            checkpoints=tuple(solver.checkpoints),
         )
 
 
@@ -196,7 +199,9 @@ def write(run: Run, model: CanonicalModel, solved: Solved, path: Path) -> None:
             insert_quantizers(model.graph, plan, solution),
             path,
             model_metadata=reporting.model_annotations(model, plan, run.recipe, run.bit_plan),
-            node_metadata=reporting.node_annotations(model, plan, solved.packing, run.bit_plan),
+            node_metadata=reporting.node_annotations(
+                model, plan, solved.packing, run.bit_plan, solution.branches
+            ),
         )
 
 
@@ -247,6 +252,7 @@ def check(
                 nearest = _layers(run, model, baseline, some)
     with run.timed("measure latency"):
         latency = measure_latency(source.source, path, proof[0], provider=provider)
+        branch_latency = _branch_latency(run, model, solved, path, proof[0])
         kernels = count_kernels(path, run.scratch) if provider == "cpu" else None
     return Checks(
         parity=parity,
@@ -254,8 +260,20 @@ def check(
         layers=layers,
         nearest_layers=nearest,
         latency=latency,
+        branch_latency=branch_latency,
         kernels=kernels,
     )
+
+
+def _branch_latency(
+    run: Run, model: CanonicalModel, solved: Solved, path: Path, sample: Sample
+) -> Latency | None:
+    """The file with its branches against the same without them."""
+    if not solved.solution.branches:
+        return None
+    bare = run.scratch / "without_branches.onnx"
+    save_graph(insert_quantizers(model.graph, solved.plan, replace(solved.solution, branches={})), bare)
+    return measure_latency(bare, path, sample, provider=run.recipe.provider)
 
 
 def _layers(run: Run, model: CanonicalModel, path: Path, feeds: Feeds) -> Comparison:
@@ -284,7 +302,7 @@ def report(
     """Everything that was done, declined and measured."""
     plan, solution, packed = solved.plan, solved.solution, solved.packed
     size = sum(part.stat().st_size for part in written.parent.iterdir())
-    sizes = reporting.size_rows(model, plan, model.source_bytes, size)
+    sizes = reporting.size_rows(model, plan, solution, model.source_bytes, size)
     note = reporting.larger_note(model.source_bytes, size, sizes)
     if note:
         run.note(note)
@@ -339,6 +357,7 @@ def report(
         packs=() if packed is None else reporting.pack_outcomes(model, packed.outcomes),
         softmax=reporting.softmax_rows(model, plan, solution, solved.focuses),
         bit_plan=None if run.bit_plan is None else reporting.bit_plan_facts(run.bit_plan),
+        branches=reporting.branch_facts(model, solution, checks.branch_latency),
     )
 
 
@@ -362,8 +381,8 @@ def write_report(run: Run, report: Report, folder: str | Path | None) -> Path | 
 
 def forget_packs(solved: Solved) -> None:
     """Remove the packs that were kept for the case of an interruption."""
-    if solved.packed is not None:
-        shutil.rmtree(solved.packed.checkpoints, ignore_errors=True)
+    for folder in solved.checkpoints:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def require_quality(run: Run, report: Report, folder: Path | None) -> None:

@@ -160,11 +160,40 @@ class QuantPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Branch:
+    """A float path of low rank beside a layer with quantized weights; it adds up(down(x)) for what the layer reads.
+
+    Attributes:
+        down, up: the constants of its two operators, in the form that these take: (K, r) and (r, channels) beside
+            MatMul and Gemm, (r, inputs, *kernel) and (channels, r, 1, ...) beside Conv.
+        before, after: noise over signal of the layer's output on calibration samples, without and with the branch,
+            when its weight was rounded.
+    """
+
+    down: FloatArray
+    up: FloatArray
+    before: float
+    after: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return int(self.up.shape[1] if self.up.ndim > 2 else self.up.shape[0])
+
+    @property
+    def parameters(self) -> int:
+        """Elements of both constants."""
+        return int(self.down.size + self.up.size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Solution:
-    """The parameters of every quantizer, by id, and the weights that replace float ones, by tensor name."""
+    """The parameters of every quantizer, by id, the weights that replace float ones, by tensor name, and the branches
+    beside layers, by the name of the layer's node."""
 
     qparams: Mapping[str, QParams]
     weights: Mapping[str, Array] = field(default_factory=dict)
+    branches: Mapping[str, Branch] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

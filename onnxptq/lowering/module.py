@@ -136,11 +136,23 @@ class LoweredModule(torch.nn.Module):
         else:
             step.hooks[input_index] = fn
 
+    def set_branch(self, node: str, fn: Hook) -> None:
+        """Add ``fn`` of what ``node`` reads as its first input, hooks applied, to its one output.
+
+        Raises:
+            ValueError: no such node is executed here.
+        """
+        step = self._steps_by_name.get(node)
+        if step is None:
+            raise ValueError(f"node {node!r} is not executed in this range")
+        step.branch = fn
+
     def clear_hooks(self) -> None:
-        """Remove every hook."""
+        """Remove every hook and branch."""
         self._output_hooks.clear()
         for step in self._program.steps:
             step.hooks.clear()
+            step.branch = None
 
     def forward(
         self, feed: Mapping[str, torch.Tensor], *, fetch: Sequence[str] | None = None
@@ -170,6 +182,11 @@ class LoweredModule(torch.nn.Module):
             except Exception as error:
                 error.add_note(f"in node {step.name!r} ({step.op})")
                 raise
+            if step.branch is not None:
+                read = args[0]
+                assert read is not None
+                assert not isinstance(result, tuple)
+                result = result + step.branch(read)
             if isinstance(result, tuple):
                 for slot, value in zip(step.writes, result, strict=False):
                     values[slot] = value

@@ -35,7 +35,8 @@ class Step:
     """One node: reads slots, runs its kernel, writes slots.
 
     ``to_device`` and ``to_host`` are the argument positions to move when the module is not on the CPU.
-    ``hooks`` is shared by every plan that holds this step.
+    ``hooks`` and ``branch`` are shared by every plan that holds this step; what ``branch`` makes of the first
+    argument is added to the result.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Step:
     to_device: tuple[int, ...]
     to_host: tuple[int, ...]
     hooks: dict[int, Hook] = field(default_factory=dict)
+    branch: Hook | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -29,7 +29,7 @@ from onnxptq.errors import UsageError
 from onnxptq.graph.index import probability_outputs
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.output_loss import LossKind, OutputLoss, choose_loss
-from onnxptq.lowering.quantized import SiteHook, quantizing_hooks, set_hooks
+from onnxptq.lowering.quantized import Hooks, quantizing_hooks, set_hooks
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.types import (
     Block,
@@ -188,7 +188,7 @@ class Scorer:
         )
 
 
-def _run_quantized(network: BlockNetwork, index: int, values: Values, hooks: Sequence[SiteHook]) -> Values:
+def _run_quantized(network: BlockNetwork, index: int, values: Values, hooks: Hooks) -> Values:
     module = network.modules[index]
     set_hooks(module, hooks)
     try:

@@ -7,6 +7,9 @@ ends: values inside them round to the grid's integers exactly as without it.
 
 A weight becomes its integers and a DequantizeLinear. A bias becomes int32 integers with the scale
 ``scale(x) scale(w)`` that integer kernels accumulate in.
+
+A branch (:mod:`onnxptq.graph.branches`) reads what its layer reads and is added to what the layer writes, in front of
+any bias that is added behind it.
 """
 
 from __future__ import annotations
@@ -18,11 +21,14 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from onnxptq.graph.branches import OUTPUT, SUM, UP, branch_nodes
+from onnxptq.graph.surgeon import free_name
 from onnxptq.qdq import names
 from onnxptq.quantizers.affine import quantize, range_of
 from onnxptq.types import (
     GRAPH_OUTPUT,
     Array,
+    Branch,
     PerAxis,
     PerGroup,
     PerTensor,
@@ -96,8 +102,23 @@ def _inserted(graph: gs.Graph, plan: QuantPlan, solution: Solution) -> tuple[gs.
             writer.activation()
         else:
             writer.constant(tensors[quantizer.tensor].values)
+    for node in list(result.nodes):
+        if node.name in solution.branches:
+            _add_branch(result, node, solution.branches[node.name], taken)
     result.cleanup(remove_unused_node_outputs=False, recurse_subgraphs=False).toposort()
     return result, writers
+
+
+def _add_branch(graph: gs.Graph, node: gs.Node, branch: Branch, taken: set[str]) -> None:
+    def name(role: str) -> str:
+        return free_name(node.name + role, taken)
+
+    target = node.outputs[0]
+    product = gs.Variable(name(names.BRANCH_PRODUCT), dtype=np.float32, shape=target.shape)
+    node.outputs[0] = product
+    made = gs.Variable(name(UP + OUTPUT), dtype=np.float32, shape=target.shape)
+    graph.nodes += branch_nodes(node, branch, node.inputs[0], made, name)
+    graph.nodes.append(gs.Node("Add", name(SUM), inputs=[product, made], outputs=[target]))
 
 
 class _Writer:
@@ -207,13 +228,7 @@ class _Writer:
                 self.nodes[site.consumer].inputs[site.input_index] = target
 
     def _name(self, suffix: str) -> str:
-        name = wanted = self.prefix + suffix
-        number = 1
-        while name in self.taken:
-            name = f"{wanted}_{number}"
-            number += 1
-        self.taken.add(name)
-        return name
+        return free_name(self.prefix + suffix, self.taken)
 
 
 def _axis_attributes(qparams: QParams) -> dict[str, int]:

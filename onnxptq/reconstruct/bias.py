@@ -77,7 +77,7 @@ def correct_biases(
         assert layer.bias is not None
         bias = np.asarray(solution.weights.get(layer.bias.name, layer.bias.values), np.float32)
         weights[layer.bias.name] = _shifted(bias, _mean(seen[name]))
-    return Solution(qparams=solution.qparams, weights=weights)
+    return replace(solution, weights=weights)
 
 
 def _owns_bias(index: GraphIndex, layer: Linear) -> bool:

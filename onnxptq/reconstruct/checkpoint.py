@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxptq.types import Array, LayerRank, PackOutcome, QParams, QType, Solution
+from onnxptq.types import Array, Branch, LayerRank, PackOutcome, QParams, QType, Solution
 
 _DIGEST = hashlib.sha256().digest_size
 
@@ -46,7 +46,7 @@ class Checkpoints:
         digest, archive = contents[:_DIGEST], contents[_DIGEST:]
         if hashlib.sha256(archive).digest() != digest:
             return None
-        qparams, weights = dict(before.qparams), dict(before.weights)
+        qparams, weights, branches = dict(before.qparams), dict(before.weights), dict(before.branches)
         with np.load(io.BytesIO(archive), allow_pickle=False) as stored:
             header = json.loads(str(stored["header"]))
             for i, name in enumerate(header["qparams"]):
@@ -59,9 +59,13 @@ class Checkpoints:
                 )
             for i, name in enumerate(header["weights"]):
                 weights[name] = stored[f"weight_{i}"]
+            for i, (name, first, then) in enumerate(header["branches"]):
+                branches[name] = Branch(
+                    down=stored[f"down_{i}"], up=stored[f"up_{i}"], before=first, after=then
+                )
         outcome = header["outcome"]
         return Finished(
-            solution=Solution(qparams=qparams, weights=weights),
+            solution=Solution(qparams=qparams, weights=weights, branches=branches),
             settled=frozenset(settled) | frozenset(header["settled"]),
             outcome=None if outcome is None else _outcome(outcome),
         )
@@ -74,10 +78,12 @@ class Checkpoints:
         """
         qparams = [n for n, value in found.solution.qparams.items() if value is not before.qparams[n]]
         weights = [n for n, value in found.solution.weights.items() if value is not before.weights.get(n)]
+        branches = {n: b for n, b in found.solution.branches.items() if b is not before.branches.get(n)}
         header: dict[str, Any] = {
             "qparams": qparams,
             "qtypes": [asdict(found.solution.qparams[name].qtype) for name in qparams],
             "weights": weights,
+            "branches": [(name, branch.before, branch.after) for name, branch in branches.items()],
             "settled": sorted(found.settled - frozenset(settled)),
             "outcome": None if found.outcome is None else asdict(found.outcome),
         }
@@ -86,6 +92,8 @@ class Checkpoints:
             arrays[f"scale_{i}"] = found.solution.qparams[name].scale
             arrays[f"zero_point_{i}"] = found.solution.qparams[name].zero_point
         arrays.update({f"weight_{i}": found.solution.weights[name] for i, name in enumerate(weights)})
+        for i, branch in enumerate(branches.values()):
+            arrays |= {f"down_{i}": branch.down, f"up_{i}": branch.up}
         self._folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=self._folder, suffix=".part")
         try:

@@ -46,23 +46,28 @@ def round_weights(
         ridge: another lam for the ridge start, which needs more where it makes up for errors of other layers.
     """
     groups, channels, _ = matrix.shape
-    g, c = gram.quantized, gram.mixed
-    order = np.argsort(-np.einsum("gkk->gk", g), axis=1, kind="stable")
+    order = np.argsort(-np.einsum("gkk->gk", gram.quantized), axis=1, kind="stable")
     share, factor = _factored(gram, order, damping)
-    weight = matrix.astype(np.float64)
-    if gram.mixed is not gram.quantized:
-        if ridge is not None:
-            # A group that is too close to singular for the rounding to work with ``damping`` is so here too.
-            share = np.where(share > damping, np.maximum(share, ridge), ridge)
-        held = damped(gram, share)
-        # The damping pulls towards the float weight, not towards zero.
-        right = (c + (held - g)) @ np.swapaxes(weight, 1, 2)
-        weight = np.swapaxes(np.linalg.solve(held, right), 1, 2)
+    if ridge is not None:
+        # A group that is too close to singular for the rounding to work with ``damping`` is so here too.
+        share = np.where(share > damping, np.maximum(share, ridge), ridge)
+    weight = ridge_solution(matrix, gram, share)
     work = np.ascontiguousarray(np.take_along_axis(weight, order[:, None, :], 2).transpose(2, 0, 1))
     done = _compensated(work, factor, qparams, groups * channels)
     result = np.empty(matrix.shape, np.float32)
     np.put_along_axis(result, np.broadcast_to(order[:, None, :], matrix.shape), done.transpose(1, 2, 0), 2)
     return result
+
+
+def ridge_solution(matrix: FloatArray, gram: Gram, share: float | Matrix) -> Matrix:
+    """W*, (groups, channels, K), with lam = ``share`` of G's mean diagonal; where inputs are exact, the weight."""
+    weight = matrix.astype(np.float64)
+    if gram.mixed is gram.quantized:
+        return weight
+    held = damped(gram, share)
+    # The damping pulls towards the float weight, not towards zero.
+    right = (gram.mixed + (held - gram.quantized)) @ np.swapaxes(weight, 1, 2)
+    return np.swapaxes(np.linalg.solve(held, right), 1, 2)
 
 
 def damped(gram: Gram, share: float | Matrix) -> Matrix:

@@ -29,7 +29,7 @@ class Gram:
     """The sums of one layer: ``quantized`` is G and ``mixed`` is C, both (groups, K, K); ``rows`` counts rows.
 
     ``float_total`` and ``quantized_total`` are the sums of x and x', (groups, K). Where the inputs stay as they
-    are C equals G and is the same array.
+    are C equals G and is the same array. ``floats`` is sum x x^T where it was asked for.
     """
 
     quantized: Matrix
@@ -37,13 +37,19 @@ class Gram:
     float_total: Matrix
     quantized_total: Matrix
     rows: int = 0
+    floats: Matrix | None = None
 
     @staticmethod
-    def empty(groups: int, width: int, *, is_mixed: bool = True) -> Gram:
+    def empty(groups: int, width: int, *, is_mixed: bool = True, has_floats: bool = False) -> Gram:
         """Zero sums; ``is_mixed`` unless all rows will be added as their own quantized form."""
         sums = np.zeros((groups, width, width))
-        mixed = np.zeros_like(sums) if is_mixed else sums
-        return Gram(sums, mixed, np.zeros((groups, width)), np.zeros((groups, width)))
+        return Gram(
+            sums,
+            np.zeros_like(sums) if is_mixed else sums,
+            np.zeros((groups, width)),
+            np.zeros((groups, width)),
+            floats=np.zeros_like(sums) if has_floats else None,
+        )
 
     def add(self, rows: FloatArray, quantized: FloatArray) -> None:
         """Add rows of shape (groups, n, K)."""
@@ -52,6 +58,8 @@ class Gram:
             self.quantized += transposed @ quantized
             if self.mixed is not self.quantized:
                 self.mixed += transposed @ rows
+            if self.floats is not None:
+                self.floats += np.swapaxes(rows, 1, 2) @ rows
             self.float_total += rows.sum(axis=1, dtype=np.float64)
             self.quantized_total += quantized.sum(axis=1, dtype=np.float64)
         self.rows += rows.shape[1]
@@ -66,6 +74,7 @@ class Gram:
             self.float_total + other.float_total,
             self.quantized_total + other.quantized_total,
             self.rows + other.rows,
+            None if self.floats is None or other.floats is None else self.floats + other.floats,
         )
 
     def sum_over(self, ranks: Ranks) -> Gram:
@@ -78,6 +87,7 @@ class Gram:
             ranks.sum(self.float_total),
             ranks.sum(self.quantized_total),
             int(ranks.sum(np.asarray(self.rows))),
+            None if self.floats is None else ranks.sum(self.floats),
         )
 
     def centred(self) -> Gram:
@@ -86,7 +96,11 @@ class Gram:
         quantized = self.quantized - product * self.quantized_total[:, None, :]
         is_mixed = self.mixed is not self.quantized
         mixed = self.mixed - product * self.float_total[:, None, :] if is_mixed else quantized
-        return Gram(quantized, mixed, self.float_total, self.quantized_total, self.rows)
+        floats = self.floats
+        if floats is not None:
+            total = self.float_total
+            floats = floats - total[:, :, None] / max(1, self.rows) * total[:, None, :]
+        return Gram(quantized, mixed, self.float_total, self.quantized_total, self.rows, floats)
 
     @property
     def is_finite(self) -> bool:

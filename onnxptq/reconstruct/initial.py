@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -66,7 +67,7 @@ def with_bias_grids(graph: gs.Graph, plan: QuantPlan, solution: Solution) -> Sol
         qparams[weight] = _widened(qparams[weight], qparams[activation], np.asarray(bias))
     for quantizer in biases:
         qparams[quantizer.quantizer_id] = bias_qparams(quantizer, qparams)
-    return Solution(qparams=qparams, weights=solution.weights)
+    return replace(solution, qparams=qparams)
 
 
 def bias_qparams(quantizer: Quantizer, qparams: Mapping[str, QParams]) -> QParams:

@@ -16,6 +16,8 @@ class Learning:
         ranks: candidates for the rank of these; the largest is taken where none is searched for.
         search_steps: steps of :mod:`onnxptq.reconstruct.rank_search` per pack, before ``steps``.
         is_closed_form_first: whether layers are rounded with error compensation before anything is learnt.
+        adds_branches: whether layers get a low-rank branch then, where it pays
+            (:mod:`onnxptq.reconstruct.branches`); gradient steps leave it as it is.
         steps: gradient steps per pack.
         batch: samples per step.
         is_easy_first: whether steps draw from the samples with the lowest loss, at first from half of them.
@@ -40,6 +42,7 @@ class Learning:
     ranks: tuple[int, ...] = (10, 20, 50, 100, 150)
     search_steps: int = 0
     is_closed_form_first: bool = True
+    adds_branches: bool = False
     steps: int = 300
     batch: int = 32
     is_easy_first: bool = False

@@ -9,7 +9,7 @@ import torch
 
 from onnxptq.lowering import LoweredModule
 from onnxptq.lowering.network import BlockNetwork, Values
-from onnxptq.lowering.quantized import SiteHook, set_hooks
+from onnxptq.lowering.quantized import Hooks, set_hooks
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.reconstruct.vault import SLACK, return_memory
 
@@ -124,7 +124,7 @@ class PackData:
 
     @torch.no_grad()
     def inner(
-        self, tensor: str, hooks: Sequence[SiteHook], parts: Sequence[Sequence[int]]
+        self, tensor: str, hooks: Hooks, parts: Sequence[Sequence[int]]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """A tensor inside the pack: in the float network, and with ``hooks`` behind quantized packs. One pair per
         part, each of one pass."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -178,7 +178,7 @@ class PackQuantizers:
                 qparams[quantizer.quantizer_id] = activation.hardened()
         for name, bias in self._biases.items():
             weights[name] = bias.value().detach().cpu().numpy()
-        return Solution(qparams=qparams, weights=weights)
+        return replace(self._solution, qparams=qparams, weights=weights)
 
     def learned_ids(self) -> set[str]:
         """Quantizers that are settled once this pack is learnt."""

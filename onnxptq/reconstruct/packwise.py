@@ -19,6 +19,7 @@ from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.quantized import quantizing_hooks, set_hooks
 from onnxptq.quantizers.low_rank import Factors
 from onnxptq.ranks import ALONE, Ranks
+from onnxptq.reconstruct.branches import round_with_branches
 from onnxptq.reconstruct.checkpoint import Checkpoints, Finished
 from onnxptq.reconstruct.fisher import fisher_weights
 from onnxptq.reconstruct.initial import with_bias_grids
@@ -202,7 +203,8 @@ def _solved(
         corrections = data.ranks.broadcast(corrections)
         choices = choose_ranks(corrections, quantizers, data, settings, generator)
     elif settings.is_closed_form_first:
-        solution = round_pack(index, pack, plan, solution, data, settled=state.settled)
+        solve = round_with_branches if settings.adds_branches else round_pack
+        solution = solve(index, pack, plan, solution, data, settled=state.settled)
     learned = quantizers({name: (choice.factors,) for name, choice in choices.items()})
     outcome = None
     if settings.steps and not learned.is_empty:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -93,7 +94,7 @@ def round_in_closed_form(
         if step:
             step()
     biases = {q.quantizer_id: bias_qparams(q, grids) for q in plan.quantizers if q.role == "bias"}
-    return Solution(qparams={**grids, **biases}, weights=weights)
+    return replace(solution, qparams={**grids, **biases}, weights=weights)
 
 
 def _rows(layer: Linear, samples: int) -> int:

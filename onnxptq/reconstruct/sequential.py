@@ -12,21 +12,21 @@ So every layer makes up for the errors of all that came before it, not for its o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear
-from onnxptq.lowering.quantized import SiteHook, quantizing_hooks
+from onnxptq.lowering.quantized import Hooks, quantizing_hooks
 from onnxptq.quantizers.affine import fake_quantize
 from onnxptq.reconstruct.closed_form import round_weights
 from onnxptq.reconstruct.damping import DAMPINGS, choose_damping
 from onnxptq.reconstruct.gram import Gram, has_rows, layer_rows, weight_matrix, weight_tensor
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.rounding import compensable_layers, width_of
-from onnxptq.types import Array, FloatArray, Pack, QParams, QuantPlan, Solution
+from onnxptq.types import Array, Branch, FloatArray, Pack, QParams, QuantPlan, Solution
 
 MAX_WIDTH = 8192
 """Layers with more inputs keep the nearest grid points: solving for them takes minutes."""
@@ -64,15 +64,16 @@ class LayerTask:
     ridge: float
     bias: gs.Constant | None
 
-    def solved(self, solution: Solution, weight: FloatArray) -> Solution:
-        """``solution`` with ``weight`` in the layer, in the form of ``matrix``, and the bias that fits it."""
+    def solved(self, solution: Solution, weight: FloatArray, *, beside: FloatArray | None = None) -> Solution:
+        """``solution`` with ``weight`` in the layer, in the form of ``matrix``, and the bias that fits it, and what a
+        branch adds ``beside`` it."""
         weights = {**solution.weights, self.layer.weight.name: weight_tensor(self.layer, weight)}
         if self.bias is not None:
             bias = np.asarray(self.bias.values, np.float32)
-            shift = _shift(self.matrix, weight, self.gram)
+            shift = _shift(self.matrix, weight if beside is None else weight + beside, self.gram)
             if np.isfinite(shift).all():
                 weights[self.bias.name] = (bias + shift.reshape(bias.shape)).astype(np.float32)
-        return Solution(qparams=solution.qparams, weights=weights)
+        return replace(solution, weights=weights)
 
 
 Solve = Callable[[LayerTask, Solution], Solution]
@@ -107,9 +108,10 @@ def solve_layers(
     solve: Solve,
     *,
     settled: Collection[str],
+    has_floats: bool = False,
 ) -> Solution:
     """Apply ``solve`` to one layer of the pack after the other, each with the sums that the solved ones in front
-    of it leave. Of several processes the first one solves."""
+    of it leave (with ``has_floats``, those of float inputs as well). Of several processes the first one solves."""
     own = set(pack.nodes)
     reads = {(s.consumer, s.input_index): q for q in plan.quantizers for s in q.sites}
     for layer in compensable_layers(index, plan, MAX_WIDTH):
@@ -121,19 +123,29 @@ def solve_layers(
         if weight in settled:
             continue
         hooks = quantizing_hooks(index.graph, pack, plan, solution)
-        halves = _sums(layer, qparams, data, hooks)
+        halves = _sums(layer, qparams, data, hooks, has_floats=has_floats)
         if not halves or not all(half.is_finite for half in halves):
             continue
-        changed: dict[str, Array] = {}
+        weights: dict[str, Array] = {}
+        branches: dict[str, Branch] = {}
         if data.ranks.rank == 0:
-            solved = solve(_task(index, layer, halves, weight), solution).weights
-            changed = {n: value for n, value in solved.items() if value is not solution.weights.get(n)}
-        weights = {**solution.weights, **data.ranks.broadcast(changed)}
-        solution = Solution(qparams=solution.qparams, weights=weights)
+            solved = solve(_task(index, layer, halves, weight), solution)
+            weights = {
+                n: value for n, value in solved.weights.items() if value is not solution.weights.get(n)
+            }
+            branches = {n: b for n, b in solved.branches.items() if b is not solution.branches.get(n)}
+        weights, branches = data.ranks.broadcast((weights, branches))
+        solution = replace(
+            solution,
+            weights={**solution.weights, **weights},
+            branches={**solution.branches, **branches},
+        )
     return solution
 
 
-def _sums(layer: Linear, qparams: QParams | None, data: PackData, hooks: Sequence[SiteHook]) -> list[Gram]:
+def _sums(
+    layer: Linear, qparams: QParams | None, data: PackData, hooks: Hooks, *, has_floats: bool
+) -> list[Gram]:
     """Sums over two halves of the samples, or over all where they run in one piece; none for layers whose rows
     cannot be told."""
     if not has_rows(layer):
@@ -142,7 +154,7 @@ def _sums(layer: Linear, qparams: QParams | None, data: PackData, hooks: Sequenc
     samples = sum(map(len, chunks))
     each = -(-max(_ROWS_PER_LAYER, _ROWS_PER_INPUT * width_of(layer)) // samples)
     groups, _, width = weight_matrix(layer, layer.weight.values).shape
-    halves = [Gram.empty(groups, width) for _ in range(2)]
+    halves = [Gram.empty(groups, width, has_floats=has_floats) for _ in range(2)]
     own = [(number, part) for number, part in enumerate(chunks) if data.is_own(part)]
     found = data.inner(layer.input.name, hooks, [part for _, part in own])
     for (number, part), (value, changed) in zip(own, found, strict=True):

@@ -1,4 +1,4 @@
-"""Whether a written file without its quantizers is the canonical graph, bit for bit."""
+"""Whether a written file without its quantizers and branches is the canonical graph, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from onnxptq.graph import proto
 from onnxptq.graph.save import export_node
 from onnxptq.graph.surgeon import quiet_surgeon
 from onnxptq.types import GRAPH_OUTPUT, Array, CanonicalModel, QuantPlan, Solution
+from onnxptq.validate.branches import WrittenBranch, locate_branches
 from onnxptq.validate.reading import Pair, WrittenModel
 
 
@@ -26,7 +27,7 @@ def check_float_graph(
     solution: Solution,
     located: Mapping[str, Pair],
 ) -> None:
-    """Compare everything of the file that is no quantizer with the canonical graph.
+    """Compare everything of the file that is no quantizer and no branch with the canonical graph.
 
     Args:
         located: the pair of each quantizer of ``plan``.
@@ -37,9 +38,12 @@ def check_float_graph(
     _check_header(written, model)
     _check_ends(written, model)
     edges, renamed = _expected_edges(plan, located)
-    own_nodes = {name for pair in located.values() for name in pair.nodes}
-    own_initializers = {name for pair in located.values() for name in pair.initializers}
-    checker = _Checker(written, model, edges, renamed)
+    branches = locate_branches(written, model, solution)
+    additions: list[Pair | WrittenBranch] = [*located.values(), *branches.values()]
+    own_nodes = {name for added in additions for name in added.nodes}
+    own_initializers = {name for added in additions for name in added.initializers}
+    checker = _Checker(written, model, edges, renamed, branches)
+    checker.sums()
     checker.sources(plan, located)
     checker.nodes(own_nodes)
     checker.initializers(own_initializers, solution)
@@ -106,11 +110,24 @@ class _Checker:
         model: CanonicalModel,
         edges: Mapping[tuple[str, int], str],
         renamed: Mapping[str, str],
+        branches: Mapping[str, WrittenBranch],
     ) -> None:
         self.written = written
         self.model = model
         self.edges = edges
         self.renamed = renamed
+        self.branches = branches
+
+    def sums(self) -> None:
+        """What has a branch must write what its layer would have written, and share no node with another."""
+        outputs = {node.name: node.outputs[0].name for node in self.model.graph.nodes if node.outputs}
+        seen: set[str] = set()
+        for name, branch in self.branches.items():
+            if branch.output != self.renamed.get(outputs[name], outputs[name]) or seen & {*branch.nodes}:
+                raise OutputCheckError(
+                    f"{self.written.path}: the branch beside node '{name}' does not write its output."
+                )
+            seen |= {*branch.nodes}
 
     def sources(self, plan: QuantPlan, located: Mapping[str, Pair]) -> None:
         """Every activation quantizer must read its own tensor."""
@@ -151,7 +168,9 @@ class _Checker:
         names = [self.edges.get((node.name, i), self.renamed.get(t, t)) for i, t in enumerate(wanted.input)]
         if names != list(found.input):
             return "inputs"
-        if [self.renamed.get(t, t) for t in wanted.output] != list(found.output):
+        branch = self.branches.get(node.name)
+        outputs = [self.renamed.get(t, t) for t in wanted.output] if branch is None else [branch.product]
+        if outputs != list(found.output):
             return "outputs"
         for nested in proto.subgraphs_of(wanted):
             self._rename_reads(nested)

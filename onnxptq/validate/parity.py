@@ -4,7 +4,8 @@
 DequantizeLinear output of every quantized edge must equal ``fake_quantize`` of the tensor in front of its
 quantizer, fetched from the same run, and that of every weight and bias ``fake_quantize`` of its float values.
 The tolerance is zero: onnxruntime's CPU kernels divide, round half to even, clamp and multiply in single
-precision exactly as :mod:`onnxptq.quantizers.affine` does.
+precision exactly as :mod:`onnxptq.quantizers.affine` does. What a branch adds to its layer's output must be what the
+solution's constants make of the layer's input, up to float rounding.
 
 **What the file does.** In the session that production uses, outputs must be finite where the float model's
 are, have its shapes, and their SQNR against the float model must not fall more than a margin below the
@@ -31,6 +32,7 @@ from onnxptq.errors import OutputCheckError
 from onnxptq.quantizers.affine import expand, fake_quantize
 from onnxptq.runtime import Provider, Session, group_within
 from onnxptq.types import Array, CanonicalModel, QParams, Quantizer, QuantPlan, Sample, Solution
+from onnxptq.validate.branches import BranchParity, compare_branches
 from onnxptq.validate.exposure import DEFAULT_GROUP_BYTES, open_exposed, sizes_of, staged
 from onnxptq.validate.metrics import OutputMeter, QualityMeter, sqnr_db
 from onnxptq.validate.reading import Pair, WrittenModel
@@ -73,6 +75,7 @@ class Parity:
     edges: tuple[EdgeParity, ...]
     outputs: tuple[OutputParity, ...]
     provider: str
+    branches: tuple[BranchParity, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -124,9 +127,10 @@ def check_parity(
                     f"{path}: {label(quantizer, model)} computes other values than the simulation: "
                     f"{edge.different} of {edge.elements} elements, by up to {edge.max_steps:.3g} steps."
                 )
+        branches = compare_branches(copy, model, solution, samples, group_bytes)
         is_coarse = any(q.qtype.bits < 8 for q in activations)
         outputs = _compare_outputs(copy, path, model, samples, provider, is_coarse)
-    return Parity(samples=len(samples), edges=edges, outputs=outputs, provider=provider)
+    return Parity(samples=len(samples), edges=edges, outputs=outputs, provider=provider, branches=branches)
 
 
 class _EdgeMeter:

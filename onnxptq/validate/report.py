@@ -147,6 +147,33 @@ class SoftmaxRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BranchRow:
+    """The low-rank branch beside the layer ``node`` with weight ``weight``.
+
+    ``before`` and ``after`` are noise over signal of the layer's output without and with it, on calibration samples
+    when the weight was rounded. It holds ``parameters`` in float; ``share`` is what it adds of the layer's
+    multiply-adds and weights.
+    """
+
+    node: str
+    weight: str
+    rank: int
+    before: float
+    after: float
+    parameters: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchFacts:
+    """All branches, the bytes of their constants, and the latency of the file against the same without them."""
+
+    rows: tuple[BranchRow, ...]
+    bytes: int
+    latency: Latency | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BitRow:
     """A pack and its bits; None where it quantizes no weights (or no activations) or nothing was chosen.
 
@@ -187,7 +214,8 @@ class Report:
     after its own optimizations, with their counts; ``recipe`` is the request as plain types; ``versions``
     holds versions and hashes by name. ``blocks`` and ``packs`` tell how a network was solved pack by pack;
     a pack whose weights were rounded in closed form alone has no outcome. ``softmax`` tells of ranges chosen by
-    the products that read them. ``bit_plan`` is there where bits differ from pack to pack.
+    the products that read them. ``bit_plan`` is there where bits differ from pack to pack, ``branches`` where layers
+    have one.
     """
 
     model: ModelFacts
@@ -213,6 +241,7 @@ class Report:
     packs: tuple[PackOutcome, ...] = ()
     softmax: tuple[SoftmaxRow, ...] = ()
     bit_plan: BitPlanFacts | None = None
+    branches: BranchFacts | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Dicts, lists, strings, booleans and finite numbers, under ``schema_version``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,12 +18,13 @@ import onnx
 import pytest
 
 import onnxptq
-from onnxptq import packing
+from onnxptq import packing, solving
 from onnxptq.errors import RecipeError
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import find_linears
 from onnxptq.packing import find_packing
 from onnxptq.recipe import Recipe
+from onnxptq.reconstruct import branches
 from onnxptq.types import CanonicalModel, Sensitivity
 from tests.e2e.command import Bench, classifier, process
 from tests.unit.reconstruct.pack_cases import case
@@ -233,6 +235,106 @@ def test_low_rank_corrections_are_merged(kind: str, method: str, tmp_path: Path)
     assert again.output.read_bytes() == first
 
 
+@pytest.fixture
+def free_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Branches for small layers, whatever they cost."""
+    monkeypatch.setattr(branches, "MOST", 0.5)
+    monkeypatch.setattr(branches, "PRICE", 0.0)
+
+
+@pytest.mark.usefixtures("free_branches")
+@pytest.mark.parametrize(
+    ("kind", "target", "effort"),
+    [
+        ("attention", "simulate", "fast"),
+        ("residual, fixed batch", "simulate", "balanced"),
+        ("windows", "ort-cpu", "fast"),
+        ("points, fixed batch", "tensorrt", "fast"),
+    ],
+)
+def test_branches(kind: str, target: str, effort: str, tmp_path: Path) -> None:
+    """The file holds them, computes what was simulated, and the report tells what they gain and cost."""
+    options = {
+        "method": "pack-ptq",
+        "effort": effort,
+        "target": target,
+        "weight_bits": 3,
+        "activation_bits": 8,
+    }
+    plain = _quantized(kind, tmp_path, **options)
+    found = _quantized(kind, tmp_path, low_rank="branch", **options)
+    _is_proven(found)
+    assert _noise(found) < 0.8 * _noise(plain)
+    facts, parity = found.report.branches, found.report.parity
+    assert plain.report.branches is None
+    assert facts is not None
+    assert parity is not None
+    assert facts.latency is not None
+    assert facts.latency.quantized_ms > 0.0
+    assert {row.node for row in facts.rows} == {row.node for row in parity.branches}
+    assert all(0.0 < row.after < row.before and 0.0 < row.share <= 0.5 for row in facts.rows)
+    assert facts.bytes == 4 * sum(row.parameters for row in facts.rows)
+    sizes = {row.component: row.after for row in found.report.sizes}
+    assert sizes["low-rank branches"] == facts.bytes
+    assert sum(sizes.values()) == found.report.output.bytes
+    graph = onnx.load(found.output).graph
+    ranks = {row.node: row.rank for row in facts.rows}
+    for node in graph.node:
+        said = {entry.key: entry.value for entry in node.metadata_props}
+        assert said.get("onnxptq.branch_rank") == (str(ranks[node.name]) if node.name in ranks else None)
+    assert sum(node.name.endswith("_branch_Add") for node in graph.node) == len(facts.rows)
+    (note,) = [note for note in found.report.notes if "low-rank branch" in note]
+    assert note.startswith(f"{len(facts.rows)} of ")
+    again = _quantized(kind, tmp_path / "again", low_rank="branch", **options)
+    assert again.output.read_bytes() == found.output.read_bytes()
+
+
+def test_no_branch_where_none_pays(tmp_path: Path) -> None:
+    """The layers are too small for one; the file is the one without."""
+    options = {"method": "pack-ptq", "effort": "fast", "target": "simulate", "weight_bits": 3}
+    plain = _quantized("attention", tmp_path, **options)
+    before = onnx.load(plain.output).graph
+    found = _quantized("attention", tmp_path, low_rank="branch", **options)
+    assert found.report.branches is None
+    assert "No layer has a low-rank branch." in found.report.notes
+    after = onnx.load(found.output).graph
+    assert list(before.initializer) == list(after.initializer)
+    assert [n.name for n in before.node] == [n.name for n in after.node]
+
+
+@pytest.mark.usefixtures("free_branches")
+@pytest.mark.parametrize("margin", [0.5, 40.0])
+def test_the_best_use_of_low_rank_is_measured(
+    margin: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solving, "BRANCH_MARGIN_DB", margin)
+    options = {"method": "pack-ptq", "target": "simulate", "weight_bits": 3, "activation_bits": 8}
+    found = _quantized("residual, fixed batch", tmp_path, low_rank="auto", **options)
+    _is_proven(found)
+    (note,) = [note for note in found.report.notes if note.startswith("Weights by ")]
+    for name in ("nearest rounding", "packs", "packs with merged corrections", "packs with branches"):
+        assert re.search(rf"[ (]{name} -?[\d.]+[,)]", note), note
+    has_branches = margin < 1.0
+    assert note.startswith("Weights by packs with branches") == has_branches
+    assert (found.report.branches is not None) == has_branches
+    refused = [note for note in found.report.notes if note.startswith("Branches gain less than 40 dB")]
+    assert len(refused) == (not has_branches)
+    # The packs of all alternatives are forgotten.
+    assert not list((tmp_path / "work" / "packs").iterdir())
+
+
+@pytest.mark.usefixtures("free_branches")
+def test_branches_count_towards_the_size(tmp_path: Path) -> None:
+    """A size that has room for the float parts leaves fewer bits to the weights."""
+    options = {"method": "pack-ptq", "effort": "fast", "target": "simulate", "low_rank": "branch"}
+    wide = _quantized("windows", tmp_path, max_size=1.0, **options)
+    assert wide.report.branches is not None
+    least = wide.output.stat().st_size
+    found = _quantized("windows", tmp_path, max_size=(least - 400) / 1e6, **options)
+    assert found.output.stat().st_size <= least - 400
+    assert not [note for note in found.report.notes if "were allowed" in note]
+
+
 @pytest.mark.parametrize("method", ["aiqvit", "pack-ptq"])
 def test_softmax_ranges_that_begin_above_zero_are_written(method: str, tmp_path: Path) -> None:
     """Learnt at both ends or not; each run compares every edge of its file with the simulation."""
@@ -323,6 +425,22 @@ def test_options_of_learning_are_refused_where_nothing_is_learnt() -> None:
     assert Recipe(method="aiqvit").is_easy_first
     assert not Recipe(method="aiqvit", easy_first=False).is_easy_first
     assert not Recipe(method="pack-ptq").is_easy_first
+    for values in ({}, {"method": "rtn"}, {"method": "brecq"}, {"method": "pack-ptq", "effort": "paper"}):
+        with pytest.raises(RecipeError, match="low_rank branch needs method auto or pack-ptq, effort fast"):
+            Recipe.create({"low_rank": "branch", **values})
+    for values in ({}, {"method": "rtn"}, {"method": "brecq"}, {"method": "aiqvit", "effort": "fast"}):
+        with pytest.raises(RecipeError, match="low_rank auto needs"):
+            Recipe.create({"low_rank": "auto", **values})
+    allowed = [
+        ({"weight_bits": 4}, ("off", "branch")),
+        ({"effort": "fast"}, ("off", "branch")),
+        ({"method": "pack-ptq"}, ("off", "merge", "branch")),
+        ({"method": "pack-ptq", "effort": "paper"}, ("off", "merge")),
+        ({"method": "aiqvit"}, ("off", "merge")),
+    ]
+    for values, choices in allowed:
+        assert Recipe.create({"low_rank": "auto", **values}).low_rank_choices == choices
+    assert Recipe(weight_bits=4, low_rank="branch").low_rank_choices == ("branch",)
     chosen = [{"method": "aiqvit"}, {"method": "aiqvit", "low_rank": "off"}, {"method": "pack-ptq"}, {}]
     assert [Recipe.create(values).merges_low_rank for values in chosen] == [True, False, False, False]
     assert not Recipe(method="aiqvit", effort="fast").merges_low_rank

@@ -153,4 +153,4 @@ def sums(
     layers = compensable_layers(GraphIndex(model.graph), plan, 1000)
     own = [layer for layer in layers if layer.node.name in packs[0].nodes]
     variance = norms_of(data, range(0, len(samples), 3)).variance
-    return [sequential._sums(layer, None, data, ()) for layer in own], variance
+    return [sequential._sums(layer, None, data, (), has_floats=False) for layer in own], variance

@@ -15,7 +15,7 @@ from onnxptq.recipe import Recipe
 from onnxptq.reconstruct import packwise
 from onnxptq.reconstruct.checkpoint import Checkpoints, Finished
 from onnxptq.reconstruct.learning import Learning
-from onnxptq.types import LayerRank, PackOutcome, PerTensor, QParams, QType, Solution
+from onnxptq.types import Branch, LayerRank, PackOutcome, PerTensor, QParams, QType, Solution
 from tests.unit.reconstruct.pack_cases import Case, case, chain
 
 LEARNING = Learning(steps=6, batch=4)
@@ -36,11 +36,15 @@ def _qparams(scale: float, zero_point: int = 3, qtype: QType = PLAIN) -> QParams
 
 
 def _saved(folder: Path) -> tuple[Checkpoints, Solution, Finished, Path]:
-    before = Solution(qparams={"a": _qparams(1.0), "b": _qparams(2.0)}, weights={"u": np.ones(3)})
+    old = Branch(down=np.ones((2, 1), np.float32), up=np.ones((1, 2), np.float32), before=0.5, after=0.25)
+    before = Solution(
+        qparams={"a": _qparams(1.0), "b": _qparams(2.0)}, weights={"u": np.ones(3)}, branches={"n": old}
+    )
     found = Finished(
         solution=Solution(
             qparams={**before.qparams, "b": _qparams(0.1, -3, SHIFTED)},
             weights={**before.weights, "w/ü.1": np.arange(6, dtype=np.float32).reshape(2, 3)},
+            branches={**before.branches, "ü/n.1": replace(old, up=old.up * np.float32(0.1), after=0.125)},
         ),
         settled=frozenset({"old", "b"}),
         outcome=PackOutcome(pack=4, blocks=2, before=0.5, after=0.1, steps=7, ranks=(RANK,)),
@@ -63,6 +67,11 @@ def test_what_is_stored_comes_back(tmp_path: Path) -> None:
     assert new.scale.dtype == np.float32
     np.testing.assert_array_equal(known.solution.weights["w/ü.1"], found.solution.weights["w/ü.1"])
     assert known.solution.weights["u"] is before.weights["u"]
+    assert known.solution.branches["n"] is before.branches["n"]
+    one, two = known.solution.branches["ü/n.1"], found.solution.branches["ü/n.1"]
+    assert (one.before, one.after) == (two.before, two.after)
+    np.testing.assert_array_equal(one.down, two.down)
+    np.testing.assert_array_equal(one.up, two.up)
     assert store.load(5, before, {"old"}) is None
 
 

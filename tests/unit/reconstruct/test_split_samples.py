@@ -10,6 +10,7 @@ import pytest
 
 from onnxptq.partition.score import score_blocks
 from onnxptq.ranks import ALONE, Ranks
+from onnxptq.reconstruct import branches
 from onnxptq.reconstruct.checkpoint import Checkpoints
 from onnxptq.reconstruct.learning import FAST, Learning
 from onnxptq.types import Solution
@@ -91,6 +92,22 @@ def test_packs_are_those_of_one_process(kind: str, ranks: Ranks, tmp_path: Path)
         assert (two.before, two.after) == pytest.approx((one.before, one.after), rel=1e-3)
     again = made.solved(SETTINGS[kind], ranks=ranks).solution
     assert all(np.array_equal(again.weights[n], value) for n, value in shared.solution.weights.items())
+
+
+def test_branches_are_those_of_one_process(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process alone decides about them; the others compute with them."""
+    monkeypatch.setattr(branches, "PRICE", 0.0)
+    made = case(chain(depth=1, width=48), tmp_path, samples=40, activation_bits=8)
+    settings = replace(FAST, adds_branches=True)
+    alone, shared = (made.solved(settings, ranks=each).solution for each in (ALONE, ranks))
+    assert alone.branches
+    assert alone.branches.keys() == shared.branches.keys()
+    for name, branch in alone.branches.items():
+        assert shared.branches[name].rank == branch.rank
+        assert shared.branches[name].after == pytest.approx(branch.after, rel=0.02)
+    _assert_same(made, alone, shared)
 
 
 @pytest.mark.parametrize("net", [residual_block, attention_block])

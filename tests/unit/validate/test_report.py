@@ -25,6 +25,8 @@ from onnxptq.validate.report import (
     BitPlanFacts,
     BitRow,
     BlockScore,
+    BranchFacts,
+    BranchRow,
     DataFacts,
     Histogram,
     ModelFacts,
@@ -187,7 +189,7 @@ def test_json_is_plain_and_complete() -> None:
     assert list(content) == [
         *("schema_version", "model", "output", "target", "method", "recipe", "calibration", "heldout"),
         *("quantized", "skips", "tensors", "outputs", "parity", "latency", "kernels", "sizes", "stages"),
-        *("peak_memory_bytes", "versions", "notes", "blocks", "packs", "softmax", "bit_plan"),
+        *("peak_memory_bytes", "versions", "notes", "blocks", "packs", "softmax", "bit_plan", "branches"),
     ]
     assert content["tensors"][-1]["sqnr_db"] == "inf"
     assert content["parity"]["outputs"][0]["fast_sqnr_db"] == "inf"
@@ -312,6 +314,24 @@ def test_packs_are_shown_with_the_curvature_of_their_blocks() -> None:
     shown = render_html(_report(blocks=unscored))
     assert "Blocks and packs" in "".join(_parsed(shown).text)
     assert shown.count("<svg") == render_html(_report()).count("<svg")
+
+
+def test_branches_are_shown_with_what_they_cost() -> None:
+    row = BranchRow(node="<n>", weight="w & v", rank=7, before=0.5, after=0.25, parameters=420, share=0.0375)
+    facts = BranchFacts(rows=(row,) * 2, bytes=3360, latency=None)
+    text = "".join(_parsed(render_html(_report(branches=facts))).text)
+    assert "Low-rank branches" in text
+    assert "2 layers get what rounding has spoilt" in text
+    assert "the time of the same file" not in text
+    assert text.count("w & v") == 2
+    latency = Latency(
+        reference_ms=2.0, quantized_ms=2.5, ratio=1.25, ratio_low=1.0, ratio_high=1.5, pairs=5, batch=1, threads=0,
+        provider="cpu",
+    )  # fmt: skip
+    text = "".join(_parsed(render_html(_report(branches=replace(facts, latency=latency)))).text)
+    assert "1.25 × the time of the same file without them (2.50 ms instead of 2.00 ms)" in text
+    assert "Low-rank branches" not in "".join(_parsed(render_html(_report())).text)
+    assert json.loads(json.dumps(_report(branches=facts).to_json()))["branches"]["rows"][0]["rank"] == 7
 
 
 def _bit_rows(count: int, **settings: Any) -> tuple[BitRow, ...]:
