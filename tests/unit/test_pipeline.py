@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxptq import pipeline, steps
+from onnxptq import forming, pipeline, steps
 from onnxptq.comparison import missed_gate
 from onnxptq.errors import MemoryBudgetError, OnnxPtqError
 from onnxptq.pipeline import quantize
@@ -54,13 +54,14 @@ def _samples(count: int = 6) -> list[dict[str, np.ndarray]]:
 
 def _spied(monkeypatch: pytest.MonkeyPatch, before: Callable[[str], None]) -> None:
     for name in ORDER:
-        real = getattr(steps, name)
+        module = forming if name == "prepared" else steps
+        real = getattr(module, name)
 
         def step(*given: Any, real: Any = real, name: str = name, **options: Any) -> Any:
             before(name)
             return real(*given, **options)
 
-        monkeypatch.setattr(steps, name, step)
+        monkeypatch.setattr(module, name, step)
 
 
 def test_stages_run_once_and_in_order(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
