@@ -242,8 +242,8 @@ def test_a_larger_output_says_why(bench: Bench) -> None:
     net = Net()
     x: str = "x"
     for i in range(6):
-        x = net.conv(f"small{i}", x, (2, 2, 1, 1))
-    bench.write(net.proto({"x": ["n", 2, 4, 4]}, [x]))
+        x = net.conv(f"small{i}", x, (4, 4, 1, 1))
+    bench.write(net.proto({"x": ["n", 4, 4, 4]}, [x]))
     report = _quantized(bench, calib="random")
     assert report["output"]["bytes"] >= report["model"]["bytes"]
     assert "not smaller" in report["output"]["note"]

@@ -121,7 +121,7 @@ def test_sizes_come_from_shapes_or_from_a_run(int8: Written, tmp_path: Path) -> 
     feed = samples(1, batch=5)[0]
     with exposure.staged(int8.path, tmp_path) as path:
         names = ["c0", "features", "scores", "x"]
-        wanted = {"c0": 5 * 6 * 64 * 4, "features": 5 * 6 * 64 * 4, "scores": 5 * 7 * 4, "x": 5 * 3 * 64 * 4}
+        wanted = {"c0": 5 * 6 * 64 * 4, "features": 5 * 6 * 64 * 4, "scores": 5 * 7 * 4, "x": 5 * 4 * 64 * 4}
         assert exposure.sizes_of(path, names, feed, exact=True) == wanted
 
 

@@ -70,13 +70,13 @@ def network(*, batch: int | str = "batch") -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "network",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 3, 8, 8])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 4, 8, 8])],
         [
             helper.make_tensor_value_info("scores", TensorProto.FLOAT, [batch, 7]),
             helper.make_tensor_value_info("features", TensorProto.FLOAT, [batch, CHANNELS, 8, 8]),
         ],
         [
-            weight("w0", CHANNELS, 3, 3, 3),
+            weight("w0", CHANNELS, 4, 3, 3),
             weight("b0", CHANNELS),
             weight("w1", CHANNELS, CHANNELS, 3, 3),
             weight("b1", CHANNELS),
@@ -95,7 +95,7 @@ def network(*, batch: int | str = "batch") -> onnx.ModelProto:
 def samples(count: int, *, seed: int = 0, batch: int = 2) -> tuple[Sample, ...]:
     """Random pictures."""
     rng = np.random.default_rng(seed)
-    return tuple({"x": rng.normal(0, 1, (batch, 3, 8, 8)).astype(np.float32)} for _ in range(count))
+    return tuple({"x": rng.normal(0, 1, (batch, 4, 8, 8)).astype(np.float32)} for _ in range(count))
 
 
 def minmax_solution(model: CanonicalModel, plan: QuantPlan, feeds: tuple[Sample, ...]) -> Solution:
