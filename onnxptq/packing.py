@@ -70,7 +70,7 @@ _METHODS: Mapping[str, Mapping[str, Any]] = {
 
 _LOW_RANK: Mapping[Effort, Mapping[str, Any]] = {
     "balanced": {"search_steps": 60, "steps": 240},
-    "paper": {"search_steps": 2_000, "steps": 6_000, "batch": 24},
+    "paper": {"search_steps": 2_000, "steps": 6_000, "batch": 24, "passes": None},
 }
 """Steps where weights are learnt through low-rank corrections: those of the search come first."""
 

@@ -19,7 +19,9 @@ class Learning:
         adds_branches: whether layers get a low-rank branch then, where it pays
             (:mod:`onnxptq.reconstruct.branches`); gradient steps leave it as it is.
         steps: gradient steps per pack.
-        batch: samples per step.
+        batch: samples per step, at most.
+        passes: how often the steps take every sample, at most: with few samples, steps are smaller. None: as often
+            as it comes.
         is_easy_first: whether steps draw from the samples with the lowest loss, at first from half of them.
         focuses_softmax: whether softmax weights that a product reads get ranges with two learnt ends
             (:mod:`onnxptq.quantizers.focusing`), where their grid allows it, instead of a learnt scale.
@@ -45,6 +47,7 @@ class Learning:
     adds_branches: bool = False
     steps: int = 300
     batch: int = 32
+    passes: int | None = 24
     is_easy_first: bool = False
     focuses_softmax: bool = False
     mixing: float = 0.0
@@ -68,6 +71,7 @@ PAPER = Learning(
     is_closed_form_first=False,
     steps=20_000,
     batch=16,
+    passes=None,
     mixing=0.5,
     held_out=0.0,
     latent_rate=3e-3,

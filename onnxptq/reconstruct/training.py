@@ -107,13 +107,14 @@ def _lessons(
     generator: torch.Generator,
 ) -> Iterator[list[int]]:
     """The samples of every step, each drawn from those that are open to it."""
+    size = batch_size(settings, len(pupils), settings.steps)
     stages = RANKINGS if settings.is_easy_first else 1
     bounds = [settings.steps * stage // stages for stage in range(stages + 1)]
     for begin, end in pairwise(bounds):
         known = pupils
         if settings.is_easy_first and begin < end:
             known = _easiest(data, learned, pupils, norms, 0.5 + 0.5 * begin / settings.steps)
-        yield from draws(known, settings.batch, end - begin, generator)
+        yield from draws(known, size, end - begin, generator)
 
 
 @torch.no_grad()
@@ -131,6 +132,13 @@ def _easiest(
     losses = {number: loss for part in data.ranks.gather(own) for number, loss in part.items()}
     order = sorted(range(len(pupils)), key=lambda i: (losses[pupils[i]], i))
     return [pupils[i] for i in order[: math.ceil(share * len(pupils))]]
+
+
+def batch_size(settings: Learning, count: int, steps: int) -> int:
+    """Samples per step, so that ``steps`` take each of ``count`` samples no more often than the settings allow."""
+    if settings.passes is None:
+        return settings.batch
+    return min(settings.batch, max(1, round(settings.passes * count / max(1, steps))))
 
 
 def draws(pupils: Sequence[int], batch: int, steps: int, generator: torch.Generator) -> list[list[int]]:

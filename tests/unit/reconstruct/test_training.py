@@ -99,6 +99,18 @@ def test_every_sample_is_used_in_every_pass(count: int, batch: int, tmp_path: Pa
     assert passes[0] != passes[1]
 
 
+@pytest.mark.parametrize(
+    ("passes", "steps", "wanted"), [(None, 500, 8), (2, 4, 8), (2, 8, 4), (3, 16, 3), (1, 500, 1)]
+)
+def test_steps_take_no_sample_more_often_than_allowed(
+    passes: int | None, steps: int, wanted: int, made: Case
+) -> None:
+    settings = replace(PLAIN, batch=8, passes=passes, steps=steps)
+    spy = spied(made.data())
+    train(spy, _learned(made, spy, settings), settings, _generator())
+    assert {len(chosen) for chosen in spy.steps} == {wanted}
+
+
 @pytest.mark.parametrize("share", [0.125, 0.3, 0.5])
 def test_samples_that_judge_never_enter_a_step(share: float, made: Case) -> None:
     settings = replace(PLAIN, held_out=share, steps=30, checks=5, patience=99)
