@@ -38,6 +38,9 @@ from onnxptq.types import (
     Solution,
 )
 
+_OUTPUT_TYPES_SINCE = 21
+"""The opset from which QuantizeLinear may name its output's type."""
+
 _NARROW = {"int4": onnx.TensorProto.INT4, "uint4": onnx.TensorProto.UINT4}
 
 
@@ -47,7 +50,7 @@ def insert_quantizers(graph: gs.Graph, plan: QuantPlan, solution: Solution) -> g
     Weights named in ``solution.weights`` replace the float ones, quantized or not. Sub-graphs of If and Loop
     keep reading the float tensor. A name that the model has taken already gets a number behind it.
     """
-    result, _ = _inserted(graph, plan, solution)
+    result, _ = _inserted(graph, plan, solution, is_final=True)
     return result
 
 
@@ -63,7 +66,7 @@ def insert_adjustable(
     Raises:
         ValueError: an activation is stored in a type that numpy lacks.
     """
-    result, writers = _inserted(graph, plan, solution)
+    result, writers = _inserted(graph, plan, solution, is_final=False)
     activations = [w for w in writers if w.quantizer.role == "activation"]
     if any(w.qparams.qtype.storage in _NARROW for w in activations):
         raise ValueError("4-bit storage cannot be fed")
@@ -86,7 +89,9 @@ def insert_adjustable(
     return result, feeds
 
 
-def _inserted(graph: gs.Graph, plan: QuantPlan, solution: Solution) -> tuple[gs.Graph, list[_Writer]]:
+def _inserted(
+    graph: gs.Graph, plan: QuantPlan, solution: Solution, *, is_final: bool
+) -> tuple[gs.Graph, list[_Writer]]:
     result = graph.copy()
     taken = {node.name for node in result.nodes} | set(result.tensors())
     nodes = {node.name: node for node in result.nodes}
@@ -99,7 +104,7 @@ def _inserted(graph: gs.Graph, plan: QuantPlan, solution: Solution) -> tuple[gs.
         writer = _Writer(result, tensors, nodes, taken, quantizer, qparams)
         writers.append(writer)
         if quantizer.role == "activation":
-            writer.activation()
+            writer.activation(names_zero=not is_final)
         else:
             writer.constant(tensors[quantizer.tensor].values)
     for node in list(result.nodes):
@@ -154,8 +159,13 @@ class _Writer:
         }
         return {tensor.name: (tensor, values[role]) for role, tensor in self.constants.items()}
 
-    def activation(self) -> None:
-        """Insert [Clip,] QuantizeLinear and DequantizeLinear, and re-point the readers."""
+    def activation(self, *, names_zero: bool) -> None:
+        """Insert [Clip,] QuantizeLinear and DequantizeLinear, and re-point the readers.
+
+        Without ``names_zero``, a DequantizeLinear of int8 names no zero point of 0, which is what it takes without a
+        name: where both nodes name one, onnxruntime turns the pair into uint8, and from opset 21 on it cannot open
+        the model if it has copied the pair across a Reshape by then.
+        """
         is_output = any(site.consumer == GRAPH_OUTPUT for site in self.quantizer.sites)
         source = self.tensor
         if is_output:
@@ -171,7 +181,10 @@ class _Writer:
             if is_output
             else gs.Variable(self._name(names.DEQUANTIZE_OUTPUT), dtype=np.float32, shape=source.shape)
         )
-        self._add("DequantizeLinear", names.DEQUANTIZE_NODE, [quantized, scale, zero_point], target)
+        is_plain = self.qparams.qtype.storage == "int8" and not np.any(self.qparams.zero_point)
+        is_silent = is_plain and not names_zero and self.graph.opset >= _OUTPUT_TYPES_SINCE
+        parameters = [scale] if is_silent else [scale, zero_point]
+        self._add("DequantizeLinear", names.DEQUANTIZE_NODE, [quantized, *parameters], target)
         self._repoint(target)
 
     def constant(self, value: Array) -> None:

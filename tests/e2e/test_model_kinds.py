@@ -250,6 +250,20 @@ def test_a_larger_output_says_why(bench: Bench) -> None:
     assert report["output"]["note"] in report["notes"]
 
 
+@pytest.mark.parametrize("opset", [20, 21, 23])
+@pytest.mark.parametrize("target", ["ort-cpu", "tensorrt", "simulate"])
+def test_layers_of_three_axes_with_biases_at_any_opset(bench: Bench, target: str, opset: int) -> None:
+    """onnxruntime makes Gemms of them, and copies quantizers across the Reshapes that this takes."""
+    net = Net(opset=opset)
+    inner = net.op("Relu", "r", net.linear("a", "x", 16, 24))
+    bench.write(net.proto({"x": [1, 8, 16]}, [net.linear("b", inner, 24, 16)]))
+    np.savez(bench.data, x=np.random.default_rng(2).standard_normal((8, 8, 16)).astype(np.float32))
+    report = _quantized(bench, "--target", target)
+    assert len(report["quantized"]) == (6 if target == "ort-cpu" else 4)
+    x = np.random.default_rng(3).standard_normal((1, 8, 16)).astype(np.float32)
+    assert _sqnr(_run(bench.model, x=x)[0], _run(bench.output, x=x)[0]) > CLOSE_DB
+
+
 def test_a_single_layer_that_reads_the_input(bench: Bench) -> None:
     net = Net()
     head = net.op("Gemm", "head", "x", net.weight("w", 16, 4), net.weight("b", 4))
