@@ -34,6 +34,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "closed form": {"method": "pack-ptq", "effort": "fast"},
     "closed form, root 3": {"method": "pack-ptq", "effort": "fast", "softmax_root": 3},
     "closed form, root 4": {"method": "pack-ptq", "effort": "fast", "softmax_root": 4},
+    "closed form, branches": {"method": "pack-ptq", "effort": "fast", "low_rank": "branch"},
     "packs": {"method": "pack-ptq", "effort": "balanced"},
     "packs, focus": {"method": "pack-ptq", "effort": "balanced", "focus": True},
     "packs, fisher": {"method": "pack-ptq", "effort": "balanced", "loss": "fisher"},
@@ -48,7 +49,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "adaround": {"method": "adaround", "effort": "balanced"},
 }
 
-SEEDLESS = ("nearest", "closed form", "closed form, root 3", "closed form, root 4")
+SEEDLESS = ("nearest", "closed form", "closed form, root 3", "closed form, root 4", "closed form, branches")
 
 
 def main() -> int:

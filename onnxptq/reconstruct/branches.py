@@ -15,9 +15,12 @@ share c(r) = r (channels + K) / (channels K) of the layer's multiply-adds (and o
 
     argmax over r with c(r) <= MOST of    10 log10 N(0) / N(r) - PRICE c(r)
 
-which is 0 where no rank pays. Every residual has some low-rank part: if E H^1/2 were noise of n = channels by K
-independent elements, its leading singular values would be about sqrt(channels) + sqrt(K) times theirs (Marchenko and
-Pastur), so that one percent of multiply-adds would buy 0.04 to 0.09 dB. ``PRICE`` asks for more than that.
+which is 0 where no rank pays, and where the best one gains less than ``LEAST``: beside multiply-adds a branch costs
+three more operators and one more pass over the layer's output.
+
+Every residual has some low-rank part: if E H^1/2 were noise of channels by K independent elements, its leading
+singular values would be about sqrt(channels) + sqrt(K) times theirs (Marchenko and Pastur), so that one percent of
+multiply-adds would buy 0.04 to 0.09 dB. ``PRICE`` asks for more than that.
 """
 
 from __future__ import annotations
@@ -45,6 +48,10 @@ PRICE = 10.0
 """dB that all of a layer's multiply-adds would have to buy: 0.1 dB for one percent."""
 
 
+LEAST = 0.3
+"""dB that any branch must gain."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Residual:
     """What is left of a layer's error, by ranks: ``left`` (channels, R) and ``right`` (R, K), the strongest part
@@ -55,11 +62,12 @@ class Residual:
     noise: Matrix
 
     def best_rank(self) -> int:
-        """The rank that pays most, by ``PRICE``."""
+        """The rank that pays most, by ``PRICE``; 0 where it gains less than ``LEAST``."""
         channels, width = self.left.shape[0], self.right.shape[1]
         share = np.arange(len(self.noise)) * (channels + width) / (channels * width)
         gain = 10.0 * np.log10(self.noise[0] / np.maximum(self.noise, 1e-30 * self.noise[0]))
-        return int(np.argmax(gain - PRICE * share))
+        best = int(np.argmax(gain - PRICE * share))
+        return best if gain[best] >= LEAST else 0
 
 
 def highest_rank(channels: int, width: int) -> int:

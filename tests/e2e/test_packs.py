@@ -239,6 +239,7 @@ def test_low_rank_corrections_are_merged(kind: str, method: str, tmp_path: Path)
 def free_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Branches for small layers, whatever they cost."""
     monkeypatch.setattr(branches, "MOST", 0.5)
+    monkeypatch.setattr(branches, "LEAST", 0.0)
     monkeypatch.setattr(branches, "PRICE", 0.0)
 
 

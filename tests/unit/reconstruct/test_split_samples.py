@@ -99,6 +99,7 @@ def test_branches_are_those_of_one_process(
 ) -> None:
     """The first process alone decides about them; the others compute with them."""
     monkeypatch.setattr(branches, "PRICE", 0.0)
+    monkeypatch.setattr(branches, "LEAST", 0.0)
     made = case(chain(depth=1, width=48), tmp_path, samples=40, activation_bits=8)
     settings = replace(FAST, adds_branches=True)
     alone, shared = (made.solved(settings, ranks=each).solution for each in (ALONE, ranks))
