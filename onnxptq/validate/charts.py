@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,8 @@ _STYLE: dict[Any, Any] = {
 @contextmanager
 def _drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     """One picture of so many inches."""
+    # A font that is missing is replaced, and text stays text in SVG: nothing that a user should hear of.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.add_subplot()
