@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ import torch
 from onnxptq.lowering.network import Values
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.suffix import Suffix
+
+Loss = TypeVar("Loss", float, torch.Tensor)
 
 _LOCAL_SHARE = 2.0
 """What the local loss counts beside the global one."""
@@ -89,14 +92,11 @@ class Objective:
 
     def __call__(self, found: Values, part: Sequence[int]) -> torch.Tensor:
         """The loss of what the pack found for the samples of one pass, to be differentiated."""
-        local, distant = self._parts(found, part)
-        if distant is None or self.start[1] <= 0.0 or self.start[0] <= 0.0:
-            return local
-        return local * (_LOCAL_SHARE / self.start[0]) + distant * (1.0 / self.start[1])
+        return self.combined(*self._parts(found, part))
 
-    def combined(self, local: float, distant: float) -> float:
+    def combined(self, local: Loss, distant: Loss | None) -> Loss:
         """The loss of a local and a global one."""
-        if self.start[1] <= 0.0 or self.start[0] <= 0.0:
+        if distant is None or min(self.start) <= 0.0:
             return local
         return local * (_LOCAL_SHARE / self.start[0]) + distant * (1.0 / self.start[1])
 
