@@ -178,10 +178,10 @@ def test_samples_that_are_not_finite_correct_nothing(tmp_path: Path) -> None:
 
 def test_a_bias_fits_its_integers_even_where_the_weights_are_tiny(tmp_path: Path) -> None:
     net = Net()
-    weight = np.full((2, 3, 1, 1), 1e-12, np.float32)
+    weight = np.full((2, 4, 1, 1), 1e-12, np.float32)
     weight[1] = 0.5
     net.op("Conv", "y", "x", net.constant("w", weight), net.constant("b", np.array([5.0, 1.0], np.float32)))
-    model = canonical(net.proto({"x": [1, 3, 4, 4]}, ["y"]), tmp_path)
+    model = canonical(net.proto({"x": [1, 4, 4, 4]}, ["y"]), tmp_path)
     plan, solution = _solved(model, random_samples(model, 2), "ort-cpu")
     (bias,) = [q for q in plan.quantizers if q.role == "bias"]
     qparams = solution.qparams[bias.quantizer_id]
