@@ -5,7 +5,7 @@ All forms compute the same function. Each is calibrated, placed and begun to be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,15 +15,17 @@ from onnxptq.calibrate.run import Calibration, calibrate
 from onnxptq.equalize.run import equalize
 from onnxptq.graph.index import GraphIndex
 from onnxptq.placing import observer_overrides, placement_request, require_quantizers
+from onnxptq.recipe import Recipe
 from onnxptq.rooting import root_weights
 from onnxptq.rotate.run import rotate
 from onnxptq.running import Data, Run
 from onnxptq.runtime import runtime_version
 from onnxptq.samples import ListFeeds
+from onnxptq.shift.attention import Grids
 from onnxptq.shift.run import shift
 from onnxptq.solving import Solver
-from onnxptq.targets import TARGETS, candidate_tensors
-from onnxptq.types import CanonicalModel, QuantPlan
+from onnxptq.targets import SYMMETRIC, TARGETS, candidate_tensors
+from onnxptq.types import CanonicalModel, QuantPlan, ShiftedPlace
 from onnxptq.version import __version__
 
 COMPENSATED_BITS = 10
@@ -58,11 +60,26 @@ def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
                 base, found = rotated, other
     if found.model is not base and not found.solver.is_enough:
         found = _better(run, _prepared(run, base, data, reference), found, "rescaled channels")
-    if run.recipe.tries_shift and not found.solver.is_enough:
-        shifted = _shifted(run, found.model, data)
-        if shifted is not found.model:
-            found = _better(run, found, _prepared(run, shifted, data, reference), "shifted channels")
+    for where in _shifted_places(run.recipe, found):
+        if not found.solver.is_enough:
+            shifted = _shifted(run, found, data, where)
+            if shifted is not found.model:
+                other = _prepared(run, shifted, data, reference)
+                # In attention the noise of the products has judged, over all their rows; a few outputs say less.
+                is_judged = where == "in attention"
+                found = other if is_judged else _better(run, found, other, f"channels shifted {where}")
     return found
+
+
+def _shifted_places(recipe: Recipe, form: Prepared) -> Iterator[ShiftedPlace]:
+    if recipe.tries_subtraction and recipe.target in SYMMETRIC:
+        yield "behind activations"
+    if recipe.tries_shift:
+        yield "between layers"
+    producer = GraphIndex(form.model.graph).producer
+    sources = (producer(q.tensor) for q in form.plan.quantizers if q.role == "activation")
+    if recipe.shifts_values and any(node is not None and node.op == "Softmax" for node in sources):
+        yield "in attention"
 
 
 def _rooted(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
@@ -91,7 +108,7 @@ def _rescaled(run: Run, model: CanonicalModel, data: Data, reference: Path, work
             ListFeeds(data.samples.equalizing),
             work_dir=work_dir,
             tensors=candidate_tensors(GraphIndex(model.graph)),
-            symmetric=run.recipe.target == "tensorrt",
+            symmetric=run.recipe.target in SYMMETRIC,
             weight_bits=COMPENSATED_BITS if run.recipe.compensate else 8,
             samples=len(data.samples.equalizing),
             provider=run.recipe.provider,
@@ -117,16 +134,25 @@ def _rotated(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
     return rotated
 
 
-def _shifted(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
+def _shifted(run: Run, form: Prepared, data: Data, where: ShiftedPlace) -> CanonicalModel:
+    known = form.solver.start.qparams
     with run.timed("shift"):
         shifted, summary = shift(
-            model,
+            form.model,
             ListFeeds(data.samples.equalizing),
-            work_dir=model.path.parent,
+            work_dir=form.model.path.parent,
+            where=where,
+            grids=Grids(
+                qparams={
+                    q.tensor: known[q.quantizer_id] for q in form.plan.quantizers if q.role == "activation"
+                },
+                symmetric=run.recipe.target in SYMMETRIC,
+            ),
             provider=run.recipe.provider,
             group_bytes=run.group_bytes,
         )
-    run.note(summary.summary)
+    if summary.tensors or summary.reason or where == "between layers":
+        run.note(summary.summary)
     return shifted
 
 

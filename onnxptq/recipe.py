@@ -65,7 +65,9 @@ class Recipe(BaseModel):
         include, exclude: node selectors; with ``include`` only matching nodes are quantized.
         rules: per-tensor exceptions; the last match wins.
         equalize, rotate, compensate, correct_bias: parts of ``auto`` that can be turned off.
-        shift: whether channels shifted to the middle of their ranges are tried.
+        shift: whether channels shifted to the middle of their ranges are tried. None does so behind activations
+            only, by subtractions, for a target whose activations are symmetric about 0, and at 8 bits shifts the
+            values of attention against the noise of quantized attention weights.
         samples: at most this many calibration samples, spread evenly over the data.
         holdout: share of the samples kept out of calibration for the quality numbers, where no evaluation
             data is given.
@@ -109,7 +111,7 @@ class Recipe(BaseModel):
     rules: tuple[TensorRule, ...] = ()
     equalize: bool = True
     rotate: bool = True
-    shift: bool = False
+    shift: bool | None = None
     compensate: bool = True
     correct_bias: bool = True
     samples: int = Field(default=256, ge=1)
@@ -177,8 +179,18 @@ class Recipe(BaseModel):
 
     @property
     def tries_shift(self) -> bool:
-        """Whether shifted channels are tried."""
-        return self.method != "rtn" and self.shift
+        """Whether shifted channels are tried between layers."""
+        return self.method != "rtn" and bool(self.shift)
+
+    @property
+    def tries_subtraction(self) -> bool:
+        """Whether shifted channels are tried behind activations, where the target's grids make that worth it."""
+        return self.method != "rtn" and self.shift is not False
+
+    @property
+    def shifts_values(self) -> bool:
+        """Whether the values of attention are shifted, where their weights are quantized."""
+        return self.tries_subtraction and not self.is_low_bit
 
     @property
     def is_solved_by_packs(self) -> bool:

@@ -204,6 +204,9 @@ class Skip:
     reason: str
 
 
+ShiftedPlace = Literal["between layers", "behind activations", "in attention"]
+"""Where channels are shifted: wherever biases place them, by a subtraction, or in the values of attention alone."""
+
 BlockKind = Literal["plain", "fork", "region", "joined"]
 
 

@@ -147,16 +147,16 @@ def bypass(graph: gs.Graph, node: gs.Node) -> bool:
         node.outputs.clear()
         node.inputs.clear()
         maker.outputs[position] = target
-        _redirect(source, target)
+        redirect(source, target)
     else:
         node.outputs.clear()
         node.inputs.clear()
-        _redirect(target, source)
+        redirect(target, source)
     graph.nodes[:] = [kept for kept in graph.nodes if kept is not node]
     return True
 
 
-def _redirect(old: gs.Tensor, new: gs.Tensor) -> None:
+def redirect(old: gs.Tensor, new: gs.Tensor) -> None:
     """Make every reader of ``old`` read ``new``."""
     for reader in list(old.outputs):
         for i, tensor in enumerate(reader.inputs):

@@ -1,6 +1,7 @@
 """Which channels a constant may be taken from, and who makes up for it.
 
     x' = x - c                       written by a normalization or a layer with the bias b - c
+    x' = f(x) - c                    written by a subtraction behind an activation f
     W x' + (b + W c) = W x + b       in every layer that reads it, however moved on the way
     P (V - 1 c^T) = P V - 1 c^T      where the rows of P sum to one: the values of attention
 
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from onnxptq.graph.classes import Literals
@@ -25,10 +28,11 @@ from onnxptq.types import Array
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Writer:
-    """A bias that decides where channels lie: input ``index`` of ``node``, whose output has them along ``axis``."""
+    """What decides where the channels of ``node``'s output lie along ``axis``: the bias at input ``index``, or a
+    subtraction that is yet to be put behind it where that is None."""
 
     node: gs.Node
-    index: int
+    index: int | None
     axis: int
     labels: Literals
 
@@ -47,15 +51,48 @@ class Reader:
     labels: Literals
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Product:
+    """Attention: tensors of softmax weights and of values; ``labels`` are those of the values' channels."""
+
+    weights: str
+    values: str
+    labels: Literals
+
+
 class ShiftTracer(ChannelTracer):
-    """What the rules find: the biases that channels can be shifted by, and the layers that read channels."""
+    """What the rules find: what channels can be shifted by, the layers that read them, and products they pass."""
 
     def __init__(self, index: GraphIndex, shapes: Shapes, values: Mapping[str, Array]) -> None:
         super().__init__(index, shapes, values, change="shift")
         self.writers: list[Writer] = []
         self.readers: list[Reader] = []
+        self.products: list[Product] = []
         layers = find_linears(index)
         self.bias_nodes = {x.bias_node.name: x for x in layers if x.bias_node is not None}
+
+    def follow(self, rules: Mapping[str, Callable[[Any, gs.Node], None]]) -> None:
+        """Label every tensor in graph order; no subtraction comes between an activation and a convolution."""
+        super().follow(rules)
+        convolved = [reader.labels for reader in self.readers if reader.layer.node.op == "Conv"]
+        roots = {root for labels in convolved for root in self.roots(labels)}
+        for writer in self.writers:
+            if writer.index is None and not roots.isdisjoint(self.roots(writer.labels)):
+                self.classes.pin(writer.labels, "a convolution reads it")
+
+    def free_writers(self, *, subtracting: bool) -> list[Writer]:
+        """Those with a channel that may be shifted: by subtractions, or by biases."""
+        own = [writer for writer in self.writers if (writer.index is None) == subtracting]
+        return [writer for writer in own if not self.classes.all_pinned(writer.labels)]
+
+    def roots(self, labels: Literals) -> list[int]:
+        """The class of every element, flat."""
+        found: list[int] = self.classes.roots(labels).reshape(-1).tolist()
+        return found
+
+    def offsets_of(self, labels: Literals, offsets: Mapping[int, float]) -> npt.NDArray[np.float64]:
+        """c of every element, flat, for c by class; 0 where none is given."""
+        return np.asarray([offsets.get(root, 0.0) for root in self.roots(labels)])
 
     def read(self, node: gs.Node, i: int) -> Literals:
         """Labels of input ``i``; constants between channels stay."""
@@ -136,12 +173,24 @@ def _product(t: ShiftTracer, node: gs.Node) -> None:
     if source is None or source.op != "Softmax" or int(source.attrs.get("axis", -1)) % rank != rank - 1:
         raise Declined("it multiplies two activations")
     labels = t.read(node, 1)
-    t.write(node.outputs[0], t.collapse(labels, [labels.ndim - 2]))
+    labels = t.collapse(labels, [labels.ndim - 2])
+    t.write(node.outputs[0], labels)
+    t.products.append(Product(weights=node.inputs[0].name, values=node.inputs[1].name, labels=labels))
 
 
-def _begin(t: ShiftTracer, node: gs.Node, index: int, axis: int) -> None:
+def _activation(t: ShiftTracer, node: gs.Node) -> None:
+    source = t.index.producer(node.inputs[0].name)
+    if source is not None and source.op in ("Conv", "ConvTranspose"):
+        raise Declined("the kernel of the convolution before it may fuse it")
+    for tensor in node.inputs:
+        if tensor.name in t.labels:
+            t.classes.pin(t.labels[tensor.name], f"{node.op} reads it")
+    _begin(t, node, None, axis=-1)
+
+
+def _begin(t: ShiftTracer, node: gs.Node, index: int | None, axis: int) -> None:
     """New channels along ``axis`` of the output, placed by the bias at input ``index``, if there is one yet."""
-    if t.has_input(node, index):
+    if index is not None and t.has_input(node, index):
         t.constant(node, index)
     shape = t.shape(node.outputs[0])
     axis %= len(shape)
@@ -160,3 +209,28 @@ RULES: Mapping[str, Callable[[ShiftTracer, gs.Node], None]] = {
     **dict.fromkeys(("MatMul", "Gemm"), _matrix),
     "Conv": _conv,
 }
+
+_ACTIVATIONS = (
+    *(
+        "Celu",
+        "Clip",
+        "Elu",
+        "Gelu",
+        "HardSigmoid",
+        "HardSwish",
+        "LeakyRelu",
+        "Mish",
+        "PRelu",
+        "Relu",
+        "Selu",
+    ),
+    *("Sigmoid", "Softplus", "Swish", "ThresholdedRelu"),
+    # The last operator of activations that exporters write out, and of gates.
+    "Mul",
+)
+
+ACTIVATION_RULES: Mapping[str, Callable[[ShiftTracer, gs.Node], None]] = {
+    **RULES,
+    **dict.fromkeys(_ACTIVATIONS, _activation),
+}
+"""With activations, behind which a subtraction can be put: GPU runtimes run both in one pointwise kernel."""

@@ -25,6 +25,9 @@ WRITTEN_OUT: Mapping[str, Sequence[str]] = {
 }
 """Operators that a target has written out by their definitions, because it quantizes products inside them."""
 
+SYMMETRIC: frozenset[str] = frozenset({tensorrt.NAME})
+"""Targets whose activations have grids that are symmetric about 0."""
+
 
 def candidate_tensors(index: GraphIndex) -> tuple[str, ...]:
     """Every activation that some target may quantize, in graph order: calibrating these serves all targets."""
@@ -38,4 +41,4 @@ def candidate_tensors(index: GraphIndex) -> tuple[str, ...]:
     return tuple(name for name in (*index.graph_inputs, *produced) if name in wanted)
 
 
-__all__ = ["TARGETS", "WRITTEN_OUT", "PlacementRequest", "candidate_tensors"]
+__all__ = ["SYMMETRIC", "TARGETS", "WRITTEN_OUT", "PlacementRequest", "candidate_tensors"]

@@ -135,6 +135,14 @@ def vit_mlp() -> onnx.ModelProto:
     return net.proto({"x": [1, 8, width]}, [net.op("Add", "sum", "x", net.linear("fc2", y, 64, width))])
 
 
+def centred_mlp() -> onnx.ModelProto:
+    """The same with a constant taken from the channels behind its activation."""
+    net, width = Net(), 32
+    y = net.op("Gelu", "gelu", net.linear("fc1", "x", width, 64))
+    y = net.op("Sub", "centred", y, net.weight("middle", 64))
+    return net.proto({"x": [1, 8, width]}, [net.op("Add", "sum", "x", net.linear("fc2", y, 64, width))])
+
+
 def max_pool_net() -> onnx.ModelProto:
     net = Net()
     x = net.op("Transpose", "channels", "x", perm=[0, 2, 1])
@@ -160,6 +168,7 @@ NETS = {
     "concat_block": concat_block,
     "attention_block": attention_block,
     "vit_mlp": vit_mlp,
+    "centred_mlp": centred_mlp,
     "max_pool_net": max_pool_net,
     "depthwise_block": depthwise_block,
 }

@@ -14,7 +14,7 @@ from onnxptq.graph.save import exposed_copy
 from onnxptq.pipeline import quantize
 from onnxptq.recipe import Recipe
 from onnxptq.runtime import SAME_FUNCTION, Session, difference
-from onnxptq.shift import run
+from onnxptq.shift import apply, spans
 from onnxptq.shift.run import Shift, shift
 from onnxptq.types import Array, CanonicalModel
 from tests.unit.equalize.equalize_helpers import Samples, canonical, samples_for
@@ -138,7 +138,7 @@ def test_channels_end_in_the_middle_and_the_function_stays(kind: str, tmp_path: 
         np.testing.assert_allclose(taken, np.broadcast_to(taken[0], taken.shape), atol=1e-4)
         # Of queries, keys and values that one layer writes, values alone.
         is_shifted = np.abs(taken[0]) > 1e-3
-        ends = np.quantile(after[:, is_shifted], [run.TAIL, 1 - run.TAIL], axis=0)
+        ends = np.quantile(after[:, is_shifted], [spans.TAIL, 1 - spans.TAIL], axis=0)
         np.testing.assert_allclose(ends.mean(axis=0), 0.0, atol=1e-4)
         assert is_shifted.all() or is_shifted.mean() == pytest.approx(1 / 3)
         channels += int(is_shifted.sum())
@@ -235,7 +235,7 @@ def test_the_result_is_deterministic_and_without_samples_there_is_none(tmp_path:
 def test_a_form_that_computes_something_else_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_moved", lambda layer, _: np.zeros(layer.weight.shape[1]))
+    monkeypatch.setattr(apply, "_moved", lambda layer, _: np.zeros(layer.weight.shape[1]))
     source = canonical(shared(), tmp_path)
     result, found = shift(source, samples_for(shared(), 4), work_dir=tmp_path)
     assert result is source
@@ -279,8 +279,8 @@ def test_channels_that_lie_apart_are_shifted_and_the_run_says_so(tmp_path: Path)
         )
         reports.append(result.report)
     said = ["\n".join(report.notes) for report in reports]
-    assert f"Shifted: {WIDTH} channels of 1 tensor;" in said[0]
-    assert "The shifted channels were kept" in said[0]
+    assert f"Shifted between layers: {WIDTH} channels of 1 tensor;" in said[0]
+    assert "The channels shifted between layers were kept" in said[0]
     assert "hift" not in said[1]
     assert all(edge.different == 0 for edge in reports[0].parity.edges)
     gains = [report.outputs[0].sqnr_db for report in reports]
