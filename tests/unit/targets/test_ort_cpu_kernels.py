@@ -112,6 +112,20 @@ def test_convolutions_that_sum_few_products_stay_in_float(
     assert found.get("Conv", 0) == is_float
 
 
+@pytest.mark.parametrize(
+    ("channels", "group", "is_float"), [(3, 8, True), (3, 4, False), (3, 1, False), (4, 8, False)]
+)
+def test_a_depthwise_convolution_behind_a_float_one_stays_in_float(
+    channels: int, group: int, is_float: bool, tmp_path: Path
+) -> None:
+    net = Net()
+    x = net.relu6("act", net.conv("first", "x", (8, channels, 3, 3)))
+    x = net.op("Relu", "middle_act", net.conv("middle", x, (8, 8 // group, 3, 3), group=group))
+    model = net.proto({"x": [1, channels, 16, 16]}, [net.conv("last", x, (16, 8, 1, 1))])
+    found = _kernels(model, tmp_path)
+    assert found.get("QLinearConv", 0) == (1 if is_float else 2 if channels == 3 else 3)
+
+
 @pytest.mark.parametrize("end", [6.0, 1.0, 0.3, 5.3, 20.7, 7e-3])
 @pytest.mark.parametrize("observer", ["minmax", "mse"])
 def test_a_clip_in_front_of_a_quantizer_vanishes(end: float, observer: str, tmp_path: Path) -> None:
