@@ -25,7 +25,6 @@ import numpy as np
 
 from onnxptq.graph.attention import Attention, find_attention, reads_directly
 from onnxptq.graph.index import GraphIndex
-from onnxptq.graph.save import exposed_copy
 from onnxptq.graph.surgeon import axes_of
 from onnxptq.quantizers.affine import (
     asymmetric_qparams,
@@ -34,7 +33,7 @@ from onnxptq.quantizers.affine import (
     shifted_type,
     symmetric_qparams,
 )
-from onnxptq.runtime import Provider, group_within, open_transient
+from onnxptq.runtime import Provider, group_within, open_exposed
 from onnxptq.types import (
     Array,
     CanonicalModel,
@@ -109,11 +108,7 @@ def choose_softmax_ranges(
         """The operands of the ``chosen`` sites for the samples ``seen``."""
         read = {name for site in chosen for product in site.products for name in product.names}
         exposed = sorted(read - set(samples[0]))
-        session = open_transient(
-            model.path.with_name(f"products_{model.path.name}"),
-            lambda path: exposed_copy(model.path, exposed, path),
-            provider=provider,
-        )
+        session = open_exposed(model.path, exposed, provider=provider)
         for sample in seen:
             values = {**sample, **session.run(sample, exposed)}
             for site in chosen:

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxptq.graph.classes import Classes, Literals
-from onnxptq.graph.save import exposed_copy
-from onnxptq.runtime import Provider, Session, group_within, open_transient
+from onnxptq.runtime import Provider, Session, group_within, open_exposed
 from onnxptq.types import Array, CanonicalModel, Feeds, Sample
 
 Floats = npt.NDArray[np.float64]
@@ -96,11 +95,7 @@ def _groups(names: Sequence[str], sizes: Mapping[str, tuple[int, ...]], limit: i
 def _opened(model: CanonicalModel, names: Sequence[str], provider: Provider) -> Session | None:
     if not names:
         return None
-    return open_transient(
-        model.path.with_name(f"exposed_{model.path.name}"),
-        lambda path: exposed_copy(model.path, names, path),
-        provider=provider,
-    )
+    return open_exposed(model.path, names, provider=provider)
 
 
 class _Builder:

@@ -9,13 +9,12 @@ import numpy as np
 
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear, find_linears
-from onnxptq.graph.save import exposed_copy
 from onnxptq.quantizers.affine import fake_quantize
 from onnxptq.reconstruct.closed_form import round_weights
 from onnxptq.reconstruct.gram import Gram, layer_rows, weight_matrix, weight_tensor
 from onnxptq.reconstruct.initial import bias_qparams
 from onnxptq.reconstruct.narrow import NARROW, round_narrow
-from onnxptq.runtime import Provider, open_transient
+from onnxptq.runtime import Provider, open_exposed
 from onnxptq.types import CanonicalModel, Progress, QuantPlan, Sample, Solution
 
 _FINE_BITS = 8
@@ -50,11 +49,7 @@ def round_in_closed_form(
         return solution
     reads = {(s.consumer, s.input_index): q for q in plan.quantizers for s in q.sites}
     exposed = sorted({layer.input.name for layer in layers} - index.input_names)
-    session = open_transient(
-        model.path.with_name(f"rows_{model.path.name}"),
-        lambda path: exposed_copy(model.path, exposed, path),
-        provider=provider,
-    )
+    session = open_exposed(model.path, exposed, provider=provider)
     grams: dict[str, Gram] = {}
     declined: set[str] = set()
     step = progress.start("round weights", len(samples) + len(layers)) if progress else None

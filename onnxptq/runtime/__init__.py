@@ -11,7 +11,7 @@ from onnxptq.runtime.session import (
     runtime_version,
 )
 from onnxptq.runtime.shapes import concrete_shapes, first_sample
-from onnxptq.runtime.transient import group_within, open_transient
+from onnxptq.runtime.transient import group_within, open_exposed, open_transient
 
 __all__ = [
     "SAME_FUNCTION",
@@ -25,6 +25,7 @@ __all__ = [
     "first_sample",
     "group_within",
     "installed_runtimes",
+    "open_exposed",
     "open_transient",
     "require_runtime",
     "runtime_version",

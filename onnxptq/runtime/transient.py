@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnxptq.runtime.session import Session
+from onnxptq.graph.save import exposed_copy
+from onnxptq.runtime.session import Provider, Session
 
 
 def open_transient(path: Path, write: Callable[[Path], object], **options: Any) -> Session:
@@ -22,6 +23,18 @@ def open_transient(path: Path, write: Callable[[Path], object], **options: Any) 
     finally:
         path.unlink(missing_ok=True)
         path.with_name(path.name + ".data").unlink(missing_ok=True)
+
+
+def open_exposed(
+    path: Path, tensors: Sequence[str], *, provider: Provider = "cpu", exact: bool = False
+) -> Session:
+    """A session of the model at ``path`` that can return ``tensors`` besides the graph outputs."""
+    return open_transient(
+        path.with_name(f"exposed_{path.name}"),
+        lambda variant: exposed_copy(path, tensors, variant),
+        provider=provider,
+        exact=exact,
+    )
 
 
 def group_within(units: Sequence[Sequence[str]], sizes: Mapping[str, int], limit: int) -> list[list[int]]:

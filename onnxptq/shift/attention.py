@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnxptq.graph.save import exposed_copy
 from onnxptq.quantizers.affine import fake_quantize
-from onnxptq.runtime import Provider, group_within, open_transient
+from onnxptq.runtime import Provider, group_within, open_exposed
 from onnxptq.shift.spans import Floats
 from onnxptq.shift.tracing import Product, ShiftTracer
 from onnxptq.types import Array, CanonicalModel, Feeds, QParams
@@ -58,11 +57,7 @@ def value_offsets(
     for members in group_within(units, sizes, group_bytes):
         errors = [_Errors(tracer, wanted[i], grids) for i in members]
         names = sorted({name for i in members for name in units[i]})
-        session = open_transient(
-            model.path.with_name(f"exposed_{model.path.name}"),
-            lambda path, names=names: exposed_copy(model.path, names, path),  # type: ignore[misc]
-            provider=provider,
-        )
+        session = open_exposed(model.path, names, provider=provider)
         for sample in feeds:
             values = session.run(sample, names)
             for error in errors:

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from onnxptq.graph.save import exposed_copy
-from onnxptq.runtime import Provider, open_transient
-from onnxptq.runtime.transient import group_within
+from onnxptq.runtime import Provider, group_within, open_exposed
 from onnxptq.types import CanonicalModel, Feeds
 
 TAIL = 1e-3
@@ -45,11 +43,7 @@ def find_spans(
     most = -(-_ROWS // len(feeds))
     for members in group_within([[name] for name in names], sizes, group_bytes):
         group = [names[i] for i in members]
-        session = open_transient(
-            model.path.with_name(f"exposed_{model.path.name}"),
-            lambda path, group=group: exposed_copy(model.path, group, path),  # type: ignore[misc]
-            provider=provider,
-        )
+        session = open_exposed(model.path, group, provider=provider)
         rows: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in group}
         ends: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in group}
         for sample in feeds:

@@ -19,9 +19,9 @@ from onnxptq.errors import OutputCheckError
 from onnxptq.graph.branches import DOWN, OUTPUT, UP, WEIGHT, branch_graph, branch_nodes
 from onnxptq.graph.save import export_node, save_graph
 from onnxptq.graph.surgeon import quiet_surgeon
-from onnxptq.runtime import SAME_FUNCTION, difference, group_within, open_transient
+from onnxptq.runtime import SAME_FUNCTION, difference, group_within, open_exposed, open_transient
 from onnxptq.types import CanonicalModel, Sample, Solution
-from onnxptq.validate.exposure import open_exposed, sizes_of
+from onnxptq.validate.exposure import sizes_of
 from onnxptq.validate.reading import WrittenModel
 
 

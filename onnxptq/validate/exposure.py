@@ -17,8 +17,7 @@ from pathlib import Path
 import onnx
 
 from onnxptq.graph import proto
-from onnxptq.graph.save import exposed_copy
-from onnxptq.runtime import Provider, Session, open_transient
+from onnxptq.runtime import open_exposed
 from onnxptq.types import Sample
 
 DEFAULT_GROUP_BYTES = 1 << 28
@@ -50,16 +49,6 @@ def _link(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
-
-
-def open_exposed(path: Path, tensors: Sequence[str], *, exact: bool, provider: Provider = "cpu") -> Session:
-    """A session of ``path`` (staged) that can return ``tensors`` besides the graph outputs."""
-    return open_transient(
-        path.with_name(f"exposed_{path.name}"),
-        lambda variant: exposed_copy(path, tensors, variant),
-        exact=exact,
-        provider=provider,
-    )
 
 
 def sizes_of(path: Path, tensors: Sequence[str], sample: Sample, *, exact: bool) -> Mapping[str, int]:

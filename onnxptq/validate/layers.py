@@ -20,9 +20,9 @@ from pathlib import Path
 
 import onnx
 
-from onnxptq.runtime import group_within
+from onnxptq.runtime import group_within, open_exposed
 from onnxptq.types import Progress, Sample
-from onnxptq.validate.exposure import open_exposed, sizes_of
+from onnxptq.validate.exposure import sizes_of
 from onnxptq.validate.metrics import OutputMeter
 from onnxptq.validate.reading import WrittenModel
 

@@ -30,10 +30,10 @@ import numpy as np
 
 from onnxptq.errors import OutputCheckError
 from onnxptq.quantizers.affine import expand, fake_quantize
-from onnxptq.runtime import Provider, Session, group_within
+from onnxptq.runtime import Provider, Session, group_within, open_exposed
 from onnxptq.types import Array, CanonicalModel, QParams, Quantizer, QuantPlan, Sample, Solution
 from onnxptq.validate.branches import BranchParity, compare_branches
-from onnxptq.validate.exposure import DEFAULT_GROUP_BYTES, open_exposed, sizes_of, staged
+from onnxptq.validate.exposure import DEFAULT_GROUP_BYTES, sizes_of, staged
 from onnxptq.validate.metrics import OutputMeter, QualityMeter, sqnr_db
 from onnxptq.validate.reading import Pair, WrittenModel
 from onnxptq.validate.structure import constant_of, label, locate, row_blocks

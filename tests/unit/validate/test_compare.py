@@ -14,10 +14,9 @@ import onnx
 import pytest
 
 from onnxptq.errors import FeedError, UsageError
-from onnxptq.runtime import Session
+from onnxptq.runtime import Session, open_exposed
 from onnxptq.validate import layers as layers_module
 from onnxptq.validate.compare import Comparison, compare
-from onnxptq.validate.exposure import open_exposed
 from onnxptq.validate.layers import LayerQuality
 from tests.unit.validate.written_model import ListFeeds, Written, run_outputs, samples
 

@@ -16,10 +16,9 @@ from onnxptq.graph.save import save_graph
 from onnxptq.qdq import insert_quantizers
 from onnxptq.quantizers.affine import asymmetric_qparams, symmetric_qparams
 from onnxptq.reconstruct.initial import initial_solution
-from onnxptq.runtime import Session
+from onnxptq.runtime import Session, open_exposed
 from onnxptq.targets import TARGETS, PlacementRequest
 from onnxptq.types import CanonicalModel, QParams, QuantPlan, Sample, Solution
-from onnxptq.validate.exposure import open_exposed
 
 CHANNELS = 6
 
