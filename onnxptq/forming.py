@@ -66,8 +66,9 @@ def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
             if shifted is not found.model:
                 other = _prepared(run, shifted, data, reference)
                 # In attention the noise of the products has judged, over all their rows; a few outputs say less.
-                is_judged = where == "in attention"
-                found = other if is_judged else _better(run, found, other, f"channels shifted {where}")
+                if where != "in attention":
+                    other = _better(run, found, other, f"channels shifted {where}")
+                found = other
     return found
 
 

@@ -103,12 +103,12 @@ def learning(recipe: Recipe) -> Learning:
     found = chosen[recipe.reconstruction_effort]
     if recipe.loss == "fisher":
         found = replace(found, weighting=FISHER_EXPONENT)
-    found = replace(found, is_global=recipe.loss == "global-local")
     found = replace(found, **_METHODS.get(recipe.method, {}))
     if recipe.merges_low_rank:
         found = replace(found, weights="low-rank", **_LOW_RANK[recipe.reconstruction_effort])
     return replace(
         found,
+        is_global=recipe.loss == "global-local",
         adds_branches=recipe.low_rank == "branch",
         is_easy_first=recipe.is_easy_first,
         focuses_softmax=recipe.learns_focus,

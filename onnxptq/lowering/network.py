@@ -42,6 +42,10 @@ class BlockNetwork:
         reads = [{*b.inputs, *b.shape_inputs} for b in self.blocks]
         self._last_read = {name: i for i, names in enumerate(reads) for name in names}
 
+    def read_behind(self, position: int) -> frozenset[str]:
+        """Tensors that blocks behind the one at ``position`` read."""
+        return frozenset(name for name, last in self._last_read.items() if last > position)
+
     @torch.no_grad()
     def run(self, feed: Mapping[str, torch.Tensor], *, keep: Collection[str] | None = None) -> Values:
         """Every tensor between blocks, and every graph output that a block writes.

@@ -50,7 +50,7 @@ def insert_quantizers(graph: gs.Graph, plan: QuantPlan, solution: Solution) -> g
     Weights named in ``solution.weights`` replace the float ones, quantized or not. Sub-graphs of If and Loop
     keep reading the float tensor. A name that the model has taken already gets a number behind it.
     """
-    result, _ = _inserted(graph, plan, solution, is_final=True)
+    result, _ = _inserted(graph, plan, solution, names_zeros=False)
     return result
 
 
@@ -66,7 +66,7 @@ def insert_adjustable(
     Raises:
         ValueError: an activation is stored in a type that numpy lacks.
     """
-    result, writers = _inserted(graph, plan, solution, is_final=False)
+    result, writers = _inserted(graph, plan, solution, names_zeros=True)
     activations = [w for w in writers if w.quantizer.role == "activation"]
     if any(w.qparams.qtype.storage in _NARROW for w in activations):
         raise ValueError("4-bit storage cannot be fed")
@@ -90,7 +90,7 @@ def insert_adjustable(
 
 
 def _inserted(
-    graph: gs.Graph, plan: QuantPlan, solution: Solution, *, is_final: bool
+    graph: gs.Graph, plan: QuantPlan, solution: Solution, *, names_zeros: bool
 ) -> tuple[gs.Graph, list[_Writer]]:
     result = graph.copy()
     taken = {node.name for node in result.nodes} | set(result.tensors())
@@ -104,7 +104,7 @@ def _inserted(
         writer = _Writer(result, tensors, nodes, taken, quantizer, qparams)
         writers.append(writer)
         if quantizer.role == "activation":
-            writer.activation(names_zero=not is_final)
+            writer.activation(names_zero=names_zeros)
         else:
             writer.constant(tensors[quantizer.tensor].values)
     for node in list(result.nodes):

@@ -26,7 +26,6 @@ multiply-adds would buy 0.04 to 0.09 dB. ``PRICE`` asks for more than that.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,10 +35,9 @@ from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear
 from onnxptq.reconstruct.closed_form import damped, ridge_solution
 from onnxptq.reconstruct.gram import Gram, Matrix, has_rows, weight_matrix
-from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.rounding import compensable_layers
-from onnxptq.reconstruct.sequential import MAX_WIDTH, ROUNDING_DAMPING, LayerTask, rounded, solve_layers
-from onnxptq.types import Branch, FloatArray, Pack, QuantPlan, Solution
+from onnxptq.reconstruct.sequential import MAX_WIDTH, ROUNDING_DAMPING, LayerTask, rounded
+from onnxptq.types import Branch, FloatArray, QuantPlan, Solution
 
 MOST = 0.05
 """Largest share of a layer's multiply-adds that its branch may add, so of the network's as well."""
@@ -123,21 +121,11 @@ def residual(matrix: FloatArray, quantized: FloatArray, gram: Gram, ridge: float
     )
 
 
-def round_with_branches(
-    index: GraphIndex,
-    pack: Pack,
-    plan: QuantPlan,
-    solution: Solution,
-    data: PackData,
-    *,
-    settled: Collection[str],
-) -> Solution:
-    """As :func:`~onnxptq.reconstruct.sequential.round_pack`, with branches, for which later layers account."""
-    return solve_layers(index, pack, plan, solution, data, branched, settled=settled, has_floats=True)
-
-
 def branched(task: LayerTask, solution: Solution) -> Solution:
-    """The layer rounded with error compensation, and with a branch where one pays."""
+    """The layer rounded with error compensation, and with a branch where one pays: it needs the sums of float inputs.
+
+    Layers behind account for the branch.
+    """
     solution = rounded(task, solution)
     layer = task.layer
     if not may_have_branch(layer):

@@ -88,11 +88,8 @@ class PackData:
 
     def passing(self, chosen: Sequence[int]) -> Values:
         """What later packs read of the quantized network in front of this one."""
-        blocks = self.network.blocks
-        names = {
-            name for block in blocks[self.position + 1 :] for name in (*block.inputs, *block.shape_inputs)
-        }
-        held = [name for name in sorted(names) if name in self.quants[self._place(chosen[0])]]
+        behind = self.network.read_behind(self.position)
+        held = sorted(behind & self.quants[self._place(chosen[0])].keys())
         return self._joined(self.quants, chosen, held)
 
     def places(self, chosen: Sequence[int]) -> list[int]:

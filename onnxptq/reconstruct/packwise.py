@@ -19,7 +19,7 @@ from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.quantized import quantizing_hooks, set_hooks
 from onnxptq.quantizers.low_rank import Factors
 from onnxptq.ranks import ALONE, Ranks
-from onnxptq.reconstruct.branches import round_with_branches
+from onnxptq.reconstruct.branches import branched
 from onnxptq.reconstruct.checkpoint import Checkpoints, Finished
 from onnxptq.reconstruct.fisher import fisher_weights
 from onnxptq.reconstruct.initial import with_bias_grids
@@ -29,7 +29,7 @@ from onnxptq.reconstruct.low_rank import correct_pack
 from onnxptq.reconstruct.pack_data import UNIT, PackData, most_together, run_all
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 from onnxptq.reconstruct.rank_search import RankChoice, choose_ranks
-from onnxptq.reconstruct.sequential import round_pack
+from onnxptq.reconstruct.sequential import rounded, solve_layers
 from onnxptq.reconstruct.suffix import Suffix, wanted_outputs
 from onnxptq.reconstruct.training import train
 from onnxptq.reconstruct.vault import Vault, return_memory
@@ -157,7 +157,7 @@ def _reconstructed(
         moved = run_all(network, position, quants, together, vault.keep)
         return_memory()
         network.modules[position].clear_hooks()
-        later = {name for p in packs[position + 1 :] for name in (*p.inputs, *p.shape_inputs)}
+        later = network.read_behind(position)
         for values, new in ((floats, after), (quants, moved)):
             for held, found in zip(values, new, strict=True):
                 held.update(found)
@@ -203,8 +203,16 @@ def _solved(
         corrections = data.ranks.broadcast(corrections)
         choices = choose_ranks(corrections, quantizers, data, settings, generator)
     elif settings.is_closed_form_first:
-        solve = round_with_branches if settings.adds_branches else round_pack
-        solution = solve(index, pack, plan, solution, data, settled=state.settled)
+        solution = solve_layers(
+            index,
+            pack,
+            plan,
+            solution,
+            data,
+            branched if settings.adds_branches else rounded,
+            settled=state.settled,
+            has_floats=settings.adds_branches,
+        )
     learned = quantizers({name: (choice.factors,) for name, choice in choices.items()})
     outcome = None
     if settings.steps and not learned.is_empty:

@@ -79,19 +79,6 @@ class LayerTask:
 Solve = Callable[[LayerTask, Solution], Solution]
 
 
-def round_pack(
-    index: GraphIndex,
-    pack: Pack,
-    plan: QuantPlan,
-    solution: Solution,
-    data: PackData,
-    *,
-    settled: Collection[str],
-) -> Solution:
-    """``solution`` with new weights and biases of the pack's layers; those with ``settled`` quantizers stay."""
-    return solve_layers(index, pack, plan, solution, data, rounded, settled=settled)
-
-
 def rounded(task: LayerTask, solution: Solution) -> Solution:
     """Solved without a grid, then rounded with error compensation."""
     qparams = solution.qparams[task.quantizer_id]
@@ -111,7 +98,10 @@ def solve_layers(
     has_floats: bool = False,
 ) -> Solution:
     """Apply ``solve`` to one layer of the pack after the other, each with the sums that the solved ones in front
-    of it leave (with ``has_floats``, those of float inputs as well). Of several processes the first one solves."""
+    of it leave (with ``has_floats``, those of float inputs as well). Of several processes the first one solves.
+
+    Layers with ``settled`` quantizers stay as they are.
+    """
     own = set(pack.nodes)
     reads = {(s.consumer, s.input_index): q for q in plan.quantizers for s in q.sites}
     for layer in compensable_layers(index, plan, MAX_WIDTH):

@@ -56,7 +56,7 @@ def train(
     # An undecided AdaRound weight is closer to the float one than what would be hardened now.
     with learned.hard():
         best = objective.begin(judges or pupils)
-    before, after = objective.start[0], objective.start[0]
+    before = after = objective.start[0]
     best_state, stale, done = learned.state(), 0, 0
     optimizer = torch.optim.Adam(learned.groups(settings))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)

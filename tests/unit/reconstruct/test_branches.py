@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +18,15 @@ from onnxptq.qdq import insert_quantizers
 from onnxptq.reconstruct import branches
 from onnxptq.reconstruct.branches import (
     Residual,
+    branched,
     highest_rank,
     largest_branches,
     may_have_branch,
     residual,
-    round_with_branches,
 )
 from onnxptq.reconstruct.gram import Gram
 from onnxptq.reconstruct.learning import FAST, Learning
-from onnxptq.reconstruct.sequential import ROUNDING_DAMPING, round_pack
+from onnxptq.reconstruct.sequential import ROUNDING_DAMPING, Solve, rounded, solve_layers
 from onnxptq.runtime import Session
 from onnxptq.types import Array, QuantPlan, Solution
 from tests.unit.reconstruct.pack_cases import Case, case, chain
@@ -179,15 +178,16 @@ def free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(branches, "PRICE", 0.0)
 
 
-def _solve(made: Case, solve: Callable[..., Solution] = round_with_branches) -> Solution:
-    return solve(made.index, made.packs[0], made.plan, made.start, made.data(), settled=frozenset())
+def _solve(made: Case, solve: Solve = branched) -> Solution:
+    given = (made.index, made.packs[0], made.plan, made.start, made.data(), solve)
+    return solve_layers(*given, settled=frozenset(), has_floats=solve is branched)
 
 
 @pytest.mark.usefixtures("free")
 @pytest.mark.parametrize("kind", ["residual_block", "attention_block", "vit_mlp", "max_pool_net"])
 def test_layers_get_what_rounding_has_spoilt(kind: str, tmp_path: Path) -> None:
     made = case(NETS[kind](), tmp_path, longest=99, weight_bits=3, activation_bits=8, samples=24)
-    plain, found = _solve(made, round_pack), _solve(made)
+    plain, found = _solve(made, rounded), _solve(made)
     layers = {layer.node.name: layer for layer in find_linears(made.index)}
     assert not plain.branches
     assert list(found.branches) == [name for name, layer in layers.items() if may_have_branch(layer)]
@@ -213,7 +213,7 @@ def test_grouped_convolutions_have_no_branch(tmp_path: Path) -> None:
 
 def test_small_layers_have_no_branch(tmp_path: Path) -> None:
     made = case(NETS["residual_block"](), tmp_path, longest=99, weight_bits=2, activation_bits=8)
-    found, plain = _solve(made), _solve(made, round_pack)
+    found, plain = _solve(made), _solve(made, rounded)
     assert not found.branches
     for name, weight in plain.weights.items():
         np.testing.assert_array_equal(found.weights[name], weight)

@@ -13,7 +13,7 @@ from onnxptq.reconstruct import sequential
 from onnxptq.reconstruct.closed_form import round_weights
 from onnxptq.reconstruct.gram import Gram
 from onnxptq.reconstruct.learning import FAST
-from onnxptq.reconstruct.sequential import round_pack
+from onnxptq.reconstruct.sequential import rounded, solve_layers
 from onnxptq.types import Array, PerAxis, QType, Solution
 from tests.unit.reconstruct.pack_cases import Case, case
 from tests.unit.small_nets import Net, residual_block
@@ -47,7 +47,8 @@ def _one_layer(folder: Path, *, kind: str = "linear", weight_bits: int = 3, acti
 
 
 def _rounded(made: Case, settled: tuple[str, ...] = ()) -> Solution:
-    return round_pack(made.index, made.packs[0], made.plan, made.start, made.data(), settled=settled)
+    given = (made.index, made.packs[0], made.plan, made.start, made.data(), rounded)
+    return solve_layers(*given, settled=settled)
 
 
 def _values(made: Case, solution: Solution, name: str) -> Array:
