@@ -12,7 +12,7 @@ from pathlib import Path
 from onnxptq.bit_plan import BitPlan, planned_bits
 from onnxptq.calibrate import cache
 from onnxptq.calibrate.run import Calibration, calibrate
-from onnxptq.equalize.run import equalize
+from onnxptq.equalize.run import find_rescaling
 from onnxptq.graph.index import GraphIndex
 from onnxptq.placing import observer_overrides, placement_request, require_quantizers
 from onnxptq.recipe import Recipe
@@ -104,7 +104,7 @@ def _rescaled(run: Run, model: CanonicalModel, data: Data, reference: Path, work
     if not run.recipe.equalize:
         return _prepared(run, model, data, reference)
     with run.timed("equalize"):
-        equalized, summary = equalize(
+        rescaling = find_rescaling(
             model,
             ListFeeds(data.samples.equalizing),
             work_dir=work_dir,
@@ -116,8 +116,16 @@ def _rescaled(run: Run, model: CanonicalModel, data: Data, reference: Path, work
             group_bytes=run.group_bytes,
             progress=run.progress,
         )
+        is_judged = rescaling.needs_judging or run.recipe.enough is None
+        equalized, summary = rescaling.judged() if is_judged else rescaling.proposed()
+    found = _prepared(run, equalized, data, reference)
+    if not is_judged and not found.solver.is_enough:
+        with run.timed("equalize"):
+            better, summary = rescaling.judged()
+        if better is not equalized:
+            found = _prepared(run, better, data, reference)
     run.note(summary.summary)
-    return _prepared(run, equalized, data, reference)
+    return found
 
 
 def _rotated(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -20,7 +21,6 @@ from onnxptq.bit_plan import MEGABYTE, BitPlan, known_nodes
 from onnxptq.calibrate.products import Focus
 from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.statistics import TensorStatistics
-from onnxptq.packing import Packing
 from onnxptq.quantizers.affine import range_of
 from onnxptq.recipe import Recipe
 from onnxptq.runtime import runtime_version
@@ -52,6 +52,9 @@ from onnxptq.validate.report import (
     TensorQuality,
 )
 from onnxptq.version import __version__
+
+if TYPE_CHECKING:
+    from onnxptq.packing import Packing
 
 _HISTOGRAM_BINS = 64
 

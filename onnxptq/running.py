@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
@@ -17,7 +17,6 @@ from onnxptq.calibrate.feeds import ImagePreprocess
 from onnxptq.calibrate.products import Focus
 from onnxptq.calibrate.run import DEFAULT_GROUP_BYTES
 from onnxptq.errors import OutputPathError
-from onnxptq.packing import Packing, PackSolution
 from onnxptq.publish import claimed_folder, space_errors
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import Recipe
@@ -26,6 +25,9 @@ from onnxptq.types import Feeds, Progress, QuantPlan, Solution
 from onnxptq.validate.compare import Comparison
 from onnxptq.validate.latency import Latency
 from onnxptq.validate.parity import Parity
+
+if TYPE_CHECKING:
+    from onnxptq.packing import Packing, PackSolution
 
 
 @dataclass(slots=True)

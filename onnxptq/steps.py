@@ -11,6 +11,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -23,7 +24,6 @@ from onnxptq.errors import FeedError, QualityGateError
 from onnxptq.forming import Prepared, apply_bit_plan, placement, plan
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.save import save_graph
-from onnxptq.packing import Packing
 from onnxptq.publish import write_texts
 from onnxptq.qdq import insert_quantizers
 from onnxptq.running import Checks, Data, Run, Solved
@@ -37,6 +37,9 @@ from onnxptq.validate.latency import Latency, measure_latency
 from onnxptq.validate.parity import check_parity
 from onnxptq.validate.report import DataFacts, ModelFacts, OutputFacts, Report, StageTime
 from onnxptq.validate.structure import check_structure
+
+if TYPE_CHECKING:
+    from onnxptq.packing import Packing
 
 PARITY_SAMPLES = 2
 """Held-out samples on which every quantized edge is compared with its simulation."""

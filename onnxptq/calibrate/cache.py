@@ -44,9 +44,7 @@ def save_calibration(folder: Path, key: str, calibration: Calibration) -> None:
     try:
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
             try:
-                np.savez_compressed(
-                    file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), counts=counts
-                )
+                np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), counts=counts)
                 file.close()
                 Path(file.name).replace(_path(folder, key))
             except BaseException:

@@ -1,13 +1,17 @@
-"""The stage: trace, observe, choose, apply, check."""
+"""The stage: trace, observe, choose, judge, apply, check."""
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxptq.equalize.apply import apply_factors
 from onnxptq.equalize.factors import Choice, choose
@@ -44,6 +48,10 @@ _FEWEST = 6
 
 Solved = Sequence[tuple[Component, Choice]]
 
+Floats = npt.NDArray[np.float64]
+
+_THREADS = max(1, min(4, os.cpu_count() or 1))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RescaledTensor:
@@ -57,7 +65,7 @@ class RescaledTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Equalization:
-    """What :func:`equalize` did.
+    """What was rescaled.
 
     ``before_db`` and ``after_db`` are the mean signal-to-noise ratios of the outputs, over samples set apart, of
     an imitation that rounds the rescalable activations and their weights; NaN where there were too
@@ -109,7 +117,7 @@ class _Job:
     weight_bits: int
     seen: tuple[int, ...]
     unseen: tuple[int, ...]
-    path: Path
+    work_dir: Path
     provider: Provider
     group_bytes: int
     limit: float
@@ -122,7 +130,7 @@ class _Job:
         return {variable_of(root)[0] for root in roots if not classes.is_pinned(root)}
 
 
-def equalize(
+def find_rescaling(
     model: CanonicalModel,
     feeds: Feeds,
     *,
@@ -136,8 +144,8 @@ def equalize(
     provider: Provider = "cpu",
     group_bytes: int = _GROUP_BYTES,
     progress: Progress | None = None,
-) -> tuple[CanonicalModel, Equalization]:
-    """Rescale channels of activations so that quantizing them per tensor costs least; the function stays.
+) -> Rescaling:
+    """How to rescale channels of activations so that quantizing them per tensor costs least; the function stays.
 
     Behind a Clip it stays for all values that were observed (:mod:`onnxptq.equalize.limits`).
 
@@ -154,7 +162,7 @@ def equalize(
         group_bytes: activations of one sample held at once, in bytes.
 
     Returns:
-        The new model (the old one if nothing gained) and what was done.
+        The factors, as they are proposed and as unseen samples judge them.
 
     Raises:
         FeedError: there is no sample.
@@ -178,52 +186,99 @@ def equalize(
         weight_bits=weight_bits,
         seen=seen,
         unseen=unseen,
-        path=work_dir / "equalized.onnx",
+        work_dir=work_dir,
         provider=provider,
         group_bytes=group_bytes,
         limit=limit,
         snap=snap,
     )
-    return _equalized(job, sample, progress)
+    return Rescaling(job, sample, progress)
 
 
-def _equalized(job: _Job, sample: Sample, progress: Progress | None) -> tuple[CanonicalModel, Equalization]:
-    skips = _pinned(job)
-    free = {variable for name in job.wanted for variable in job.free_variables(name)}
-    if not free:
-        return job.model, Equalization(skips=skips)
-    spreads = _observe(job, free, progress)
-    limits = factor_limits(job.trace, spreads)
-    skips += _bounded(job, limits)
-    gains = channel_gains(job.index, job.trace, spreads, job.shapes)
-    parts = components(build_terms(job.trace, job.wanted, spreads, gains, symmetric=job.symmetric))
-    exact = [part for part in parts if not limits.keys() & set(part.variables)]
-    clipped = [part for part in parts if limits.keys() & set(part.variables)]
-    trial = _trial(job, spreads) if job.unseen else None
-    best: Solved = ()
-    before = after = trial.score({}) if trial else np.full(1, np.nan)
-    for emphasis in EMPHASES:
-        solved = _solve(job, exact, limits, emphasis)
-        scores = trial.score(_factors(solved)) if solved and trial else before
-        if solved and (trial is None or scores.mean() > before.mean()):
-            best, after = solved, scores
-            break
-    # What does not hold for every input needs unseen samples that speak for it.
-    solved = _solve(job, clipped, limits, CLIP_EMPHASIS) if trial else ()
-    if solved and trial:
-        scores = trial.score(_factors([*best, *solved]))
-        if is_better(scores, after):
-            best, after = [*best, *solved], scores
-    result, kept, failed = _apply(job, best, sample)
-    if failed and trial:
-        after = trial.score(_factors(kept))
-    return result, Equalization(
-        tensors=_rescaled(job, _factors(kept)),
-        clipped=_count_clipped(job, _factors(kept)),
-        before_db=float(before.mean()),
-        after_db=float(after.mean()),
-        skips=(*skips, *failed),
-    )
+class Rescaling:
+    """What was observed of a model, and the rescaled forms that follow from it (see :func:`find_rescaling`)."""
+
+    def __init__(self, job: _Job, sample: Sample, progress: Progress | None) -> None:
+        self._job = job
+        self._sample = sample
+        self._skips = _pinned(job)
+        self._spreads: Mapping[str, Spread] = {}
+        self._limits: Limits = {}
+        self._exact: Sequence[Component] = ()
+        self._clipped: Sequence[Component] = ()
+        self._solutions: dict[Emphasis, Solved] = {}
+        self._forms: dict[tuple[tuple[int, float], ...], _Form] = {}
+        free = {variable for name in job.wanted for variable in job.free_variables(name)}
+        if not free:
+            return
+        self._spreads = _observe(job, free, progress)
+        self._limits = limits = factor_limits(job.trace, self._spreads)
+        self._skips += _bounded(job, limits)
+        gains = channel_gains(job.index, job.trace, self._spreads, job.shapes)
+        terms = build_terms(job.trace, job.wanted, self._spreads, gains, symmetric=job.symmetric)
+        parts = components(terms)
+        self._exact = [part for part in parts if not limits.keys() & set(part.variables)]
+        self._clipped = [part for part in parts if limits.keys() & set(part.variables)]
+
+    @property
+    def needs_judging(self) -> bool:
+        """Whether there are channels that pass a Clip: what gains there must be seen on unseen samples."""
+        return bool(self._clipped)
+
+    def proposed(self) -> tuple[CanonicalModel, Equalization]:
+        """The new model by the predicted noise alone (the old one if that gains nothing), and what was done; no
+        channel that passes a Clip is touched."""
+        unknown = np.full(1, np.nan)
+        return self._made(self._solved(EMPHASES[0]), unknown, unknown)
+
+    def judged(self) -> tuple[CanonicalModel, Equalization]:
+        """The new model that does best on unseen samples (the old one if none gains), and what was done. Without
+        samples to spare it is what is proposed."""
+        trial = self._trial
+        if trial is None:
+            return self.proposed()
+        best: Solved = ()
+        before = after = trial.score({})
+        for emphasis in EMPHASES:
+            solved = self._solved(emphasis)
+            scores = trial.score(_factors(solved)) if solved else before
+            if solved and scores.mean() > before.mean():
+                best, after = solved, scores
+                break
+        # What does not hold for every input needs unseen samples that speak for it.
+        solved = _solve(self._job, self._clipped, self._limits, CLIP_EMPHASIS)
+        if solved:
+            scores = trial.score(_factors([*best, *solved]))
+            if is_better(scores, after):
+                best, after = [*best, *solved], scores
+        return self._made(best, before, after)
+
+    def _made(self, solved: Solved, before: Floats, after: Floats) -> tuple[CanonicalModel, Equalization]:
+        key = tuple(sorted(_factors(solved).items()))
+        if key not in self._forms:
+            # A file of its own: what is known of another form stays true.
+            path = self._job.work_dir / f"equalized_{len(self._forms)}.onnx"
+            self._forms[key] = _apply(self._job, solved, self._sample, path)
+        form = self._forms[key]
+        factors = _factors(form.kept)
+        if form.skips and self._trial is not None and np.isfinite(before).all():
+            after = self._trial.score(factors)
+        return form.model, Equalization(
+            tensors=_rescaled(self._job, factors),
+            clipped=_count_clipped(self._job, factors),
+            before_db=float(before.mean()),
+            after_db=float(after.mean()),
+            skips=(*self._skips, *form.skips),
+        )
+
+    def _solved(self, emphasis: Emphasis) -> Solved:
+        if emphasis not in self._solutions:
+            self._solutions[emphasis] = _solve(self._job, self._exact, self._limits, emphasis)
+        return self._solutions[emphasis]
+
+    @functools.cached_property
+    def _trial(self) -> Trial | None:
+        return _trial(self._job, self._spreads) if self._job.unseen and self._spreads else None
 
 
 def _divide(total: int, samples: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -277,10 +332,14 @@ def _trial(job: _Job, spreads: Mapping[str, Spread]) -> Trial:
 
 
 def _solve(job: _Job, parts: Sequence[Component], limits: Limits, emphasis: Emphasis) -> Solved:
-    chosen = [
-        (part, choose(part.weighed(emphasis), *part.ends(limits, job.limit), snap=job.snap)) for part in parts
+    def chosen(part: Component) -> Choice:
+        return choose(part.weighed(emphasis), *part.ends(limits, job.limit), snap=job.snap)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        choices = list(pool.map(chosen, parts))
+    return [
+        (part, choice) for part, choice in zip(parts, choices, strict=True) if choice.after < choice.before
     ]
-    return [(part, choice) for part, choice in chosen if choice.after < choice.before]
 
 
 def _pinned(job: _Job) -> tuple[Skip, ...]:
@@ -308,22 +367,31 @@ def _factors(solved: Solved) -> dict[int, float]:
     }
 
 
-def _apply(job: _Job, solved: Solved, sample: Sample) -> tuple[CanonicalModel, Solved, tuple[Skip, ...]]:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Form:
+    """A rescaled model, the factors that it kept, and what was left alone because the outputs would change."""
+
+    model: CanonicalModel
+    kept: Solved = ()
+    skips: tuple[Skip, ...] = ()
+
+
+def _apply(job: _Job, solved: Solved, sample: Sample, path: Path) -> _Form:
     """Apply what keeps the outputs; where they change, halves are searched for the sets that are to blame."""
     if not solved:
-        return job.model, (), ()
+        return _Form(model=job.model)
 
     def applied(part: Solved) -> CanonicalModel | None:
-        result = apply_factors(job.model, job.trace, _factors(part), job.path)
+        result = apply_factors(job.model, job.trace, _factors(part), path)
         _, reason = compare_forms(job.model.path, result.path, sample, provider=job.provider)
         return None if reason else result
 
     whole = applied(solved)
     if whole is not None:
-        return whole, solved, ()
+        return _Form(model=whole, kept=solved)
     kept, skips = _sound(solved, lambda part: applied(part) is not None, job.model)
     rest = applied(kept) if kept else None
-    return (job.model, (), skips) if rest is None else (rest, kept, skips)
+    return _Form(model=job.model, skips=skips) if rest is None else _Form(model=rest, kept=kept, skips=skips)
 
 
 def _sound(

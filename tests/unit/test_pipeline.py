@@ -6,6 +6,8 @@ import ast
 import errno
 import inspect
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from onnxptq.placing import require_quantizers
 from onnxptq.recipe import Recipe
 from onnxptq.types import QuantPlan, Skip
 from onnxptq.validate.metrics import OutputMetrics
+from tests.unit.equalize.equalize_helpers import samples_for, unbalanced
 from tests.unit.small_nets import canonical, conv_relu_conv
 
 RECIPE = Recipe(method="rtn", observer="minmax", simplify=False)
@@ -102,6 +105,34 @@ def test_the_pipeline_has_no_logic_of_its_own() -> None:
     assert branches == []
     # The optional arguments only.
     assert sum(isinstance(n, ast.If) for n in ast.walk(function)) <= 1
+
+
+def test_rounding_to_8_bits_needs_no_torch(model: Path, tmp_path: Path) -> None:
+    """Its import takes longer than quantizing a small network."""
+    np.savez(
+        tmp_path / "samples.npz", **{k: np.concatenate([s[k] for s in _samples()]) for k in _samples()[0]}
+    )
+    program = (
+        "import sys; from onnxptq.pipeline import quantize; "
+        f"quantize({str(model)!r}, {str(tmp_path / 'out.onnx')!r}, calibration={str(tmp_path / 'samples.npz')!r}, "
+        f"work_dir={str(tmp_path / 'work')!r}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+@pytest.mark.parametrize(("enough", "is_judged"), [(0.0, False), (200.0, True), (None, True)])
+def test_rescaled_channels_are_judged_unless_they_are_good_enough(
+    enough: float | None, is_judged: bool, tmp_path: Path
+) -> None:
+    onnx.save(unbalanced(), tmp_path / "model.onnx")
+    result = quantize(
+        tmp_path / "model.onnx",
+        calibration=list(samples_for(unbalanced(), 16)),
+        recipe=Recipe(enough=enough, holdout=0.0),
+        work_dir=tmp_path / "work",
+    )
+    note = next(note for note in result.report.notes if "rescaled per channel" in note)
+    assert ("in trial" in note) is is_judged
 
 
 def _output(name: str, **values: Any) -> OutputMetrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,14 +13,15 @@ from onnxptq.equalize.apply import apply_factors
 from onnxptq.equalize.limits import Limits, factor_limits
 from onnxptq.equalize.observe import observe
 from onnxptq.equalize.rules import RULES
+from onnxptq.equalize.run import Equalization, find_rescaling
 from onnxptq.equalize.tracing import Trace, Tracer
 from onnxptq.graph.classes import variable_of
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import exposed_copy
 from onnxptq.graph.surgeon import import_graph
 from onnxptq.runtime import Session, concrete_shapes
-from onnxptq.types import CanonicalModel, InputSpec, Sample
-from tests.unit.graph.graph_helpers import feed_for
+from onnxptq.types import CanonicalModel, Feeds, InputSpec, Sample
+from tests.unit.graph.graph_helpers import build, feed_for, node
 
 
 class Samples:
@@ -130,3 +132,25 @@ def free_classes(trace: Trace, name: str) -> int:
     """How many factors of a tensor can be chosen."""
     roots = np.unique(trace.classes.roots(trace.labels[name])).tolist()
     return sum(not trace.classes.is_pinned(root) for root in roots)
+
+
+def equalize(model: CanonicalModel, feeds: Feeds, **options: Any) -> tuple[CanonicalModel, Equalization]:
+    """The model rescaled as unseen samples judge best, and what was done."""
+    return find_rescaling(model, feeds, **options).judged()
+
+
+def unbalanced(spread: float = 30.0) -> onnx.ModelProto:
+    """Linear depthwise convolution whose channels differ by ``spread``, undone by the weights behind it."""
+    rng = np.random.default_rng(0)
+    ratio = np.geomspace(1 / spread, spread, 16).astype(np.float32)
+    weights = {
+        "w1": rng.standard_normal((16, 3, 1, 1)).astype(np.float32),
+        "w2": rng.standard_normal((16, 1, 3, 3)).astype(np.float32) * ratio[:, None, None, None],
+        "w3": rng.standard_normal((8, 16, 1, 1)).astype(np.float32) / ratio[None, :, None, None],
+    }
+    nodes = [
+        node("Conv", "x w1", "a"),
+        node("Conv", "a w2", "b", group=16),
+        node("Conv", "b w3", "y"),
+    ]
+    return build(nodes, {"x": (1, 3, 10, 10)}, ["y"], weights)

@@ -11,9 +11,9 @@ import pytest
 import onnxptq.equalize.run as stage
 from onnxptq.equalize.limits import HEADROOM, TAILS, factor_limits
 from onnxptq.equalize.observe import Spread
-from onnxptq.equalize.run import equalize
+from onnxptq.equalize.run import find_rescaling
 from onnxptq.runtime import Session
-from tests.unit.equalize.equalize_helpers import Samples, canonical, observed_limits, traced
+from tests.unit.equalize.equalize_helpers import Samples, canonical, equalize, observed_limits, traced
 from tests.unit.graph.graph_helpers import build, node
 
 PEAKS = np.array([6.0, 3.0, 0.5, 0.05] * 4, np.float32)
@@ -114,6 +114,14 @@ def test_unseen_samples_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     result, done = equalize(model, mixed, work_dir=tmp_path, tensors=["b"])
     assert result is model
     assert done.clipped == 0
+
+
+def test_what_passes_a_clip_is_never_proposed(tmp_path: Path) -> None:
+    model = canonical(clipped(), tmp_path)
+    rescaling = find_rescaling(model, feeds(16), work_dir=tmp_path, tensors=["b"])
+    assert rescaling.needs_judging
+    assert rescaling.proposed()[0] is model
+    assert rescaling.judged()[0] is not model
 
 
 def test_without_unseen_samples_nothing_passes_a_clip(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onnxptq.equalize.run as stage
-from onnxptq.equalize.run import equalize
+from onnxptq.equalize.run import find_rescaling
 from onnxptq.equalize.tracing import Tracer
 from onnxptq.equalize.trial import Trial
 from onnxptq.errors import FeedError
@@ -23,27 +24,12 @@ from tests.unit.equalize.equalize_helpers import (
     Samples,
     assert_exact,
     canonical,
+    equalize,
     pinned_share,
     samples_for,
+    unbalanced,
 )
 from tests.unit.graph.graph_helpers import build, feed_for, node
-
-
-def unbalanced(spread: float = 30.0) -> onnx.ModelProto:
-    """Linear depthwise convolution whose channels differ by ``spread``, undone by the weights behind it."""
-    rng = np.random.default_rng(0)
-    ratio = np.geomspace(1 / spread, spread, 16).astype(np.float32)
-    weights = {
-        "w1": rng.standard_normal((16, 3, 1, 1)).astype(np.float32),
-        "w2": rng.standard_normal((16, 1, 3, 3)).astype(np.float32) * ratio[:, None, None, None],
-        "w3": rng.standard_normal((8, 16, 1, 1)).astype(np.float32) / ratio[None, :, None, None],
-    }
-    nodes = [
-        node("Conv", "x w1", "a"),
-        node("Conv", "a w2", "b", group=16),
-        node("Conv", "b w3", "y"),
-    ]
-    return build(nodes, {"x": (1, 3, 10, 10)}, ["y"], weights)
 
 
 def outputs(model: CanonicalModel, feeds: Samples) -> list[np.ndarray]:
@@ -66,6 +52,39 @@ def test_an_unbalanced_depthwise_layer_is_rescued(tmp_path: Path) -> None:
         np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
 
 
+def test_what_is_proposed_is_what_unseen_samples_confirm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[Mapping[int, float]] = []
+
+    def score(trial: Trial, factors: Mapping[int, float]) -> np.ndarray:
+        scored.append(factors)
+        return genuine(trial, factors)
+
+    genuine = Trial.score
+    monkeypatch.setattr(Trial, "score", score)
+    feeds = samples_for(unbalanced(), 16)
+    rescaling = find_rescaling(canonical(unbalanced(), tmp_path), feeds, work_dir=tmp_path, tensors=["b"])
+    assert not rescaling.needs_judging
+    proposed, done = rescaling.proposed()
+    assert not scored
+    assert np.isnan(done.after_db)
+    assert "trial" not in done.summary
+    judged, done = rescaling.judged()
+    assert judged is proposed
+    assert len(scored) == 2
+    assert done.after_db > done.before_db + 12
+
+
+def test_what_unseen_samples_refuse_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "score", lambda _, factors: np.full(4, -float(bool(factors))))
+    source = canonical(unbalanced(), tmp_path)
+    feeds = samples_for(unbalanced(), 16)
+    rescaling = find_rescaling(source, feeds, work_dir=tmp_path, tensors=["b"])
+    assert rescaling.proposed()[0] is not source
+    assert rescaling.judged()[0] is source
+
+
 def test_the_given_model_stays_and_the_new_one_is_another(tmp_path: Path) -> None:
     source = canonical(unbalanced(), tmp_path)
     weight = source.graph.tensors()["w2"].values.copy()
@@ -74,7 +93,7 @@ def test_the_given_model_stays_and_the_new_one_is_another(tmp_path: Path) -> Non
     result, _ = equalize(source, samples_for(unbalanced(), 8), work_dir=tmp_path / "work", tensors=["b"])
     np.testing.assert_array_equal(source.graph.tensors()["w2"].values, weight)
     assert source.path.read_bytes() == content
-    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["equalized.onnx"]
+    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["equalized_0.onnx"]
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["model.onnx"]
     assert result.fingerprint != source.fingerprint
     assert (result.inputs, result.outputs) == (source.inputs, source.outputs)
