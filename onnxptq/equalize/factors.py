@@ -84,7 +84,7 @@ def _descend(
         start,
         jac=True,
         method="L-BFGS-B",
-        bounds=list(zip(*ends, strict=True)),
+        bounds=optimize.Bounds(*ends),
         options={"maxiter": _ITERATIONS},
     )
     found: Floats = result.x
