@@ -96,7 +96,8 @@ from .progress import TerminalProgress
     "--softmax-root",
     type=int,
     metavar="N",
-    help="Quantize softmax weights by their N-th root (target simulate): finer for small ones. [default: 1]",
+    help="Quantize softmax weights by their N-th root (target simulate): finer for small ones. Left out: what "
+    "measures best with method auto, else 1.",
 )
 @max_pack_blocks_option
 @click.option("-w", "--weight-bits", type=int, help="2 to 8. [default: 8]")

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from onnxptq.bit_plan import BitPlan, planned_bits
 from onnxptq.calibrate import cache
+from onnxptq.calibrate.products import HELD_BYTES, choose_root
 from onnxptq.calibrate.run import Calibration, calibrate
 from onnxptq.equalize.run import find_rescaling
+from onnxptq.graph.attention import find_attention
 from onnxptq.graph.index import GraphIndex
 from onnxptq.placing import observer_overrides, placement_request, require_quantizers
 from onnxptq.recipe import Recipe
@@ -30,6 +32,10 @@ from onnxptq.version import __version__
 
 COMPENSATED_BITS = 10
 """The nearest rounding that makes as little noise as 8 bits with compensated rounding (9 to 12 dB less)."""
+
+
+ROOT_SAMPLES = 8
+"""Calibration samples whose attention chooses the root of softmax weights: the gaps between orders are wide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,19 +90,42 @@ def _shifted_places(recipe: Recipe, form: Prepared) -> Iterator[ShiftedPlace]:
 
 
 def _rooted(run: Run, model: CanonicalModel, data: Data) -> CanonicalModel:
-    """The model with softmax weights as powers of their roots, where the recipe asks for it."""
-    if run.recipe.softmax_root == 1:
+    """The model with softmax weights as powers of their roots, where the recipe asks for it or that serves best."""
+    order = _root_order(run, model, data)
+    if order == 1:
         return model
     with run.timed("root"):
         rooted, summary = root_weights(
             model,
-            run.recipe.softmax_root,
+            order,
             data.samples.correction[0],
             work_dir=run.scratch,
             provider=run.recipe.provider,
         )
     run.note(summary.summary)
     return rooted
+
+
+def _root_order(run: Run, model: CanonicalModel, data: Data) -> int:
+    recipe = run.recipe
+    if not recipe.tries_roots or not find_attention(GraphIndex(model.graph)):
+        return recipe.softmax_root or 1
+    placed = plan(run, model, Calibration(statistics={}, samples=0))
+    with run.timed("root"):
+        found = choose_root(
+            model,
+            placed,
+            data.samples.correction[:ROOT_SAMPLES],
+            provider=recipe.provider,
+            group_bytes=min(HELD_BYTES, run.group_bytes),
+            progress=run.progress,
+        )
+    if found.noise_db:
+        listed = ", ".join(f"{order}: {-noise:.1f}" for order, noise in found.noise_db.items())
+        run.note(
+            f"Softmax weights by their root of order {found.order} (dB of the products by order: {listed})."
+        )
+    return found.order
 
 
 def _rescaled(run: Run, model: CanonicalModel, data: Data, reference: Path, work_dir: Path) -> Prepared:

@@ -59,7 +59,8 @@ class Recipe(BaseModel):
         focus: whether gradient steps learn both ends of softmax ranges, instead of their scale. None does so for
             ``aiqvit``.
         softmax_root: the order of the root of softmax weights that is put on a uniform grid, so that points for the
-            weights lie the closer the smaller they are; 1 takes the weights themselves. For ``simulate``.
+            weights lie the closer the smaller they are; 1 takes the weights themselves. For ``simulate``; None is
+            what leaves least noise there for ``auto``, and 1 for other methods and targets.
         weight_bits, activation_bits: grid sizes, 2 to 8. A deployment target maps what it cannot run to 8.
             Where bits are chosen per pack, the analysis starts from these (default: nearest to the average).
         observer: how activation ranges are chosen; ``auto`` measures several on calibration samples.
@@ -104,7 +105,7 @@ class Recipe(BaseModel):
     easy_first: bool | None = None
     mirror: bool = False
     focus: bool | None = None
-    softmax_root: int = Field(default=1, ge=1, le=8)
+    softmax_root: int | None = Field(default=None, ge=1, le=8)
     weight_bits: int = Field(default=8, ge=2, le=8)
     activation_bits: int = Field(default=8, ge=2, le=8)
     observer: ObserverChoice = "auto"
@@ -146,7 +147,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _roots_are_simulated(self) -> Self:
-        if self.softmax_root > 1 and self.target != "simulate":
+        if (self.softmax_root or 1) > 1 and self.target != "simulate":
             raise ValueError(f"softmax_root is for target simulate: no kernel of {self.target} takes powers")
         return self
 
@@ -178,6 +179,11 @@ class Recipe(BaseModel):
         bits = [self.weight_bits, self.activation_bits]
         bits += [b for rule in self.rules for b in (rule.weight_bits, rule.activation_bits) if b is not None]
         return min(bits) < 8 or bool(self.bit_budget) or self.plan is not None
+
+    @property
+    def tries_roots(self) -> bool:
+        """Whether the order of the root of softmax weights is chosen by measurement."""
+        return self.softmax_root is None and self.method == "auto" and self.target == "simulate"
 
     @property
     def tries_rotation(self) -> bool:

@@ -197,7 +197,12 @@ class Solver:
     def _trial(self) -> Trial:
         if self._known_trial is None:
             self._known_trial = Trial(
-                self.model, self.samples.trial, self.scratch, self.recipe.provider, reference=self.reference
+                self.model,
+                self.samples.trial,
+                self.scratch,
+                self.recipe.provider,
+                reference=self.reference,
+                counts_alike=self.recipe.is_low_bit,
             )
         return self._known_trial
 

@@ -26,6 +26,9 @@ class Quality:
     ``score`` is the signal-to-noise ratio. ``rank`` is the same, but class scores are weighed by what they
     decide: for logits z with p = softmax(z) the ratio is Var_p(z) / (2 KL(p || p_quantized)), so that an error
     counts where it moves probability between classes, and not where all logits shift or a hopeless class changes.
+
+    The ratio is that of sums over the samples or, where samples count alike, the mean of their own in dB: where the
+    noise is large, a sum of divergences is that of the few samples whose class is lost.
     """
 
     score: float
@@ -38,6 +41,7 @@ class Trial:
     Args:
         samples: inputs on which outputs are compared; chosen among the calibration samples.
         reference: the float model whose outputs are wanted; None for ``model`` itself.
+        counts_alike: whether samples count alike in ``rank``.
     """
 
     def __init__(
@@ -48,8 +52,10 @@ class Trial:
         provider: Provider,
         *,
         reference: Path | None = None,
+        counts_alike: bool = False,
     ) -> None:
         self._model = model
+        self._counts_alike = counts_alike
         self._samples = samples
         self._path = scratch / "trial.onnx"
         self._provider = provider
@@ -63,7 +69,7 @@ class Trial:
             lambda path: save_graph(insert_quantizers(self._model.graph, plan, solution), path, share=True),
             provider=self._provider,
         )
-        tally = _Tally()
+        tally = _Tally(self._counts_alike)
         for sample, reference in zip(self._samples, self._known(len(self._samples)), strict=True):
             tally.add(reference, session.run(sample))
         return tally.quality()
@@ -82,7 +88,7 @@ class Trial:
         opened = self._with_inputs(plan, start)
 
         def rank(solution: Solution, count: int) -> float:
-            _, tally = tallies.setdefault(id(solution), (solution, _Tally()))
+            _, tally = tallies.setdefault(id(solution), (solution, _Tally(self._counts_alike)))
             run = opened(solution)
             references = self._known(count)
             for number in range(tally.samples, count):
@@ -126,8 +132,9 @@ class Trial:
 class _Tally:
     """Sums of signal and noise over samples, by output, for both measures of :class:`Quality`."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts_alike: bool) -> None:
         self.samples = 0
+        self._counts_alike = counts_alike
         self._plain: dict[str, list[tuple[float, float]]] = {}
         self._weighed: dict[str, list[tuple[float, float]]] = {}
 
@@ -143,12 +150,21 @@ class _Tally:
                 self._weighed.setdefault(name, []).append(plain)
 
     def quality(self) -> Quality:
-        return Quality(score=_mean_ratio(self._plain), rank=_mean_ratio(self._weighed))
+        return Quality(
+            score=_mean_ratio(self._plain),
+            rank=(_mean_of_ratios if self._counts_alike else _mean_ratio)(self._weighed),
+        )
 
 
 def _mean_ratio(pairs: Mapping[str, Sequence[tuple[float, float]]]) -> float:
     """Mean over outputs of the ratio of the sums, in dB."""
     ratios = [_decibel(math.fsum(s for s, _ in own), math.fsum(n for _, n in own)) for own in pairs.values()]
+    return math.fsum(ratios) / len(ratios) if ratios else 0.0
+
+
+def _mean_of_ratios(pairs: Mapping[str, Sequence[tuple[float, float]]]) -> float:
+    """Mean over outputs and samples of the ratio, in dB."""
+    ratios = [math.fsum(_decibel(*pair) for pair in own) / len(own) for own in pairs.values()]
     return math.fsum(ratios) / len(ratios) if ratios else 0.0
 
 

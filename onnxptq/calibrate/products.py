@@ -18,13 +18,14 @@ P_hat = R_hat^g.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from onnxptq.graph.attention import Attention, find_attention, reads_directly
 from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.passes import root_softmax
 from onnxptq.graph.surgeon import axes_of
 from onnxptq.quantizers.affine import (
     asymmetric_qparams,
@@ -55,6 +56,12 @@ _NEARBY = 2
 _PATIENCE = 2
 """Lower ends without a gain after which no further one is tried."""
 
+ORDERS = (1, 2, 3, 4)
+"""Roots that are tried."""
+
+ROOT_MARGIN_DB = 1.0
+"""What a root must gain in the products, which no integer kernel can compute then."""
+
 HELD_BYTES = 1 << 28
 """Operands that are held at once, where the caller says nothing else."""
 
@@ -83,6 +90,15 @@ class Focus:
     power: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootChoice:
+    """The order of the root, and the noise over signal of the products in dB, mean over them, with every order that
+    was tried; none was where there are no products to judge by."""
+
+    order: int
+    noise_db: Mapping[int, float]
+
+
 def choose_softmax_ranges(
     model: CanonicalModel,
     plan: QuantPlan,
@@ -100,8 +116,58 @@ def choose_softmax_ranges(
         group_bytes: operands of all samples that are held at once; more softmaxes take more passes over the samples.
     """
     sites = _softmax_sites(GraphIndex(model.graph), plan)
+    return {
+        site.quantizer.quantizer_id: _focus(site, _upper_end(ranges[site.quantizer.quantizer_id]))
+        for site in _collected(model, sites, samples, provider, group_bytes, progress)
+    }
+
+
+def choose_root(
+    model: CanonicalModel,
+    plan: QuantPlan,
+    samples: Sequence[Sample],
+    *,
+    provider: Provider = "cpu",
+    group_bytes: int = HELD_BYTES,
+    progress: Progress | None = None,
+) -> RootChoice:
+    """The order of the root of softmax weights that leaves least noise in the products that read them.
+
+    Args:
+        plan: with quantizers of the weights themselves.
+        samples: a few feeds.
+        group_bytes: as for :func:`choose_softmax_ranges`.
+    """
+    index = GraphIndex(model.graph)
+    sites = [site for site in _softmax_sites(index, plan) if site.can_be_rooted(index)]
+    noise: dict[int, list[float]] = {order: [] for order in ORDERS}
+    for site in _collected(model, sites, samples, provider, group_bytes, progress):
+        top = max(float(weights.max(initial=0.0)) for weights, _, _ in site.operands)
+        for order in ORDERS if top > 0.0 else ():
+            found = _focus(site.rooted(order), top ** (1.0 / order))
+            noise[order].append(found.from_zero if found.is_held else found.free)
+    if not noise[1]:
+        return RootChoice(order=1, noise_db={})
+    levels = {
+        order: 10 * sum(math.log10(max(n, np.finfo(np.float64).tiny)) for n in found) / len(found)
+        for order, found in noise.items()
+    }
+    best = min(levels, key=lambda order: levels[order])
+    is_worth_it = levels[best] < levels[1] - ROOT_MARGIN_DB
+    return RootChoice(order=best if is_worth_it else 1, noise_db=levels)
+
+
+def _collected(
+    model: CanonicalModel,
+    sites: Sequence[_Site],
+    samples: Sequence[Sample],
+    provider: Provider,
+    group_bytes: int,
+    progress: Progress | None,
+) -> Iterator[_Site]:
+    """Every site with its operands for all samples; they are forgotten when the next one is asked for."""
     if not sites or not samples:
-        return {}
+        return
     rows = min(_MOST_ROWS, max(_LEAST_ROWS, _ROWS_IN_ALL // len(samples)))
 
     def collect(chosen: Sequence[_Site], seen: Sequence[Sample], tick: Callable[[], None]) -> None:
@@ -120,13 +186,11 @@ def choose_softmax_ranges(
     sizes = {name: site.release() * len(samples) for name, site in zip(names, sites, strict=True)}
     groups = group_within([[name] for name in names], sizes, group_bytes)
     tick = progress.start("softmax ranges", len(groups) * len(samples)) if progress else lambda: None
-    found: dict[str, Focus] = {}
     for members in groups:
         collect([sites[i] for i in members], samples, tick)
         for i in members:
-            found[names[i]] = _focus(sites[i], _upper_end(ranges[names[i]]))
+            yield sites[i]
             sites[i].release()
-    return found
 
 
 Apply = Callable[[Array, Array], Array]
@@ -168,22 +232,27 @@ class _Product:
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """A quantizer, the products that read it, and their operands, once per sample."""
+    """A quantizer, the products that read it, with g of P = R^g, and their operands, once per sample."""
 
     quantizer: Quantizer
     products: Sequence[_Product]
+    power: float
     operands: list[tuple[Array, Array, Apply]] = field(default_factory=list)
+
+    def can_be_rooted(self, index: GraphIndex) -> bool:
+        """Whether its weights can become powers of their roots."""
+        return all(root_softmax.declined(index, product.found) is None for product in self.products)
+
+    def rooted(self, order: int) -> _Site:
+        """The same with the root of that order in the place of its weights."""
+        roots = [(weights ** (1.0 / order), other, apply) for weights, other, apply in self.operands]
+        return replace(self, power=self.power * order, operands=roots)
 
     def release(self) -> int:
         """Forget the operands; returns how many bytes they took."""
         size = sum(r.nbytes + v.nbytes for r, v, _ in self.operands)
         self.operands.clear()
         return size
-
-    @property
-    def power(self) -> float:
-        """g of P = R^g."""
-        return self.products[0].found.power
 
     def noise(self, qparams: QParams) -> float:
         """sum || (P - P_hat) V ||^2."""
@@ -212,7 +281,7 @@ def _softmax_sites(index: GraphIndex, plan: QuantPlan) -> list[_Site]:
         known = [product for product in read if product is not None]
         is_alone = groups.count(quantizer.scale_group) == 1
         if quantizer.role == "activation" and len(known) == len(read) and is_alone:
-            sites.append(_Site(quantizer, known))
+            sites.append(_Site(quantizer, known, known[0].found.power))
     return sites
 
 

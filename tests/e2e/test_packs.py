@@ -395,6 +395,18 @@ def test_vector_attention(root: int, tmp_path: Path) -> None:
     assert {"v4", "p" if root == 1 else "p_root"} <= {row.tensor for row in found.report.quantized}
 
 
+def test_auto_measures_the_root_of_softmax_weights(tmp_path: Path) -> None:
+    found = _quantized("attention", tmp_path, method="auto", target="simulate", observer="auto")
+    _is_proven(found)
+    note = next(note for note in found.report.notes if "root of order" in note)
+    order, listed = re.findall(r"order (\d) .*by order: (.*)\)", note)[0]
+    levels = {int(k): float(v) for k, v in (pair.split(":") for pair in listed.split(","))}
+    assert levels[int(order)] == max(levels.values())
+    (row,) = found.report.softmax
+    assert row.root == int(order) > 1
+    assert "softmax_root" in {row.tensor for row in found.report.quantized}
+
+
 @pytest.mark.parametrize("options", [{"effort": "fast"}, {"method": "aiqvit"}, {"method": "rtn"}], ids=str)
 def test_roots_of_softmax_weights(options: Mapping[str, Any], tmp_path: Path) -> None:
     """They take the place of the weights; the file computes what is simulated."""
@@ -406,6 +418,8 @@ def test_roots_of_softmax_weights(options: Mapping[str, Any], tmp_path: Path) ->
     assert rows["softmax_root"].readers == ("softmax",)
     assert all(row.root == 3 and row.low >= 0.0 for row in found.report.softmax)
     assert any("root of order 3" in note for note in found.report.notes)
+    named = [{"softmax_root": 1}, {"method": "rtn"}, {"method": "pack-ptq"}, {"target": "ort-cpu"}]
+    assert not any(Recipe.create({"target": "simulate", **values}).tries_roots for values in named)
     with pytest.raises(RecipeError, match="softmax_root is for target simulate"):
         Recipe.create({"softmax_root": 2})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from onnxptq.quantizers.affine import asymmetric_qparams
 from onnxptq.reconstruct.initial import initial_solution
 from onnxptq.runtime import Session
 from onnxptq.trial import Trial
-from onnxptq.types import CanonicalModel, QuantPlan, Solution
+from onnxptq.types import CanonicalModel, QuantPlan, Sample, Solution
 from tests.unit.small_nets import Net, canonical, planned, random_samples
 
 
@@ -141,3 +142,22 @@ def test_no_sample_is_run_twice_for_a_solution(tmp_path: Path, monkeypatch: pyte
         rank(solution, count)
     # Five of the quantized network and five of the float one.
     assert len(runs) == 10
+
+
+def test_samples_may_count_alike(tmp_path: Path) -> None:
+    """One sample whose class is lost outweighs all others in a ratio of sums, and counts as one of them otherwise."""
+    model = canonical(_scores_net(), tmp_path)
+    samples = random_samples(model, 6)
+    samples[3] = {name: 12 * value for name, value in samples[3].items()}
+    plan = _activations(planned(model, "simulate", activation_bits=8))
+    # All but one are within the range.
+    narrow = asymmetric_qparams(-5.0, 5.0, plan.quantizers[0].qtype)
+    solution = Solution(qparams={q.quantizer_id: narrow for q in plan.quantizers})
+
+    def rank(chosen: Sequence[Sample], *, counts_alike: bool) -> float:
+        return Trial(model, chosen, tmp_path, "cpu", counts_alike=counts_alike).quality(plan, solution).rank
+
+    each = [rank([sample], counts_alike=False) for sample in samples]
+    assert rank(samples, counts_alike=True) == pytest.approx(np.mean(each), abs=1e-6)
+    assert rank(samples, counts_alike=False) < np.mean(each) - 6
+    assert each[3] < min(each[:3] + each[4:])

@@ -35,7 +35,7 @@ def run(graph: gs.Graph, power: int) -> tuple[int, list[Skip]]:
     names = {node.name for node in graph.nodes}
     count, skips = 0, []
     for found in find_attention(index):
-        reason = _reason(index, found)
+        reason = declined(index, found)
         if reason is not None:
             skips.append(Skip(site=found.softmax.name, reason=reason))
             continue
@@ -44,7 +44,8 @@ def run(graph: gs.Graph, power: int) -> tuple[int, list[Skip]]:
     return count, skips
 
 
-def _reason(index: GraphIndex, found: Attention) -> str | None:
+def declined(index: GraphIndex, found: Attention) -> str | None:
+    """Why the weights of ``found`` cannot become powers; None where they can."""
     if found.softmax.op != "Softmax" or found.product.op not in _PRODUCTS:
         return f"its softmax weights are applied by {found.product.op}, in the form of a {found.form}"
     if not reads_directly(index, found):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from onnxptq.calibrate.observers import Observer
-from onnxptq.calibrate.products import choose_softmax_ranges
+from onnxptq.calibrate.products import ORDERS, ROOT_MARGIN_DB, choose_root, choose_softmax_ranges
 from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import calibrate
 from onnxptq.graph.save import exposed_copy
@@ -211,3 +211,34 @@ def test_a_root_is_chosen_by_the_product_of_its_power(power: int, tmp_path: Path
         signal += np.square(run["softmax"] @ run["v_heads"], dtype=np.float64).sum()
     assert focus.power == power
     assert noise / signal == pytest.approx(min(focus.from_zero, focus.free), rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_the_order_of_the_root_is_what_rooted_models_say(bits: int, tmp_path: Path) -> None:
+    """Every order against the model that is really rooted by it."""
+    plain = canonical(transformer(), tmp_path)
+    samples = random_samples(plain, 2)
+    found = choose_root(plain, planned(plain, "simulate", activation_bits=bits), samples)
+
+    def noise_db(order: int) -> float:
+        model = root_weights(plain, order, samples[0], work_dir=tmp_path)[0] if order > 1 else plain
+        plan = planned(model, "simulate", activation_bits=bits)
+        tensors = sorted({q.tensor for q in plan.quantizers if q.role == "activation"})
+        ranges = choose_ranges(plan, calibrate(model, ListFeeds(samples), tensors), Observer(name="minmax"))
+        chosen = choose_softmax_ranges(model, plan, ranges, samples).values()
+        assert len(chosen) == 2
+        return float(np.mean([10 * np.log10(f.from_zero if f.is_held else f.free) for f in chosen]))
+
+    expected = {order: noise_db(order) for order in ORDERS}
+    # Roots are taken of the weights here, and of the scores' exponentials there: one unit in the last place.
+    assert found.noise_db == pytest.approx(expected, abs=0.05)
+    best = min(expected, key=lambda order: expected[order])
+    assert found.order == (best if expected[best] < expected[1] - ROOT_MARGIN_DB else 1)
+
+
+def test_no_root_without_weights_that_a_product_reads(tmp_path: Path) -> None:
+    net = Net()
+    y = net.op("Softmax", "softmax", net.linear("a", "x", 8, 8), axis=-1)
+    model = canonical(net.proto({"x": [4, 8]}, [net.linear("b", y, 8, 8)]), tmp_path)
+    found = choose_root(model, planned(model, "simulate"), random_samples(model, 1))
+    assert (found.order, found.noise_db) == (1, {})
