@@ -61,17 +61,15 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
-def _few_bits(
-    weights: int, activations: int, method: str, beds: tuple[str, ...], suffix: str = "", **options: Any
-) -> Setting:
+def _few_bits(weights: int, activations: int, method: str, beds: tuple[str, ...]) -> Setting:
     """Every product of the network at these bits, first and last layer included."""
     chosen = {"method": "rtn"} if method == "rtn" else {"method": "pack-ptq", "effort": method}
     bits = {"weight_bits": weights, "activation_bits": activations}
     return Setting(
         tool=OURS,
-        name=f"w{weights}a{activations}-{method}{suffix}",
+        name=f"w{weights}a{activations}-{method}",
         beds=beds,
-        recipe={"target": "simulate", "samples": 1024, **bits, **chosen, **options},
+        recipe={"target": "simulate", "samples": 1024, **bits, **chosen},
         split="learning",
     )
 
@@ -95,15 +93,6 @@ SETTINGS: tuple[Setting, ...] = (
         )
         for method in ("rtn", "fast", "balanced")
     ),
-    *(
-        _few_bits(weights, activations, "balanced", beds, "-mirror", mirror=True)
-        for weights, activations, beds in (
-            (4, 8, ("efficientnet",)),
-            (4, 4, ("resnet20", "efficientnet", "vit")),
-            (3, 3, ("resnet20",)),
-        )
-    ),
-    *(_few_bits(4, 4, effort, ("vit",), "-root4", softmax_root=4) for effort in ("fast", "balanced")),
     *(
         Setting(
             tool=OURS,
@@ -145,21 +134,14 @@ FLOORS: Mapping[tuple[str, str], Floor] = {
     ("resnet20", "onnxptq:w4a8-balanced"): Floor(agreement=0.96, top1_loss=0.55),
     ("resnet20", "onnxptq:w4a4-balanced"): Floor(agreement=0.90, top1_loss=0.55),
     ("resnet20", "onnxptq:w3a3-balanced"): Floor(agreement=0.84, top1_loss=3.35),
-    ("resnet20", "onnxptq:w4a4-balanced-mirror"): Floor(agreement=0.90, top1_loss=0.55),
-    ("resnet20", "onnxptq:w3a3-balanced-mirror"): Floor(agreement=0.84, top1_loss=3.35),
     ("efficientnet", "onnxptq:w4a8-balanced"): Floor(top1_loss=2.5),
     ("efficientnet", "onnxptq:w4a4-balanced"): Floor(top1_loss=8.0),
-    ("efficientnet", "onnxptq:w4a8-balanced-mirror"): Floor(top1_loss=2.5),
-    ("efficientnet", "onnxptq:w4a4-balanced-mirror"): Floor(top1_loss=8.0),
     ("vit", "onnxptq:w4a8-fast"): Floor(top1_loss=1.0),
     ("vit", "onnxptq:w4a4-fast"): Floor(top1_loss=3.0),
     ("vit", "onnxptq:w3a3-fast"): Floor(top1_loss=13.0),
     ("vit", "onnxptq:w6a6-balanced"): Floor(agreement=0.99, top1_loss=0.4),
     ("vit", "onnxptq:w4a8-balanced"): Floor(agreement=0.98, top1_loss=0.6),
     ("vit", "onnxptq:w4a4-balanced"): Floor(agreement=0.96, top1_loss=2.0),
-    ("vit", "onnxptq:w4a4-balanced-mirror"): Floor(agreement=0.96, top1_loss=2.0),
-    ("vit", "onnxptq:w4a4-balanced-root4"): Floor(agreement=0.96, top1_loss=2.0),
-    ("vit", "onnxptq:w4a4-fast-root4"): Floor(top1_loss=3.0),
     ("vit", "onnxptq:w3a3-balanced"): Floor(agreement=0.89, top1_loss=7.0),
     ("pointnet", "onnxptq:w4a4-balanced"): Floor(top1_loss=2.0),
     ("pointnet", "onnxptq:w3a3-balanced"): Floor(top1_loss=6.0),

@@ -83,11 +83,6 @@ from .progress import TerminalProgress
     help="Gradient steps see the samples with the lowest loss first. Left out: with aiqvit.",
 )
 @click.option(
-    "--mirror/--no-mirror",
-    default=None,
-    help="Solve packs on every calibration picture mirrored left to right as well: twice the samples. [default: no]",
-)
-@click.option(
     "--focus/--no-focus",
     default=None,
     help="Gradient steps learn both ends of softmax ranges. Left out: with aiqvit.",

@@ -54,8 +54,6 @@ class Recipe(BaseModel):
             beside the layers where that pays, in float and of low rank; ``auto`` measures all of these that go with
             method and effort. None is ``merge`` for ``aiqvit`` and ``off`` for the other methods.
         easy_first: whether gradient steps see the samples with the lowest loss first. None does so for ``aiqvit``.
-        mirror: whether packs are solved on every calibration picture mirrored left to right as well; for models
-            whose inputs are pictures.
         focus: whether gradient steps learn both ends of softmax ranges, instead of their scale. None does so for
             ``aiqvit``.
         softmax_root: the order of the root of softmax weights that is put on a uniform grid, so that points for the
@@ -103,7 +101,6 @@ class Recipe(BaseModel):
     loss: Literal["plain", "fisher", "global-local"] = "plain"
     low_rank: LowRank | None = None
     easy_first: bool | None = None
-    mirror: bool = False
     focus: bool | None = None
     softmax_root: int | None = Field(default=None, ge=1, le=8)
     weight_bits: int = Field(default=8, ge=2, le=8)
@@ -165,10 +162,6 @@ class Recipe(BaseModel):
             )
         if self.easy_first and not self.learns:
             raise ValueError("easy_first orders gradient steps: it needs effort balanced or paper")
-        if self.mirror and not self.is_solved_by_packs:
-            raise ValueError(
-                "mirror adds samples for packs, which auto solves below 8 bits or where an effort is given"
-            )
         if self.focus and not self.learns:
             raise ValueError("focus is learnt: it needs effort balanced or paper")
         return self

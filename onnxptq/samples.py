@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -47,18 +47,6 @@ def _digest(sample: Sample) -> bytes:
         hasher.update(f"{name}\0{sample[name].dtype}\0{sample[name].shape}\0".encode())
         hasher.update(np.ascontiguousarray(sample[name]).tobytes())
     return hasher.digest()
-
-
-def with_mirrored(samples: Sequence[Sample], axes: Mapping[str, int]) -> list[Sample]:
-    """Every sample, and behind it the same with its inputs in ``axes`` reversed along the axis given there."""
-    found: list[Sample] = []
-    for sample in samples:
-        turned = {
-            name: np.ascontiguousarray(np.flip(value, axes[name])) if name in axes else value
-            for name, value in sample.items()
-        }
-        found += [sample, turned]
-    return found
 
 
 class ListFeeds:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxptq.calibrate.feeds.preprocess import picture_widths
 from onnxptq.calibrate.observers import Observer
 from onnxptq.calibrate.products import HELD_BYTES, Focus, choose_softmax_ranges
 from onnxptq.calibrate.ranges import choose_ranges
@@ -26,7 +25,7 @@ from onnxptq.reconstruct.bias import correct_biases
 from onnxptq.reconstruct.initial import initial_solution, weight_grids
 from onnxptq.reconstruct.rounding import round_in_closed_form
 from onnxptq.relaxing import find_relaxation, measure_noise
-from onnxptq.samples import Draw, with_mirrored
+from onnxptq.samples import Draw
 from onnxptq.trial import Quality, Trial
 from onnxptq.types import GRAPH_OUTPUT, CanonicalModel, Feeds, Progress, QParams, QuantPlan, Sample, Solution
 
@@ -324,8 +323,6 @@ class Solver:
         from onnxptq.packing import solve_by_packs
 
         (everything,) = Draw(self.everything).take((0, len(self.everything)))
-        if self.recipe.mirror:
-            everything = with_mirrored(everything, picture_widths(self.model.inputs))
         found = solve_by_packs(
             self.model,
             self.plan,

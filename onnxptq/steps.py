@@ -18,7 +18,6 @@ import yaml
 from onnxptq import reporting
 from onnxptq.bit_plan import MEGABYTE, read_bit_plan
 from onnxptq.calibrate.feeds import ImagePreprocess, open_feeds, read_labels, split_holdout
-from onnxptq.calibrate.feeds.preprocess import picture_widths
 from onnxptq.calibrate.run import Calibration
 from onnxptq.comparison import missed_gate, resolve_preprocess
 from onnxptq.errors import FeedError, QualityGateError
@@ -57,7 +56,7 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
 
     Raises:
         UnsupportedOperatorError: the recipe needs torch, and an operator has no form in it.
-        RecipeError: the recipe's plan is not for this model, or it mirrors samples that are no pictures.
+        RecipeError: the recipe's plan is not for this model.
     """
     with run.timed("canonicalize"):
         model = canonicalize(
@@ -74,8 +73,6 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
         from onnxptq.lowering import require_supported
 
         require_supported(model.graph)
-    if run.recipe.mirror:
-        picture_widths(model.inputs)
     if run.recipe.plan is not None:
         apply_bit_plan(run, model, read_bit_plan(Path(run.recipe.plan)), Path(run.recipe.plan))
     return model

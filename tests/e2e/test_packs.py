@@ -424,38 +424,6 @@ def test_roots_of_softmax_weights(options: Mapping[str, Any], tmp_path: Path) ->
         Recipe.create({"softmax_root": 2})
 
 
-def test_packs_see_mirrored_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[np.ndarray]] = []
-
-    def solved(*given: Any, **options: Any) -> Any:
-        seen.append([sample["x"] for sample in given[3]])
-        return genuine(*given, **options)
-
-    genuine = packing.solve_by_packs
-    monkeypatch.setattr(packing, "solve_by_packs", solved)
-    options = {
-        "target": "simulate",
-        "weight_bits": 4,
-        "activation_bits": 4,
-        "effort": "fast",
-        "method": "auto",
-    }
-    _quantized("windows", tmp_path, **options)
-    _is_proven(_quantized("windows", tmp_path, mirror=True, **options))
-    plain, doubled = seen
-    assert len(doubled) == 2 * len(plain)
-    for i, picture in enumerate(plain):
-        np.testing.assert_array_equal(doubled[2 * i], picture)
-        np.testing.assert_array_equal(doubled[2 * i + 1], picture[..., ::-1])
-
-
-def test_only_pictures_are_mirrored(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"'x' with shape .* is no picture"):
-        _quantized("attention", tmp_path, mirror=True, method="auto", target="simulate", weight_bits=4)
-    with pytest.raises(RecipeError, match="mirror adds samples for packs"):
-        Recipe.create({"mirror": True})
-
-
 def test_options_of_learning_are_refused_where_nothing_is_learnt() -> None:
     for values in ({}, {"weight_bits": 4}, {"method": "rtn"}, {"method": "pack-ptq", "effort": "fast"}):
         with pytest.raises(RecipeError, match="effort balanced or paper"):

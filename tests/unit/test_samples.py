@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxptq.samples import Draw, ListFeeds, pick_samples, with_mirrored
+from onnxptq.samples import Draw, ListFeeds, pick_samples
 from onnxptq.types import Sample
 
 
@@ -43,19 +43,6 @@ def test_a_draw_deals_on_and_begins_anew() -> None:
     assert sorted(whole) == list(range(10))
     assert middle == whole[4:7]
     assert around == whole[8:] + whole[:2]
-
-
-def test_mirrored_samples_follow_their_originals() -> None:
-    picture = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
-    samples: list[Sample] = [{"x": picture + i, "i": np.array([i])} for i in range(2)]
-    found = with_mirrored(samples, {"x": 3})
-    assert _ids(found) == [0, 0, 1, 1]
-    for i, sample in enumerate(samples):
-        assert found[2 * i] is sample
-        assert found[2 * i + 1]["x"].tolist() == sample["x"][..., ::-1].tolist()
-    # From channels last, the width is in another place.
-    turned = with_mirrored([{"x": picture.transpose(0, 2, 3, 1)}], {"x": 2})[1]["x"]
-    assert turned.tolist() == picture[..., ::-1].transpose(0, 2, 3, 1).tolist()
 
 
 def test_fingerprints_see_values_types_shapes_and_names() -> None:

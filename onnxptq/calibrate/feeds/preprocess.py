@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,7 +26,7 @@ from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from onnxptq.calibrate.feeds.wording import quote
-from onnxptq.errors import FeedError, RecipeError
+from onnxptq.errors import FeedError
 from onnxptq.types import Array, InputSpec
 
 _BYTE_SCALE = 1 / 255
@@ -334,22 +334,3 @@ def image_layout(spec: InputSpec) -> Literal["NCHW", "NHWC"] | None:
     if last in (1, 3):
         return "NHWC"
     return None if isinstance(first, int) else "NCHW"
-
-
-def picture_widths(inputs: Sequence[InputSpec]) -> dict[str, int]:
-    """The axis along which each input that is a picture is mirrored left to right.
-
-    Raises:
-        RecipeError: an input is no picture.
-    """
-    axes = {"NCHW": 3, "NHWC": 2}
-    found: dict[str, int] = {}
-    for spec in inputs:
-        layout = image_layout(spec)
-        if layout is None:
-            raise RecipeError(
-                f"Samples cannot be mirrored: input {spec.name!r} with shape {quote(spec.shape)} is no picture.",
-                "Leave mirror out.",
-            )
-        found[spec.name] = axes[layout]
-    return found
