@@ -62,8 +62,14 @@ PEERS: Mapping[str, Peer] = {
 
 
 def _few_bits(weights: int, activations: int, method: str, beds: tuple[str, ...]) -> Setting:
-    """Every product of the network at these bits, first and last layer included."""
-    chosen = {"method": "rtn"} if method == "rtn" else {"method": "pack-ptq", "effort": method}
+    """Every product of the network at these bits, first and last layer included.
+
+    ``method`` is ``rtn``, an effort of ``pack-ptq``, or ``auto-`` and an effort.
+    """
+    solved = {"method": "pack-ptq", "effort": method}
+    if method.startswith("auto-"):
+        solved = {"method": "auto", "effort": method.removeprefix("auto-")}
+    chosen = {"method": "rtn"} if method == "rtn" else solved
     bits = {"weight_bits": weights, "activation_bits": activations}
     return Setting(
         tool=OURS,
@@ -77,7 +83,7 @@ def _few_bits(weights: int, activations: int, method: str, beds: tuple[str, ...]
 SETTINGS: tuple[Setting, ...] = (
     Setting(tool=OURS, name="default", beds=ALL),
     Setting(tool=OURS, name="rtn", beds=ALL, recipe={"method": "rtn"}),
-    Setting(tool=OURS, name="simulate", beds=("resnet20",), recipe={"target": "simulate"}),
+    Setting(tool=OURS, name="simulate", beds=("resnet20", "vit"), recipe={"target": "simulate"}),
     Setting(
         tool=OURS, name="simulate-rtn", beds=("resnet20",), recipe={"target": "simulate", "method": "rtn"}
     ),
@@ -92,6 +98,12 @@ SETTINGS: tuple[Setting, ...] = (
             (3, 3, ("resnet20", "vit", "pointnet", "swin", "points")),
         )
         for method in ("rtn", "fast", "balanced")
+    ),
+    # Where there is no attention, auto and pack-ptq are the same.
+    *(
+        _few_bits(weights, activations, method, ("vit", "swin", "points"))
+        for weights, activations in ((6, 6), (4, 8), (4, 4), (3, 3))
+        for method in ("auto-fast", "auto-balanced")
     ),
     *(
         Setting(
@@ -128,6 +140,7 @@ FLOORS: Mapping[tuple[str, str], Floor] = {
     ("resnet20", "onnxptq:default"): Floor(agreement=0.985, sqnr_db=29.5, top1_loss=0.3),
     ("resnet20", "onnxptq:simulate"): Floor(sqnr_db=31.5),
     ("vit", "onnxptq:default"): Floor(agreement=0.995, sqnr_db=33.0),
+    ("vit", "onnxptq:simulate"): Floor(agreement=0.995, sqnr_db=30.0),
     ("vit", "onnxptq:tensorrt"): Floor(agreement=0.99, sqnr_db=24.5),
     ("pointnet", "onnxptq:default"): Floor(agreement=0.97),
     ("fastestdet", "onnxptq:default"): Floor(sqnr_db=20.0, map50_loss=1.0),
@@ -137,18 +150,29 @@ FLOORS: Mapping[tuple[str, str], Floor] = {
     ("efficientnet", "onnxptq:w4a8-balanced"): Floor(top1_loss=2.5),
     ("efficientnet", "onnxptq:w4a4-balanced"): Floor(top1_loss=8.0),
     ("vit", "onnxptq:w4a8-fast"): Floor(top1_loss=1.0),
+    ("vit", "onnxptq:w4a8-auto-fast"): Floor(top1_loss=1.0),
     ("vit", "onnxptq:w4a4-fast"): Floor(top1_loss=3.0),
+    ("vit", "onnxptq:w4a4-auto-fast"): Floor(top1_loss=3.0),
     ("vit", "onnxptq:w3a3-fast"): Floor(top1_loss=13.0),
+    ("vit", "onnxptq:w3a3-auto-fast"): Floor(top1_loss=13.0),
     ("vit", "onnxptq:w6a6-balanced"): Floor(agreement=0.99, top1_loss=0.4),
+    ("vit", "onnxptq:w6a6-auto-balanced"): Floor(agreement=0.99, top1_loss=0.4),
     ("vit", "onnxptq:w4a8-balanced"): Floor(agreement=0.98, top1_loss=0.6),
+    ("vit", "onnxptq:w4a8-auto-balanced"): Floor(agreement=0.98, top1_loss=0.6),
     ("vit", "onnxptq:w4a4-balanced"): Floor(agreement=0.96, top1_loss=2.0),
+    ("vit", "onnxptq:w4a4-auto-balanced"): Floor(agreement=0.96, top1_loss=2.0),
     ("vit", "onnxptq:w3a3-balanced"): Floor(agreement=0.89, top1_loss=7.0),
+    ("vit", "onnxptq:w3a3-auto-balanced"): Floor(agreement=0.89, top1_loss=7.0),
     ("pointnet", "onnxptq:w4a4-balanced"): Floor(top1_loss=2.0),
     ("pointnet", "onnxptq:w3a3-balanced"): Floor(top1_loss=6.0),
     ("swin", "onnxptq:w4a4-fast"): Floor(top1_loss=2.0),
+    ("swin", "onnxptq:w4a4-auto-fast"): Floor(top1_loss=2.0),
     ("swin", "onnxptq:w4a4-balanced"): Floor(top1_loss=2.0),
+    ("swin", "onnxptq:w4a4-auto-balanced"): Floor(top1_loss=2.0),
     ("points", "onnxptq:w4a4-fast"): Floor(top1_loss=2.0),
+    ("points", "onnxptq:w4a4-auto-fast"): Floor(top1_loss=2.0),
     ("points", "onnxptq:w4a4-balanced"): Floor(top1_loss=2.0),
+    ("points", "onnxptq:w4a4-auto-balanced"): Floor(top1_loss=2.0),
 }
 
 
