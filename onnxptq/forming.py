@@ -145,7 +145,8 @@ def _rescaled(run: Run, model: CanonicalModel, data: Data, reference: Path, work
             group_bytes=run.group_bytes,
             progress=run.progress,
         )
-        is_judged = rescaling.needs_judging or run.recipe.enough is None
+        # With few bits what is enough is out of reach.
+        is_judged = rescaling.needs_judging or run.recipe.enough is None or run.recipe.is_low_bit
         equalized, summary = rescaling.judged() if is_judged else rescaling.proposed()
     found = _prepared(run, equalized, data, reference)
     if not is_judged and not found.solver.is_enough:
