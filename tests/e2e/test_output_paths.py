@@ -107,7 +107,7 @@ def _full(*_: Any, **__: Any) -> Any:
 
 WRITERS = {
     "the model": "onnxptq.graph.save._to_proto",
-    "the cache": "numpy.savez_compressed",
+    "the cache": "numpy.savez",
     "moving into place": "pathlib.Path.replace",
     "the report": "os.fdopen",
     "folders": "tempfile.mkdtemp",
