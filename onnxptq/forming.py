@@ -34,6 +34,13 @@ COMPENSATED_BITS = 10
 """The nearest rounding that makes as little noise as 8 bits with compensated rounding (9 to 12 dB less)."""
 
 
+FORM_MARGIN_DB = 0.5
+"""What another form must gain with few bits: it is judged before packs are solved, which changes more than that."""
+
+LEAST_TELLING_DB = -6.0
+"""With few bits a form below this is not taken: outputs with four times as much noise as signal tell nothing about
+the network once its packs are solved."""
+
 ROOT_SAMPLES = 8
 """Calibration samples whose attention chooses the root of softmax weights: the gaps between orders are wide."""
 
@@ -198,9 +205,12 @@ def _shifted(run: Run, form: Prepared, data: Data, where: ShiftedPlace) -> Canon
 def _better(run: Run, plain: Prepared, changed: Prepared, what: str) -> Prepared:
     with run.timed("solve"):
         before, after = plain.solver.prospect(), changed.solver.prospect()
-    kept = "kept" if after > before else "dropped"
+    is_better = after > before
+    if run.recipe.is_low_bit:
+        is_better = after > max(before + FORM_MARGIN_DB, LEAST_TELLING_DB)
+    kept = "kept" if is_better else "dropped"
     run.note(f"The {what} were {kept}: {before:.2f} dB without, {after:.2f} dB with them.")
-    return changed if after > before else plain
+    return changed if is_better else plain
 
 
 def _prepared(run: Run, model: CanonicalModel, data: Data, reference: Path) -> Prepared:

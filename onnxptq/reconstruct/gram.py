@@ -11,6 +11,7 @@ b + W m - W_new m': together they are the least-squares solution in weight and b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from onnxptq.ranks import Ranks
 from onnxptq.types import Array, FloatArray
 
 Matrix = npt.NDArray[np.float64]
+
+_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 @dataclass(slots=True)
@@ -151,8 +154,7 @@ def _rows(layer: Linear, value: FloatArray, limit: int) -> FloatArray:
     if layer.node.op == "Conv":
         return _patches(layer, value, limit)
     rows = value.reshape(-1, value.shape[-1])
-    step = max(1, -(-rows.shape[0] // limit))
-    return rows[::step][None]
+    return rows[_picked(len(rows), limit)][None]
 
 
 def _patches(layer: Linear, value: FloatArray, limit: int) -> FloatArray:
@@ -169,14 +171,21 @@ def _patches(layer: Linear, value: FloatArray, limit: int) -> FloatArray:
     taps = tuple(slice(None, None, d) for d in dilations)
     strided: tuple[Any, ...] = (..., *positions, *taps)
     windows = windows[strided]
-    batch, channels = windows.shape[:2]
-    places = windows.shape[2 : 2 + spatial]
-    count = int(np.prod(places))
-    chosen = np.arange(0, count, max(1, -(-count * batch // limit)))
+    windows = np.moveaxis(windows, 1, 1 + spatial)
+    places = windows.shape[: 1 + spatial]
+    chosen = _picked(math.prod(places), limit)
     # Only the chosen positions are ever copied out of the overlapping view.
-    selection: tuple[Any, ...] = (slice(None), slice(None), *np.unravel_index(chosen, places))
-    picked = windows[selection]
-    moved = np.moveaxis(picked, 2, 1).reshape(
-        batch * len(chosen), layer.group, channels // layer.group, *kernel
-    )
-    return np.ascontiguousarray(np.moveaxis(moved, 1, 0).reshape(layer.group, batch * len(chosen), -1))
+    picked = windows[np.unravel_index(chosen, places)]
+    grouped = picked.reshape(len(chosen), layer.group, -1)
+    return np.ascontiguousarray(np.moveaxis(grouped, 1, 0))
+
+
+def _picked(size: int, limit: int) -> npt.NDArray[np.int64]:
+    """Which of ``size`` rows are taken, at most ``limit``, in order.
+
+    They follow the golden ratio: equal steps would meet the same column of every picture, or the same token of every
+    window, wherever the step and a size of the array have a factor in common.
+    """
+    if limit >= size:
+        return np.arange(size)
+    return np.unique((np.arange(max(1, limit)) * _GOLDEN % 1.0 * size).astype(np.int64))

@@ -132,3 +132,27 @@ def test_about_as_many_rows_are_taken_as_asked(limit: int, tmp_path: Path) -> No
     rows = layer_rows(layer, RNG.standard_normal((1, 4, 9, 8)).astype(np.float32), None, limit)
     assert rows is not None
     assert limit / 2 <= rows[0].shape[1] <= limit
+
+
+@pytest.mark.parametrize(("samples", "side", "limit"), [(8, 32, 264), (4, 16, 64), (16, 8, 100)])
+@pytest.mark.parametrize("kind", ["Conv", "MatMul"])
+def test_rows_come_from_every_column(kind: str, samples: int, side: int, limit: int, tmp_path: Path) -> None:
+    """Steps of a multiple of the width would see one column of pictures, or one token of windows, and no other."""
+    net = Net()
+    columns = np.arange(side, dtype=np.float32)
+    if kind == "Conv":
+        output, value = net.conv("y", "x", (2, 1, 1, 1)), np.tile(columns, (samples, 1, side, 1))
+    else:
+        output, value = (
+            net.op("MatMul", "y", "x", net.weight("w", 1, 3)),
+            np.tile(columns, (samples, side, 1)),
+        )
+        value = value[..., None]
+    model = canonical(net.proto({"x": list(value.shape)}, [output]), tmp_path)
+    (layer,) = find_linears(GraphIndex(model.graph))
+    rows = layer_rows(layer, value, None, limit)
+    assert rows is not None
+    seen, counts = np.unique(rows[0], return_counts=True)
+    assert 0.8 * limit <= counts.sum() <= limit
+    assert seen.tolist() == columns.tolist()
+    assert counts.max() <= 3 * counts.mean()
