@@ -8,7 +8,6 @@ does not depend either on how many processes share the samples.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,12 +17,11 @@ from onnxptq.calibrate.statistics import StatisticsBuilder, TensorStatistics
 from onnxptq.errors import MemoryBudgetError
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.runtime import Provider, first_sample, group_within
+from onnxptq.threads import THREADS
 from onnxptq.types import Array, CanonicalModel, Feeds, Progress, Sample, Skip
 
 DEFAULT_GROUP_BYTES = 1 << 30
 """Exposed activations of one sample held at once when the user states no budget."""
-
-_THREADS = max(1, min(4, os.cpu_count() or 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -130,7 +128,7 @@ def _observed(
         broken={},
     )
     step = progress.start("calibrate", len(feeds) * len(groups)) if progress and feeds else None
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         for number, group in enumerate(groups):
             session = open_group(model, group, anchored, provider, ranks.rank) if group else None
             for position, sample in ranks.deal(None if feeds is None else _told(feeds, step)):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from onnxptq.graph.classes import variable_of
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.tracing import Shapes
 from onnxptq.runtime import Provider, Session, compare_forms, concrete_shapes, first_sample
+from onnxptq.threads import in_threads
 from onnxptq.types import CanonicalModel, Feeds, Progress, Sample, Skip
 
 FACTOR_LIMIT = 64.0
@@ -49,8 +48,6 @@ _FEWEST = 6
 Solved = Sequence[tuple[Component, Choice]]
 
 Floats = npt.NDArray[np.float64]
-
-_THREADS = max(1, min(4, os.cpu_count() or 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,8 +332,7 @@ def _solve(job: _Job, parts: Sequence[Component], limits: Limits, emphasis: Emph
     def chosen(part: Component) -> Choice:
         return choose(part.weighed(emphasis), *part.ends(limits, job.limit), snap=job.snap)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        choices = list(pool.map(chosen, parts))
+    choices = in_threads(chosen, parts)
     return [
         (part, choice) for part, choice in zip(parts, choices, strict=True) if choice.after < choice.before
     ]

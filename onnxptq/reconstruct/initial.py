@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxptq.quantizers.affine import SMALLEST_SCALE, search_weight_qparams, symmetric_qparams
+from onnxptq.threads import in_threads
 from onnxptq.types import Array, PerAxis, PerGroup, QParams, Quantizer, QuantPlan, Solution
-
-_THREADS = max(1, min(4, os.cpu_count() or 1))
 
 _BIAS_LIMIT = 2.0**30
 """Integers of a bias stay within half of int32, so that the accumulator it joins cannot overflow."""
@@ -28,10 +25,8 @@ def weight_grids(graph: gs.Graph, plan: QuantPlan, *, search: bool = True) -> di
     """
     tensors = graph.tensors()
     quantizers = [q for q in plan.quantizers if q.role == "weight"]
-    # numpy lets go of the interpreter lock while it reads an array.
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda q: _weight_qparams(tensors[q.tensor].values, q, search), quantizers)
-        return {q.quantizer_id: qparams for q, qparams in zip(quantizers, found, strict=True)}
+    found = in_threads(lambda q: _weight_qparams(tensors[q.tensor].values, q, search), quantizers)
+    return {q.quantizer_id: qparams for q, qparams in zip(quantizers, found, strict=True)}
 
 
 def initial_solution(
