@@ -152,7 +152,8 @@ class Solver:
     @property
     def is_enough(self) -> bool:
         """Whether ``start`` reaches what the recipe calls enough."""
-        return self.recipe.enough is not None and self.rank() >= self.recipe.enough
+        enough = self.recipe.enough
+        return enough is not None and (not self.plan.quantizers or self._starting().level >= enough)
 
     def _starting(self) -> Quality:
         if self._start_quality is None:
@@ -201,7 +202,6 @@ class Solver:
                 self.scratch,
                 self.recipe.provider,
                 reference=self.reference,
-                counts_alike=self.recipe.is_low_bit,
             )
         return self._known_trial
 
@@ -347,7 +347,7 @@ class Solver:
         packed: dict[str, PackSolution] = {}
         for name, found in self._alternatives(packed):
             enough = self.recipe.enough
-            if not name.startswith(_PACKS) and enough is not None and qualities[best].rank >= enough:
+            if not name.startswith(_PACKS) and enough is not None and qualities[best].level >= enough:
                 self.notes.append(f"Nothing more was tried: {enough:g} dB on calibration samples are enough.")
                 break
             solutions[name] = found()

@@ -21,17 +21,19 @@ CEILING_DB = 100.0
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Two views of one distance from the float outputs, both in dB and means over the float outputs.
+    """Views of one distance from the float outputs, all in dB and means over the float outputs.
 
-    ``score`` is the signal-to-noise ratio. ``rank`` is the same, but class scores are weighed by what they
+    ``score`` is the signal-to-noise ratio. ``level`` is the same, but class scores are weighed by what they
     decide: for logits z with p = softmax(z) the ratio is Var_p(z) / (2 KL(p || p_quantized)), so that an error
     counts where it moves probability between classes, and not where all logits shift or a hopeless class changes.
+    Both are ratios of sums over the samples.
 
-    The ratio is that of sums over the samples or, where samples count alike, the mean of their own in dB: where the
-    noise is large, a sum of divergences is that of the few samples whose class is lost.
+    ``rank`` is the mean of the samples' own levels, which solutions are compared by: a sum of divergences is that of
+    the few samples whose class is close to lost, and tells little about others.
     """
 
     score: float
+    level: float
     rank: float
 
 
@@ -41,7 +43,6 @@ class Trial:
     Args:
         samples: inputs on which outputs are compared; chosen among the calibration samples.
         reference: the float model whose outputs are wanted; None for ``model`` itself.
-        counts_alike: whether samples count alike in ``rank``.
     """
 
     def __init__(
@@ -52,10 +53,8 @@ class Trial:
         provider: Provider,
         *,
         reference: Path | None = None,
-        counts_alike: bool = False,
     ) -> None:
         self._model = model
-        self._counts_alike = counts_alike
         self._samples = samples
         self._path = scratch / "trial.onnx"
         self._provider = provider
@@ -69,7 +68,7 @@ class Trial:
             lambda path: save_graph(insert_quantizers(self._model.graph, plan, solution), path, share=True),
             provider=self._provider,
         )
-        tally = _Tally(self._counts_alike)
+        tally = _Tally()
         for sample, reference in zip(self._samples, self._known(len(self._samples)), strict=True):
             tally.add(reference, session.run(sample))
         return tally.quality()
@@ -88,7 +87,7 @@ class Trial:
         opened = self._with_inputs(plan, start)
 
         def rank(solution: Solution, count: int) -> float:
-            _, tally = tallies.setdefault(id(solution), (solution, _Tally(self._counts_alike)))
+            _, tally = tallies.setdefault(id(solution), (solution, _Tally()))
             run = opened(solution)
             references = self._known(count)
             for number in range(tally.samples, count):
@@ -132,9 +131,8 @@ class Trial:
 class _Tally:
     """Sums of signal and noise over samples, by output, for both measures of :class:`Quality`."""
 
-    def __init__(self, counts_alike: bool) -> None:
+    def __init__(self) -> None:
         self.samples = 0
-        self._counts_alike = counts_alike
         self._plain: dict[str, list[tuple[float, float]]] = {}
         self._weighed: dict[str, list[tuple[float, float]]] = {}
 
@@ -152,7 +150,8 @@ class _Tally:
     def quality(self) -> Quality:
         return Quality(
             score=_mean_ratio(self._plain),
-            rank=(_mean_of_ratios if self._counts_alike else _mean_ratio)(self._weighed),
+            level=_mean_ratio(self._weighed),
+            rank=_mean_of_ratios(self._weighed),
         )
 
 
