@@ -36,6 +36,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "closed form, root 4": {"method": "pack-ptq", "effort": "fast", "softmax_root": 4},
     "closed form, branches": {"method": "pack-ptq", "effort": "fast", "low_rank": "branch"},
     "packs": {"method": "pack-ptq", "effort": "balanced"},
+    "packs, tuned": {"method": "pack-ptq", "effort": "balanced", "tune": True},
     "packs, focus": {"method": "pack-ptq", "effort": "balanced", "focus": True},
     "packs, fisher": {"method": "pack-ptq", "effort": "balanced", "loss": "fisher"},
     "packs, global-local": {"method": "pack-ptq", "effort": "balanced", "loss": "global-local"},

@@ -97,13 +97,12 @@ SETTINGS: tuple[Setting, ...] = (
             (4, 4, ("resnet20", "efficientnet", "vit", "pointnet", "swin", "points")),
             (3, 3, ("resnet20", "vit", "pointnet", "swin", "points")),
         )
-        for method in ("rtn", "fast", "balanced")
+        for method in ("rtn", "fast", "balanced", "auto-balanced")
     ),
-    # Where there is no attention, auto and pack-ptq are the same.
+    # Without attention, and without gradient steps, auto and pack-ptq are the same.
     *(
-        _few_bits(weights, activations, method, ("vit", "swin", "points"))
+        _few_bits(weights, activations, "auto-fast", ("vit", "swin", "points"))
         for weights, activations in ((6, 6), (4, 8), (4, 4), (3, 3))
-        for method in ("auto-fast", "auto-balanced")
     ),
     *(
         Setting(
@@ -145,10 +144,15 @@ FLOORS: Mapping[tuple[str, str], Floor] = {
     ("pointnet", "onnxptq:default"): Floor(agreement=0.97),
     ("fastestdet", "onnxptq:default"): Floor(sqnr_db=20.0, map50_loss=1.0),
     ("resnet20", "onnxptq:w4a8-balanced"): Floor(agreement=0.96, top1_loss=0.55),
+    ("resnet20", "onnxptq:w4a8-auto-balanced"): Floor(agreement=0.96, top1_loss=0.55),
     ("resnet20", "onnxptq:w4a4-balanced"): Floor(agreement=0.90, top1_loss=0.55),
+    ("resnet20", "onnxptq:w4a4-auto-balanced"): Floor(agreement=0.90, top1_loss=0.55),
     ("resnet20", "onnxptq:w3a3-balanced"): Floor(agreement=0.84, top1_loss=3.35),
+    ("resnet20", "onnxptq:w3a3-auto-balanced"): Floor(agreement=0.84, top1_loss=3.35),
     ("efficientnet", "onnxptq:w4a8-balanced"): Floor(top1_loss=2.5),
+    ("efficientnet", "onnxptq:w4a8-auto-balanced"): Floor(top1_loss=2.5),
     ("efficientnet", "onnxptq:w4a4-balanced"): Floor(top1_loss=8.0),
+    ("efficientnet", "onnxptq:w4a4-auto-balanced"): Floor(top1_loss=8.0),
     ("vit", "onnxptq:w4a8-fast"): Floor(top1_loss=1.0),
     ("vit", "onnxptq:w4a8-auto-fast"): Floor(top1_loss=1.0),
     ("vit", "onnxptq:w4a4-fast"): Floor(top1_loss=3.0),
@@ -164,7 +168,9 @@ FLOORS: Mapping[tuple[str, str], Floor] = {
     ("vit", "onnxptq:w3a3-balanced"): Floor(agreement=0.89, top1_loss=7.0),
     ("vit", "onnxptq:w3a3-auto-balanced"): Floor(agreement=0.89, top1_loss=7.0),
     ("pointnet", "onnxptq:w4a4-balanced"): Floor(top1_loss=2.0),
+    ("pointnet", "onnxptq:w4a4-auto-balanced"): Floor(top1_loss=2.0),
     ("pointnet", "onnxptq:w3a3-balanced"): Floor(top1_loss=6.0),
+    ("pointnet", "onnxptq:w3a3-auto-balanced"): Floor(top1_loss=6.0),
     ("swin", "onnxptq:w4a4-fast"): Floor(top1_loss=2.0),
     ("swin", "onnxptq:w4a4-auto-fast"): Floor(top1_loss=2.0),
     ("swin", "onnxptq:w4a4-balanced"): Floor(top1_loss=2.0),

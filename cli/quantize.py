@@ -88,6 +88,12 @@ from .progress import TerminalProgress
     help="Gradient steps learn both ends of softmax ranges. Left out: with aiqvit.",
 )
 @click.option(
+    "--tune/--no-tune",
+    default=None,
+    help="Gradient steps on the network's outputs learn scales and biases in the end. Left out: with auto, where "
+    "gradient steps are taken.",
+)
+@click.option(
     "--softmax-root",
     type=int,
     metavar="N",

@@ -19,7 +19,7 @@ from onnxptq.errors import MemoryBudgetError
 from onnxptq.graph.index import is_constant
 from onnxptq.lowering.network import BlockNetwork
 from onnxptq.partition.blocks import find_blocks
-from onnxptq.partition.pack import PackMemory, pack_blocks, pack_memory
+from onnxptq.partition.pack import PackMemory, pack_blocks, pack_memory, whole_network
 from onnxptq.partition.score import score_blocks
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import Effort, Recipe
@@ -89,12 +89,17 @@ class Packing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackSolution:
-    """A network solved by packs; ``checkpoints`` may be deleted once its file is written."""
+    """A network solved by packs; ``checkpoints`` may be deleted once its file is written.
+
+    ``tuning`` tells what learning scales and biases on the outputs did; ``untuned`` is why that was not tried.
+    """
 
     packing: Packing
     solution: Solution
     outcomes: tuple[PackOutcome, ...]
     checkpoints: Path
+    tuning: PackOutcome | None = None
+    untuned: str = ""
 
 
 def learning(recipe: Recipe) -> Learning:
@@ -109,6 +114,7 @@ def learning(recipe: Recipe) -> Learning:
     return replace(
         found,
         is_global=recipe.loss == "global-local",
+        is_tuned=recipe.tunes,
         adds_branches=recipe.low_rank == "branch",
         is_easy_first=recipe.is_easy_first,
         focuses_softmax=recipe.learns_focus,
@@ -209,13 +215,25 @@ def solve_by_packs(
             model, plan, start, samples, recipe, device=device, progress=progress, ranks=ranks
         )
     settings = learning(recipe)
-    packing, needs = _within(model, plan, packing, samples, settings, recipe)
+    sizes = _sizes(model, packing, samples[0])
+    packing, needs = _within(model, plan, packing, sizes, len(samples), settings, recipe)
     if settings.is_global:
         # The loss at the outputs keeps what the packs behind compute.
         behind = accumulate(reversed([need.activations for need in needs]))
         needs = [replace(n, activations=a) for n, a in zip(needs, reversed(list(behind)), strict=True)]
     spare = _memory(recipe) // 2
     together = [_together((spare - need.parameters) // max(1, need.activations)) for need in needs]
+    whole = pack_memory(
+        whole_network(packing.packs), plan, *sizes, samples=len(samples), batch=1, keeps_integers=True
+    )
+    fitting = (spare - whole.parameters) // max(1, whole.activations)
+    untuned = ""
+    if settings.is_tuned and fitting < 1:
+        need = whole.activations + whole.parameters
+        untuned = (
+            f"Scales and biases were not learnt on the outputs: one sample takes {need / 2**20:.0f} MiB, half of the "
+            f"budget is {spare / 2**20:.0f} MiB (--max-memory {int(2 * need / 2**20) + 1} would do)."
+        )
     folder = work_dir / "packs" / _key(model, plan, start, samples, packing, settings, recipe, device)
     found = reconstruct(
         model,
@@ -226,6 +244,7 @@ def solve_by_packs(
         settings,
         Resources(
             together=together,
+            tuned_together=_together(fitting) if fitting >= 1 else 0,
             cache_bytes=spare,
             scratch=scratch,
             checkpoints=Checkpoints(folder),
@@ -235,7 +254,14 @@ def solve_by_packs(
         progress=progress,
         ranks=ranks,
     )
-    return PackSolution(packing=packing, solution=found.solution, outcomes=found.outcomes, checkpoints=folder)
+    return PackSolution(
+        packing=packing,
+        solution=found.solution,
+        outcomes=found.outcomes,
+        checkpoints=folder,
+        tuning=found.tuning,
+        untuned=untuned,
+    )
 
 
 def _together(most: int) -> int:
@@ -257,28 +283,36 @@ def _singles(blocks: Sequence[Block]) -> tuple[Pack, ...]:
     return pack_blocks(blocks, unscored, max_pack_blocks=1)
 
 
-def _within(
-    model: CanonicalModel,
-    plan: QuantPlan,
-    packing: Packing,
-    samples: Sequence[Sample],
-    settings: Learning,
-    recipe: Recipe,
-) -> tuple[Packing, list[PackMemory]]:
-    """The packing, or one of smaller packs, whose every pack runs on one sample within the budget."""
+def _sizes(
+    model: CanonicalModel, packing: Packing, sample: Sample
+) -> tuple[Mapping[str, int], Mapping[str, int]]:
+    """Elements of every tensor for one sample, and of every initializer."""
     network = BlockNetwork(model.graph, packing.blocks)
-    sizes = network.measure({name: torch.from_numpy(np.array(samples[0][name])) for name in network.inputs})
+    sizes = network.measure({name: torch.from_numpy(np.array(sample[name])) for name in network.inputs})
     weights = {
         tensor.name: int(np.prod(tensor.shape))
         for node in model.graph.nodes
         for tensor in node.inputs
         if is_constant(tensor)
     }
+    return sizes, weights
+
+
+def _within(
+    model: CanonicalModel,
+    plan: QuantPlan,
+    packing: Packing,
+    sizes: tuple[Mapping[str, int], Mapping[str, int]],
+    samples: int,
+    settings: Learning,
+    recipe: Recipe,
+) -> tuple[Packing, list[PackMemory]]:
+    """The packing, or one of smaller packs, whose every pack runs on one sample within the budget."""
     budget = _memory(recipe) // 2
     longest = max(len(pack.blocks) for pack in packing.packs)
     for limit in range(longest, 0, -1):
         packs = packing.packs if limit == longest else _packs(packing, limit)
-        needs = [pack_memory(pack, plan, sizes, weights, samples=len(samples), batch=1) for pack in packs]
+        needs = [pack_memory(pack, plan, *sizes, samples=samples, batch=1) for pack in packs]
         worst = max(range(len(packs)), key=lambda i: needs[i].activations + needs[i].parameters)
         need = needs[worst].activations + needs[worst].parameters
         if need <= budget or not settings.steps:

@@ -56,6 +56,8 @@ class Recipe(BaseModel):
         easy_first: whether gradient steps see the samples with the lowest loss first. None does so for ``aiqvit``.
         focus: whether gradient steps learn both ends of softmax ranges, instead of their scale. None does so for
             ``aiqvit``.
+        tune: whether gradient steps on the network's outputs learn scales and biases in the end. None does so for
+            ``auto``.
         softmax_root: the order of the root of softmax weights that is put on a uniform grid, so that points for the
             weights lie the closer the smaller they are; 1 takes the weights themselves. For ``simulate``; None is
             what leaves least noise there for ``auto``, and 1 for other methods and targets.
@@ -102,6 +104,7 @@ class Recipe(BaseModel):
     low_rank: LowRank | None = None
     easy_first: bool | None = None
     focus: bool | None = None
+    tune: bool | None = None
     softmax_root: int | None = Field(default=None, ge=1, le=8)
     weight_bits: int = Field(default=8, ge=2, le=8)
     activation_bits: int = Field(default=8, ge=2, le=8)
@@ -162,6 +165,8 @@ class Recipe(BaseModel):
             )
         if self.easy_first and not self.learns:
             raise ValueError("easy_first orders gradient steps: it needs effort balanced or paper")
+        if self.tune and not self.learns:
+            raise ValueError("tune takes gradient steps: it needs effort balanced or paper")
         if self.focus and not self.learns:
             raise ValueError("focus is learnt: it needs effort balanced or paper")
         return self
@@ -238,6 +243,11 @@ class Recipe(BaseModel):
     def learns_focus(self) -> bool:
         """Whether gradient steps learn both ends of softmax ranges."""
         return self.learns and (self.method == "aiqvit" if self.focus is None else self.focus)
+
+    @property
+    def tunes(self) -> bool:
+        """Whether scales and biases are learnt on the network's outputs in the end."""
+        return self.learns and (self.method == "auto" if self.tune is None else self.tune)
 
     @property
     def learns(self) -> bool:

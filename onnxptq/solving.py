@@ -337,6 +337,13 @@ class Solver:
         )
         self.checkpoints.append(found.checkpoints)
         self.packed = packed[_LOW_RANK[low_rank]] = found
+        if found.untuned:
+            self.notes.append(found.untuned)
+        if found.tuning is not None:
+            self.notes.append(
+                f"Scales and biases were learnt on the outputs in {found.tuning.steps} steps: noise over signal "
+                f"{found.tuning.before:.4g} before, {found.tuning.after:.4g} after."
+            )
         return found.solution
 
     def _improved(self) -> Solution:

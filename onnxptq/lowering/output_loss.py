@@ -81,15 +81,17 @@ class OutputLoss:
         return sum(self._sums[name] / (self._scales[name] or 1.0) for name in self._outputs)
 
 
-def divergence(fp: torch.Tensor, q: torch.Tensor, *, is_probability: bool) -> torch.Tensor:
-    """The sum over rows of sum_c p_c (log p_c - log q_c)."""
-    log_p, log_q = _logarithms(fp, is_probability), _logarithms(q, is_probability)
+def divergence(
+    fp: torch.Tensor, q: torch.Tensor, *, is_probability: bool, temperature: float = 1.0
+) -> torch.Tensor:
+    """The sum over rows of sum_c p_c (log p_c - log q_c); logits are divided by the temperature before."""
+    log_p, log_q = (_logarithms(value, is_probability, temperature) for value in (fp, q))
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
-def _logarithms(value: torch.Tensor, is_probability: bool) -> torch.Tensor:
+def _logarithms(value: torch.Tensor, is_probability: bool, temperature: float) -> torch.Tensor:
     # Double precision: two nearly equal distributions cancel to the square of their difference.
     wide = value.double()
     if is_probability:
         wide = wide.clamp_min(torch.finfo(torch.float32).tiny).log()
-    return torch.log_softmax(wide, dim=1)
+    return torch.log_softmax(wide / temperature, dim=1)

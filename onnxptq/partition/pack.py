@@ -76,6 +76,12 @@ def pack_blocks(
     return tuple(_pack(blocks, a, b, i) for i, (a, b) in enumerate(zip(starts, stops, strict=True)))
 
 
+def whole_network(packs: Sequence[Pack]) -> Pack:
+    """All of the network as one pack, whose index follows those of ``packs``."""
+    blocks = [block for pack in packs for block in pack.blocks]
+    return _pack(blocks, 0, len(blocks), len(packs))
+
+
 def _pack(blocks: Sequence[Block], start: int, stop: int, index: int) -> Pack:
     members = tuple(blocks[start:stop])
     merged = merge_blocks(members, [*blocks[:start], *blocks[stop:]], index=index)
@@ -117,13 +123,15 @@ def pack_memory(
     *,
     samples: int,
     batch: int,
+    keeps_integers: bool = False,
 ) -> PackMemory:
     """An upper estimate, known before anything runs; single precision throughout.
 
     Per batch element the forward pass keeps every tensor of the pack, and five more of its size for each
     quantized read (quotient, rounded, clamped and their masks); the backward pass adds gradients of as
     much as the two largest tensors. A trained weight is kept, besides itself, as gradient, two moments,
-    latent value and five intermediates of its quantizer.
+    latent value and five intermediates of its quantizer; where its scale alone is trained, as integers, product,
+    and gradients of both.
 
     Args:
         sizes: elements of every tensor per sample (``BlockNetwork.measure``).
@@ -141,7 +149,7 @@ def pack_memory(
     return PackMemory(
         cache=4 * samples * cached,
         activations=4 * batch * kept,
-        parameters=4 * (5 + _QUANTIZER_COPIES) * trained,
+        parameters=4 * (4 if keeps_integers else 5 + _QUANTIZER_COPIES) * trained,
     )
 
 

@@ -8,6 +8,8 @@ AdaRound weights (Nagel et al., arXiv 2004.10568): each weight is rounded down o
 
     w_hat = s clamp(floor(W / s) + h(a), qmin, qmax),     h(a) = clamp(1.2 sigmoid(a) - 0.1, 0, 1)
 
+Kept weights: the integers q of a weight on its grid stay, w_hat = s q, and the scale is learnt.
+
 Activations (LSQ, Esser et al., arXiv 1902.08153): the scale is learnt, the zero point is kept,
 
     x_hat = s (clamp(round(x / s) + z, qmin, qmax) - z)
@@ -19,6 +21,7 @@ all. ``hardened`` gives what reaches the file: parameters in single precision an
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import cast
 
@@ -70,7 +73,33 @@ class LearnedScale(torch.nn.Module):
         )
 
 
-class StraightThroughWeight(torch.nn.Module):
+class ScaledWeight(torch.nn.Module, ABC):
+    """w_hat = s q with a scale that may be learnt; what q is, derived classes say."""
+
+    def __init__(self, qparams: QParams, shape: tuple[int, ...], *, learn_scale: bool) -> None:
+        super().__init__()
+        self.scale = LearnedScale(qparams, shape, is_learned=learn_scale)
+
+    @property
+    def latents(self) -> list[torch.nn.Parameter]:
+        """What is learnt beside the scale."""
+        return []
+
+    def forward(self) -> torch.Tensor:
+        """The weight on its grid, differentiable."""
+        return cast(torch.Tensor, self._integers() * self.scale())
+
+    @torch.no_grad()
+    def hardened(self) -> tuple[QParams, FloatArray]:
+        """Parameters and weight as the file will hold them."""
+        qparams = self.scale.hardened()
+        return qparams, _on_grid(self._integers(), qparams)
+
+    @abstractmethod
+    def _integers(self) -> torch.Tensor: ...
+
+
+class StraightThroughWeight(ScaledWeight):
     """Latents that follow the gradient as if rounding were not there.
 
     Args:
@@ -83,8 +112,7 @@ class StraightThroughWeight(torch.nn.Module):
     def __init__(
         self, weight: FloatArray, start: FloatArray, qparams: QParams, *, learn_scale: bool = True
     ) -> None:
-        super().__init__()
-        self.scale = LearnedScale(qparams, weight.shape, is_learned=learn_scale)
+        super().__init__(qparams, weight.shape, learn_scale=learn_scale)
         self._low, self._high = qparams.qtype.qmin, qparams.qtype.qmax
         quotient, chosen = _quotients(weight, start, qparams)
         apart = quotient - chosen
@@ -97,18 +125,20 @@ class StraightThroughWeight(torch.nn.Module):
         """What is learnt beside the scale."""
         return [self.latent]
 
-    def forward(self) -> torch.Tensor:
-        """The weight on its grid, differentiable."""
-        return cast(torch.Tensor, self._integers() * self.scale())
-
     def _integers(self) -> torch.Tensor:
         return round_through(self.latent).clamp(self._low, self._high)
 
-    @torch.no_grad()
-    def hardened(self) -> tuple[QParams, FloatArray]:
-        """Parameters and weight as the file will hold them."""
-        qparams = self.scale.hardened()
-        return qparams, _on_grid(self._integers(), qparams)
+
+class KeptWeight(ScaledWeight):
+    """The integers of ``weight``, which is on the grid of ``qparams``, stay as they are; zero point 0."""
+
+    def __init__(self, weight: FloatArray, qparams: QParams, *, learn_scale: bool = True) -> None:
+        super().__init__(qparams, weight.shape, learn_scale=learn_scale)
+        _, chosen = _quotients(weight, weight, qparams)
+        self._kept = torch.nn.Buffer(torch.from_numpy(chosen.astype(np.float32)))
+
+    def _integers(self) -> torch.Tensor:
+        return self._kept
 
 
 class AdaRoundWeight(torch.nn.Module):
@@ -164,7 +194,7 @@ class AdaRoundWeight(torch.nn.Module):
         return (self.down + (self.latent >= 0)).clamp(self._low, self._high)
 
 
-LearnedWeight = StraightThroughWeight | AdaRoundWeight
+LearnedWeight = ScaledWeight | AdaRoundWeight
 
 
 class LearnedActivation(torch.nn.Module):

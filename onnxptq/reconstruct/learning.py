@@ -11,8 +11,9 @@ class Learning:
     """Settings of the reconstruction loop.
 
     Attributes:
-        weights: ``straight-through`` latents, or ``adaround`` (see :mod:`onnxptq.quantizers.trainable`), or
-            ``low-rank`` corrections of float weights (:mod:`onnxptq.quantizers.low_rank`).
+        weights: ``straight-through`` latents, or ``adaround``, or ``kept`` integers (see
+            :mod:`onnxptq.quantizers.trainable`), or ``low-rank`` corrections of float weights
+            (:mod:`onnxptq.quantizers.low_rank`).
         ranks: candidates for the rank of these; the largest is taken where none is searched for.
         search_steps: steps of :mod:`onnxptq.reconstruct.rank_search` per pack, before ``steps``.
         is_closed_form_first: whether layers are rounded with error compensation before anything is learnt.
@@ -36,11 +37,13 @@ class Learning:
         weighting: exponent of the Fisher weights of a pack's outputs (:mod:`onnxptq.reconstruct.fisher`); 0 weighs
             all elements alike.
         is_global: whether the loss at the network's outputs counts as well (:mod:`onnxptq.reconstruct.suffix`).
+        is_tuned: whether scales and biases of the whole network are learnt on its outputs once all packs are solved
+            (:mod:`onnxptq.reconstruct.tuning`).
         warm_up: share of the steps before AdaRound's indecision counts.
         decision: its weight.
     """
 
-    weights: Literal["straight-through", "adaround", "low-rank"] = "straight-through"
+    weights: Literal["straight-through", "adaround", "low-rank", "kept"] = "straight-through"
     ranks: tuple[int, ...] = (10, 20, 50, 100, 150)
     search_steps: int = 0
     is_closed_form_first: bool = True
@@ -60,6 +63,7 @@ class Learning:
     bias_rate: float = 1e-3
     weighting: float = 0.0
     is_global: bool = False
+    is_tuned: bool = False
     warm_up: float = 0.2
     decision: float = 0.01
 
@@ -79,3 +83,15 @@ PAPER = Learning(
     activation_scale_rate=4e-5,
     bias_rate=0.0,
 )
+TUNING = Learning(
+    weights="kept",
+    is_closed_form_first=False,
+    passes=8,
+    held_out=0.0,
+    latent_rate=0.0,
+    weight_scale_rate=3e-4,
+    activation_scale_rate=3e-4,
+    bias_rate=3e-4,
+)
+"""Of the whole network on its outputs. So few parameters hardly learn samples by heart in such small steps; and packs
+have seen all samples already, so that none of them could judge."""

@@ -3,6 +3,12 @@
     sum over outputs o of  E[w (o_q - o_fp)^2] / V_o,     V_o = E||o_fp - mean(o_fp)||^2
 
 so that packs of any size compare. w is 1, or a power of the Fisher weights of :mod:`onnxptq.reconstruct.fisher`.
+Class scores z at the network's outputs are compared by what they decide, at a temperature T that leaves every class
+a say:
+
+    2 T^2 KL(softmax(z / T), softmax(z_q / T)) / V,     T = max(1, sqrt(V) / 2)
+
+which would be the same noise over signal with a much larger T.
 Where the network's outputs count as well (:mod:`onnxptq.reconstruct.suffix`),
 
     loss = 2 local / local_0 + global / global_0
@@ -12,6 +18,7 @@ with both relative to what they were before anything was learnt, as GLF-Q weighs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,10 +27,14 @@ import numpy as np
 import torch
 
 from onnxptq.lowering.network import Values
+from onnxptq.lowering.output_loss import divergence
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.suffix import Suffix
 
 Loss = TypeVar("Loss", float, torch.Tensor)
+
+SPREAD_SHARE = 0.5
+"""The temperature at which class scores are compared, over their spread."""
 
 _LOCAL_SHARE = 2.0
 """What the local loss counts beside the global one."""
@@ -31,12 +42,13 @@ _LOCAL_SHARE = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """V of each output, P = sum over o of channels * V_o, and the weights of the outputs' elements where they
-    are not 1."""
+    """V of each output, P = sum over o of channels * V_o, the weights of the outputs' elements where they are not 1,
+    and the outputs that are class scores (True where they are probabilities)."""
 
     variance: dict[str, float]
     positions: float
     importance: Mapping[str, torch.Tensor]
+    class_scores: Mapping[str, bool]
 
 
 def norms_of(data: PackData, chosen: Sequence[int]) -> Norms:
@@ -59,17 +71,28 @@ def norms_of(data: PackData, chosen: Sequence[int]) -> Norms:
         if n
     }
     positions = sum(v * channels[name] for name, v in variance.items()) or 1.0
-    return Norms(variance, positions, data.importance)
+    return Norms(variance, positions, data.importance, data.class_scores)
 
 
 def noise_over_signal(found: Values, targets: Values, norms: Norms) -> torch.Tensor:
     """The loss of outputs that were found where ``targets`` are wanted."""
     parts = []
     for name, variance in norms.variance.items():
+        if name in norms.class_scores:
+            parts.append(_score_noise(found[name], targets[name], norms.class_scores[name], variance))
+            continue
         squares = (found[name] - targets[name]).square()
         weights = norms.importance.get(name)
         parts.append((squares if weights is None else squares * weights).mean() / variance)
     return torch.stack(parts).sum()
+
+
+def _score_noise(
+    found: torch.Tensor, wanted: torch.Tensor, is_probability: bool, variance: float
+) -> torch.Tensor:
+    temperature = max(1.0, SPREAD_SHARE * math.sqrt(variance))
+    apart = divergence(wanted, found, is_probability=is_probability, temperature=temperature)
+    return apart * (2.0 * temperature**2 / (variance * len(wanted)))
 
 
 @dataclass(slots=True)

@@ -31,6 +31,7 @@ class PackData:
 
     ``together`` samples run in one pass: 1 where the pack does not treat the first axis as a batch. ``importance``
     weighs the elements of outputs in the loss, by tensor; outputs without an entry weigh 1 throughout.
+    ``class_scores`` names the outputs that are compared as such, and says which of them are probabilities.
 
     Where several ``ranks`` share ``count`` samples, this one holds its ``share`` of them. Samples are known by their
     numbers among all; passes over chosen ones are those over its own among them.
@@ -45,6 +46,7 @@ class PackData:
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
     ranks: Ranks = ALONE
     count: int | None = None
+    class_scores: Mapping[str, bool] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.floats) if self.count is None else self.count

@@ -19,8 +19,10 @@ from onnxptq.quantizers.focusing import FocusedActivation, can_focus
 from onnxptq.quantizers.low_rank import Factors, LowRankWeight
 from onnxptq.quantizers.trainable import (
     AdaRoundWeight,
+    KeptWeight,
     LearnedActivation,
     LearnedWeight,
+    ScaledWeight,
     StraightThroughWeight,
 )
 from onnxptq.reconstruct.learning import Learning
@@ -124,7 +126,7 @@ class PackQuantizers:
     def groups(self, settings: Learning) -> list[dict[str, object]]:
         """Parameters with their learning rates, as a torch optimizer takes them."""
         weights = list(self.weights.values())
-        scales = [w.scale.log for w in weights if isinstance(w, StraightThroughWeight)]
+        scales = [w.scale.log for w in weights if isinstance(w, ScaledWeight)]
         found: Iterable[tuple[list[torch.nn.Parameter], float]] = (
             ([p for w in weights for p in w.latents], settings.latent_rate),
             (scales, settings.weight_scale_rate),
@@ -217,6 +219,8 @@ def _weight(
     if candidates:
         # The closed form has moved the weight by the correction, which is learnt here: it counts once.
         return LowRankWeight(value, value, qparams, candidates, learn_scale=learn_scale)
+    if settings.weights == "kept":
+        return KeptWeight(start, qparams, learn_scale=learn_scale)
     if settings.weights == "adaround":
         return AdaRoundWeight(value, start, qparams)
     return StraightThroughWeight(value, start, qparams, learn_scale=learn_scale)

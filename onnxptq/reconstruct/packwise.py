@@ -2,12 +2,14 @@
 
 For one pack: its layers are rounded in closed form (:mod:`onnxptq.reconstruct.sequential`), then weights,
 scales and biases are learnt together (:mod:`onnxptq.reconstruct.training`), then everything is hardened and
-the samples move on. The next pack sees hard weights only.
+the samples move on. The next pack sees hard weights only. At the end the scales and biases of all packs may be learnt
+on the network's outputs (:mod:`onnxptq.reconstruct.tuning`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from onnxptq.reconstruct.rank_search import RankChoice, choose_ranks
 from onnxptq.reconstruct.sequential import rounded, solve_layers
 from onnxptq.reconstruct.suffix import Suffix, wanted_outputs
 from onnxptq.reconstruct.training import train
+from onnxptq.reconstruct.tuning import tune
 from onnxptq.reconstruct.vault import Vault, return_memory
 from onnxptq.types import CanonicalModel, LayerRank, Pack, PackOutcome, Progress, QuantPlan, Sample, Solution
 
@@ -45,6 +48,7 @@ class Resources:
 
     Attributes:
         together: per pack, the most samples that run in one pass.
+        tuned_together: the same for the whole network, 0 where it is not tuned.
         cache_bytes: values of samples at the ends of packs that stay in memory; more goes to files.
         scratch: folder of these files.
         checkpoints: where finished packs are kept, None for nowhere.
@@ -52,6 +56,7 @@ class Resources:
     """
 
     together: Sequence[int]
+    tuned_together: int = 0
     cache_bytes: int
     scratch: Path
     checkpoints: Checkpoints | None = None
@@ -60,10 +65,11 @@ class Resources:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reconstruction:
-    """The solved network, and what happened to each pack that had something to learn."""
+    """The solved network, and what happened to each pack that had something to learn, and to all together."""
 
     solution: Solution
     outcomes: tuple[PackOutcome, ...]
+    tuning: PackOutcome | None = None
 
 
 def reconstruct(
@@ -121,6 +127,8 @@ def _reconstructed(
         for sample in ranks.scatter(parts or None)
     ]
     quants = [dict(values) for values in floats]
+    tunes = bool(settings.is_tuned and settings.steps and resources.tuned_together)
+    inputs = [{n: vault.keep(v) for n, v in values.items()} for values in floats] if tunes else []
     importance: Mapping[str, torch.Tensor] = {}
     if settings.steps and settings.weighting > 0.0:
         own = {
@@ -139,17 +147,11 @@ def _reconstructed(
         together = most_together(network, position, floats, limit, ranks)
         after = run_all(network, position, floats, together, vault.keep)
         return_memory()
-        store = resources.checkpoints if ranks.rank == 0 else None
-        known = None if store is None else store.load(position, state.solution, state.settled)
-        known = ranks.broadcast(known)
-        if known is None:
-            data = PackData(network, position, floats, quants, after, together, importance, ranks, count)
-            generator = torch.Generator().manual_seed((seed << 20) + position)
-            suffix = None if wanted is None else Suffix(data, wanted)
-            known = _solved(index, pack, plan, start, state, data, settings, generator, suffix)
-            if store is not None:
-                store.save(position, state.solution, state.settled, known)
-        state = known
+        data = PackData(network, position, floats, quants, after, together, importance, ranks, count)
+        suffix = None if wanted is None else Suffix(data, wanted)
+        generator = torch.Generator().manual_seed((seed << 20) + position)
+        solve = functools.partial(_solved, index, pack, plan, start, state, data, settings, generator, suffix)
+        state = _recalled(position, state, solve, resources.checkpoints, ranks)
         if state.outcome is not None:
             outcomes.append(state.outcome)
         set_hooks(network.modules[position], quantizing_hooks(model.graph, pack, plan, state.solution))
@@ -165,8 +167,46 @@ def _reconstructed(
                     vault.forget(held.pop(name))
         if tick is not None:
             tick()
+    tuning = None
+    if tunes:
+        tuned = functools.partial(
+            tune,
+            model,
+            packs,
+            plan,
+            state,
+            inputs,
+            settings,
+            limit=resources.tuned_together,
+            generator=torch.Generator().manual_seed((seed << 20) + len(packs)),
+            ranks=ranks,
+            count=count,
+            keep=vault.keep,
+            device=resources.device,
+            progress=progress,
+        )
+        state = _recalled(len(packs), state, tuned, resources.checkpoints, ranks)
+        tuning = state.outcome
     solution = with_bias_grids(model.graph, plan, state.solution)
-    return Reconstruction(solution=solution, outcomes=tuple(outcomes))
+    return Reconstruction(solution=solution, outcomes=tuple(outcomes), tuning=tuning)
+
+
+def _recalled(
+    position: int,
+    state: Finished,
+    solve: Callable[[], Finished],
+    checkpoints: Checkpoints | None,
+    ranks: Ranks,
+) -> Finished:
+    """What follows ``state`` at ``position``, from the checkpoints of rank 0 where it is known."""
+    store = checkpoints if ranks.rank == 0 else None
+    known = None if store is None else store.load(position, state.solution, state.settled)
+    known = ranks.broadcast(known)
+    if known is None:
+        known = solve()
+        if store is not None:
+            store.save(position, state.solution, state.settled, known)
+    return known
 
 
 def _solved(

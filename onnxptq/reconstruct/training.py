@@ -13,7 +13,7 @@ min(1, 0.5 + 0.5 t / T) of the samples with the lowest loss, which is measured `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -39,11 +39,14 @@ def train(
     settings: Learning,
     generator: torch.Generator,
     suffix: Suffix | None = None,
+    *,
+    tick: Callable[[], None] | None = None,
 ) -> tuple[float, float, int]:
     """Learn in place; the state that was judged best remains.
 
     Args:
         suffix: what follows the pack, where the network's outputs count as well.
+        tick: called after every step.
 
     Returns:
         The local loss before and after, and the steps that were taken.
@@ -77,6 +80,8 @@ def train(
         schedule.step()
         return_memory(SLACK)
         done += 1
+        if tick is not None:
+            tick()
         if judges and done % every == 0:
             with learned.hard():
                 losses = objective.measured(judges)

@@ -192,6 +192,34 @@ def test_deployment_targets(kind: str, target: str, effort: str, tmp_path: Path)
     assert _noise(found) < _noise(nearest)
 
 
+@pytest.mark.parametrize("target", ["simulate", "ort-cpu", "tensorrt"])
+@pytest.mark.parametrize("kind", ["attention", "two outputs"])
+def test_scales_and_biases_are_tuned_on_the_outputs(kind: str, target: str, tmp_path: Path) -> None:
+    options = {"target": target, "weight_bits": 3, "activation_bits": 4, "effort": "balanced"}
+    found = _quantized(kind, tmp_path, **options)
+    _is_proven(found)
+    (note,) = [note for note in found.report.notes if "learnt on the outputs" in note]
+    before, after = (float(word) for word in re.findall(r"([\d.e-]+) (?:before|after)", note))
+    assert after < before
+    without = _quantized(kind, tmp_path, tune=False, **options)
+    assert not any("learnt on the outputs" in note for note in without.report.notes)
+    assert without.report.packs == found.report.packs
+
+
+def test_a_network_that_does_not_fit_is_not_tuned(tmp_path: Path) -> None:
+    made = case(_blocks(48), tmp_path, samples=3)
+    recipe = Recipe(target="simulate", weight_bits=4, effort="balanced", max_pack_blocks=1)
+    given = (made.model, made.plan, made.start, made.samples)
+    folders = {"scratch": tmp_path, "work_dir": tmp_path}
+    found = packing.solve_by_packs(*given, recipe.updated(max_memory=10), **folders)
+    assert found.tuning is None
+    wanted = re.search(r"one sample takes \d+ MiB.*\(--max-memory (\d+) would do\)", found.untuned)
+    assert wanted is not None
+    enough = packing.solve_by_packs(*given, recipe.updated(max_memory=int(wanted[1])), **folders)
+    assert enough.untuned == ""
+    assert enough.tuning is not None
+
+
 @pytest.mark.parametrize("method", ["brecq", "qdrop", "adaround"])
 def test_methods_of_others(method: str, tmp_path: Path) -> None:
     kind, options = "residual, fixed batch", {"target": "simulate", "weight_bits": 3, "activation_bits": 6}
@@ -435,6 +463,13 @@ def test_options_of_learning_are_refused_where_nothing_is_learnt() -> None:
         Recipe.create({"easy_first": True, "weight_bits": 4})
     with pytest.raises(RecipeError, match="effort balanced or paper"):
         Recipe.create({"focus": True, "weight_bits": 4})
+    with pytest.raises(RecipeError, match="effort balanced or paper"):
+        Recipe.create({"tune": True, "weight_bits": 4})
+    assert not Recipe(weight_bits=4).tunes
+    assert Recipe(weight_bits=4, effort="balanced").tunes
+    assert not Recipe(weight_bits=4, effort="balanced", tune=False).tunes
+    assert [Recipe(method=m).tunes for m in ("pack-ptq", "aiqvit", "qdrop")] == [False] * 3
+    assert Recipe(method="qdrop", tune=True).tunes
     assert [Recipe(method=m).learns_focus for m in ("aiqvit", "pack-ptq", "auto")] == [True, False, False]
     assert Recipe(method="pack-ptq", focus=True).learns_focus
     assert Recipe(method="aiqvit").is_easy_first

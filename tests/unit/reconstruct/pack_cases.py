@@ -56,6 +56,7 @@ class Case:
         """The packs, reconstructed."""
         resources = Resources(
             together=[together] * len(self.packs),
+            tuned_together=together,
             cache_bytes=cache,
             scratch=self.folder,
             checkpoints=checkpoints,

@@ -1,0 +1,87 @@
+"""The end of a reconstruction: scales and biases of the whole network are learnt on its outputs.
+
+Packs are solved one after the other, each for outputs of its own, and no pack knows what those behind it do to an
+error. What is left of all of them at the network's outputs, a few parameters can take back: the scales of weights and
+activations, and the biases. The integers of the weights stay as they are; moved along, they would learn the few
+samples by heart. (EfficientQAT, arXiv 2407.11062, ends with the steps of weights in the same way, on labelled text.)
+Outputs that are class scores are compared by their divergence at a temperature, all others by their squared error
+(:mod:`onnxptq.reconstruct.objective`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from onnxptq.graph.index import GraphIndex, probability_outputs
+from onnxptq.lowering.network import BlockNetwork, Values
+from onnxptq.lowering.output_loss import choose_loss
+from onnxptq.partition.pack import whole_network
+from onnxptq.ranks import Ranks
+from onnxptq.reconstruct.checkpoint import Finished
+from onnxptq.reconstruct.learning import TUNING, Learning
+from onnxptq.reconstruct.pack_data import Keep, PackData, most_together, run_all
+from onnxptq.reconstruct.pack_quantizers import PackQuantizers
+from onnxptq.reconstruct.training import train
+from onnxptq.types import CanonicalModel, Pack, PackOutcome, Progress, QuantPlan
+
+
+def tune(
+    model: CanonicalModel,
+    packs: Sequence[Pack],
+    plan: QuantPlan,
+    state: Finished,
+    inputs: Sequence[Values],
+    settings: Learning,
+    *,
+    limit: int,
+    generator: torch.Generator,
+    ranks: Ranks,
+    count: int,
+    keep: Keep,
+    device: str,
+    progress: Progress | None = None,
+) -> Finished:
+    """What follows ``state``: scales and biases are learnt on the outputs. The outcome tells how noise went down.
+
+    Args:
+        packs: all of them, solved; the solution holds their weights on their grids.
+        inputs: this rank's samples.
+        settings: what the packs were solved with.
+        limit: the most samples that run in one pass.
+        count: samples of all ranks.
+        keep: holds the float outputs.
+    """
+    whole = whole_network(packs)
+    network = BlockNetwork(model.graph, [whole], device=device)
+    together = most_together(network, 0, inputs, limit, ranks)
+    outputs = run_all(network, 0, inputs, together, keep)
+    # The first rank always has samples.
+    floats = {name: value for name, value in outputs[0].items() if name in network.outputs} if outputs else {}
+    are_scores = ranks.broadcast(bool(floats) and choose_loss(floats) == "kl")
+    probabilities = probability_outputs(model.graph)
+    scores = {name: name in probabilities for name in network.outputs} if are_scores else {}
+    data = PackData(
+        network, 0, inputs, inputs, outputs, together, ranks=ranks, count=count, class_scores=scores
+    )
+    learning = replace(TUNING, focuses_softmax=settings.focuses_softmax)
+    learned = PackQuantizers(
+        GraphIndex(model.graph),
+        whole,
+        data.module,
+        plan,
+        state.solution,
+        learning,
+        settled=frozenset(),
+        device=network.device,
+    )
+    if learned.is_empty or not network.outputs:
+        return replace(state, outcome=None)
+    tick = progress.start("tune outputs", learning.steps) if progress else None
+    before, after, steps = train(data, learned, learning, generator, tick=tick)
+    # Other processors may have rounded otherwise.
+    learned.restore(ranks.broadcast(learned.state()))
+    outcome = PackOutcome(pack=whole.index, blocks=len(whole.blocks), before=before, after=after, steps=steps)
+    return replace(state, solution=learned.hardened(), outcome=outcome)
