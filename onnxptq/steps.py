@@ -358,6 +358,7 @@ def report(
         notes=tuple(run.notes),
         blocks=() if solved.packing is None else reporting.block_scores(model, solved.packing),
         packs=() if packed is None else reporting.pack_outcomes(model, packed.outcomes),
+        tuning=None if packed is None else packed.tuning,
         softmax=reporting.softmax_rows(model, plan, solution, solved.focuses),
         bit_plan=None if run.bit_plan is None else reporting.bit_plan_facts(run.bit_plan),
         branches=reporting.branch_facts(model, solution, checks.branch_latency),

@@ -213,7 +213,8 @@ class Report:
     they are empty where there was no held-out data. ``kernels`` are the operators that onnxruntime executes
     after its own optimizations, with their counts; ``recipe`` is the request as plain types; ``versions``
     holds versions and hashes by name. ``blocks`` and ``packs`` tell how a network was solved pack by pack;
-    a pack whose weights were rounded in closed form alone has no outcome. ``softmax`` tells of ranges chosen by
+    a pack whose weights were rounded in closed form alone has no outcome; ``tuning`` is that of all packs together,
+    where scales and biases were learnt on the outputs. ``softmax`` tells of ranges chosen by
     the products that read them. ``bit_plan`` is there where bits differ from pack to pack, ``branches`` where layers
     have one.
     """
@@ -239,6 +240,7 @@ class Report:
     notes: tuple[str, ...] = ()
     blocks: tuple[BlockScore, ...] = ()
     packs: tuple[PackOutcome, ...] = ()
+    tuning: PackOutcome | None = None
     softmax: tuple[SoftmaxRow, ...] = ()
     bit_plan: BitPlanFacts | None = None
     branches: BranchFacts | None = None

@@ -189,7 +189,17 @@ def test_json_is_plain_and_complete() -> None:
     assert list(content) == [
         *("schema_version", "model", "output", "target", "method", "recipe", "calibration", "heldout"),
         *("quantized", "skips", "tensors", "outputs", "parity", "latency", "kernels", "sizes", "stages"),
-        *("peak_memory_bytes", "versions", "notes", "blocks", "packs", "softmax", "bit_plan", "branches"),
+        *(
+            "peak_memory_bytes",
+            "versions",
+            "notes",
+            "blocks",
+            "packs",
+            "tuning",
+            "softmax",
+            "bit_plan",
+            "branches",
+        ),
     ]
     assert content["tensors"][-1]["sqnr_db"] == "inf"
     assert content["parity"]["outputs"][0]["fast_sqnr_db"] == "inf"
@@ -309,6 +319,11 @@ def test_packs_are_shown_with_the_curvature_of_their_blocks() -> None:
     assert "0.25" in text
     assert text.count("10: 0.375, 20: 0.625") == 3
     assert "low-rank" not in "".join(_parsed(render_html(_report(blocks=blocks, packs=packs[:1]))).text)
+    assert "learnt on the outputs" not in text
+    whole = PackOutcome(pack=3, blocks=5, before=0.75, after=0.625, steps=17)
+    text = "".join(_parsed(render_html(_report(blocks=blocks, packs=packs, tuning=whole))).text)
+    assert "all 5 blocks were learnt on the outputs in 17 steps" in text
+    assert "0.75 before, 0.625 after" in text
     assert shown.count("<svg") == render_html(_report()).count("<svg") + 1
     unscored = tuple(replace(block, curvature=None, omega=None) for block in blocks)
     shown = render_html(_report(blocks=unscored))
