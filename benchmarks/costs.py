@@ -26,7 +26,8 @@ def whole_runs(bed: Bed, repeats: int, timeout: float) -> dict[str, Any]:
     """``onnxptq quantize`` on a folder as a user calls it, and onnxruntime's ``quantize_static``, in turns.
 
     ``ours`` holds 16 samples out, measures quality on them and writes the report; ``ours-no-quality`` uses the
-    same calibration samples, holds none out and writes none. onnxruntime reads decoded samples, which spares it
+    same calibration samples, holds none out and writes none; ``ours-minmax`` is that without anything that
+    onnxruntime's min-max does not do either (the file is checked all the same). onnxruntime reads decoded samples, which spares it
     decoding pictures.
     """
     count = bed.calibration_samples
@@ -39,6 +40,10 @@ def whole_runs(bed: Bed, repeats: int, timeout: float) -> dict[str, Any]:
         ways: dict[str, list[str]] = {
             "ours": [*base, "--samples", str(total), "--holdout", str(HELD_OUT / total)],
             "ours-no-quality": [*base, "--samples", str(count), "--holdout", "0", "--no-report"],
+            "ours-minmax": [
+                *(*base, "--samples", str(count), "--holdout", "0", "--no-report"),
+                *("--method", "rtn", "--observer", "minmax"),
+            ],
             "onnxruntime": peer_command("onnxruntime", "minmax", bed, samples.array, folder / "ort.onnx"),
         }
         runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}

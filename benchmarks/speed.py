@@ -171,7 +171,7 @@ def _whole(beds: list[str], sizes: Sizes) -> Iterator[Task]:
             wall = {way: costs["wall_s"] for way, costs in row["medians"].items()}
             return [
                 _check(f"{way} / onnxruntime min-max, wall", round(wall[way] / wall["onnxruntime"], 3), 1.0)
-                for way in ("ours-no-quality", "ours")
+                for way in ("ours-minmax", "ours-no-quality", "ours")
             ]
 
         yield Task(key=_key("whole", bed, sizes), measure=measure, checks=checks)

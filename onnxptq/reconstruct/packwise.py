@@ -128,7 +128,8 @@ def _reconstructed(
     ]
     quants = [dict(values) for values in floats]
     tunes = bool(settings.is_tuned and settings.steps and resources.tuned_together)
-    inputs = [{n: vault.keep(v) for n, v in values.items()} for values in floats] if tunes else []
+    # Held apart from those that the first packs read and forget.
+    inputs = [{n: vault.keep(v.detach()) for n, v in values.items()} for values in floats] if tunes else []
     importance: Mapping[str, torch.Tensor] = {}
     if settings.steps and settings.weighting > 0.0:
         own = {
