@@ -27,8 +27,8 @@ def whole_runs(bed: Bed, repeats: int, timeout: float) -> dict[str, Any]:
 
     ``ours`` holds 16 samples out, measures quality on them and writes the report; ``ours-no-quality`` uses the
     same calibration samples, holds none out and writes none; ``ours-minmax`` is that without anything that
-    onnxruntime's min-max does not do either (the file is checked all the same). onnxruntime reads decoded samples, which spares it
-    decoding pictures.
+    onnxruntime's min-max does not do either (the file is checked all the same). onnxruntime reads decoded samples,
+    which spares it decoding pictures.
     """
     count = bed.calibration_samples
     samples = decoded(bed, "calibration")
