@@ -45,10 +45,15 @@ def placement_request(
         matched = match_nodes(pattern, names, ops, option="--exclude")
         declined.update(dict.fromkeys(matched, f"excluded by '{pattern}'"))
     bits: dict[str, tuple[int, int]] = dict(planned)
+    given = {tensor.name for tensor in model.graph.inputs}
+    readers = {
+        node.name: (*names[node.name], *(t.name for t in node.inputs if t.name in given))
+        for node in index.nodes
+    }
     for rule in recipe.rules:
         if rule.weight_bits is None and rule.activation_bits is None:
             continue
-        for name in match_nodes(rule.match, names, ops, option="rule"):
+        for name in match_nodes(rule.match, readers, ops, option="rule"):
             weight, activation = bits.get(name, (recipe.weight_bits, recipe.activation_bits))
             bits[name] = (rule.weight_bits or weight, rule.activation_bits or activation)
     return PlacementRequest(

@@ -65,6 +65,17 @@ def test_later_rules_win_field_by_field(model: CanonicalModel) -> None:
     assert request.bits_of == {"stem": (4, 7), "conv1": (4, 6), "conv2": (3, 7)}
 
 
+def test_rules_may_name_an_input_of_the_model(model: CanonicalModel) -> None:
+    (name,) = (tensor.name for tensor in model.graph.inputs)
+    readers = {node.name for node in model.graph.nodes if name in (t.name for t in node.inputs)}
+    request = _request(
+        model, target="simulate", activation_bits=4, rules=[{"match": name, "activation_bits": 8}]
+    )
+    assert request.bits_of == dict.fromkeys(readers, (8, 8)) != {}
+    with pytest.raises(SelectorError):
+        _request(model, exclude=(name,))
+
+
 def test_rules_that_match_nothing(model: CanonicalModel) -> None:
     with pytest.raises(SelectorError, match="rule 'nothing'"):
         _request(model, rules=[{"match": "nothing", "weight_bits": 4}])
