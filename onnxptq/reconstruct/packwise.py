@@ -140,6 +140,8 @@ def _reconstructed(
     wanted = None
     if settings.steps and settings.is_global:
         wanted = wanted_outputs(network, floats, probability_outputs(model.graph), vault.keep, ranks)
+    # The same samples judge everywhere: at the end no gradient has seen them.
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     start, state = solution, Finished(solution=solution, settled=frozenset(), outcome=None)
     outcomes: list[PackOutcome] = []
     tick = progress.start("solve packs", len(packs)) if progress else None
@@ -151,7 +153,9 @@ def _reconstructed(
         data = PackData(network, position, floats, quants, after, together, importance, ranks, count)
         suffix = None if wanted is None else Suffix(data, wanted)
         generator = torch.Generator().manual_seed((seed << 20) + position)
-        solve = functools.partial(_solved, index, pack, plan, start, state, data, settings, generator, suffix)
+        solve = functools.partial(
+            _solved, index, pack, plan, start, state, data, settings, generator, suffix, order
+        )
         state = _recalled(position, state, solve, resources.checkpoints, ranks)
         if state.outcome is not None:
             outcomes.append(state.outcome)
@@ -178,6 +182,7 @@ def _reconstructed(
             state,
             inputs,
             settings,
+            order=order,
             limit=resources.tuned_together,
             generator=torch.Generator().manual_seed((seed << 20) + len(packs)),
             ranks=ranks,
@@ -220,6 +225,7 @@ def _solved(
     settings: Learning,
     generator: torch.Generator,
     suffix: Suffix | None,
+    order: Sequence[int],
 ) -> Finished:
     solution = state.solution
 
@@ -257,7 +263,7 @@ def _solved(
     learned = quantizers({name: (choice.factors,) for name, choice in choices.items()})
     outcome = None
     if settings.steps and not learned.is_empty:
-        before, after, steps = train(data, learned, settings, generator, suffix)
+        before, after, steps = train(data, learned, settings, generator, suffix, order=order)
         # Other processors may have rounded otherwise.
         learned.restore(data.ranks.broadcast(learned.state()))
         solution = learned.hardened()

@@ -40,18 +40,21 @@ def train(
     generator: torch.Generator,
     suffix: Suffix | None = None,
     *,
+    order: Sequence[int] | None = None,
     tick: Callable[[], None] | None = None,
 ) -> tuple[float, float, int]:
     """Learn in place; the state that was judged best remains.
 
     Args:
         suffix: what follows the pack, where the network's outputs count as well.
+        order: all samples, of which the first judge and the others teach; None draws it.
         tick: called after every step.
 
     Returns:
         The local loss before and after, and the steps that were taken.
     """
-    order = torch.randperm(len(data), generator=generator).tolist()
+    if order is None:
+        order = torch.randperm(len(data), generator=generator).tolist()
     held_out = math.ceil(settings.held_out * len(data)) if len(data) > 1 else 0
     judges, pupils = order[:held_out], order[held_out:]
     norms = norms_of(data, judges or pupils)

@@ -3,7 +3,8 @@
 Packs are solved one after the other, each for outputs of its own, and no pack knows what those behind it do to an
 error. What is left of all of them at the network's outputs, a few parameters can take back: the scales of weights and
 activations, and the biases. The integers of the weights stay as they are; moved along, they would learn the few
-samples by heart. (EfficientQAT, arXiv 2407.11062, ends with the steps of weights in the same way, on labelled text.)
+samples by heart. What is learnt is kept if it serves samples that no gradient has seen. (EfficientQAT, arXiv
+2407.11062, ends with the steps of weights in the same way, on labelled text.)
 Outputs that are class scores are compared by their divergence at a temperature, all others by their squared error
 (:mod:`onnxptq.reconstruct.objective`).
 """
@@ -36,6 +37,7 @@ def tune(
     inputs: Sequence[Values],
     settings: Learning,
     *,
+    order: Sequence[int],
     limit: int,
     generator: torch.Generator,
     ranks: Ranks,
@@ -50,6 +52,8 @@ def tune(
         packs: all of them, solved; the solution holds their weights on their grids.
         inputs: this rank's samples.
         settings: what the packs were solved with.
+        order: as for :func:`onnxptq.reconstruct.training.train`. Where packs had the same, no gradient has seen the
+            judges.
         limit: the most samples that run in one pass.
         count: samples of all ranks.
         keep: holds the float outputs.
@@ -80,7 +84,7 @@ def tune(
     if learned.is_empty or not network.outputs:
         return replace(state, outcome=None)
     tick = progress.start("tune outputs", learning.steps) if progress else None
-    before, after, steps = train(data, learned, learning, generator, tick=tick)
+    before, after, steps = train(data, learned, learning, generator, order=order, tick=tick)
     # Other processors may have rounded otherwise.
     learned.restore(ranks.broadcast(learned.state()))
     outcome = PackOutcome(pack=whole.index, blocks=len(whole.blocks), before=before, after=after, steps=steps)
