@@ -27,7 +27,17 @@ from onnxptq.reconstruct.rounding import round_in_closed_form
 from onnxptq.relaxing import find_relaxation, measure_noise
 from onnxptq.samples import Draw
 from onnxptq.trial import Quality, Trial
-from onnxptq.types import GRAPH_OUTPUT, CanonicalModel, Feeds, Progress, QParams, QuantPlan, Sample, Solution
+from onnxptq.types import (
+    GRAPH_OUTPUT,
+    CanonicalModel,
+    Feeds,
+    PackOutcome,
+    Progress,
+    QParams,
+    QuantPlan,
+    Sample,
+    Solution,
+)
 
 if TYPE_CHECKING:
     from onnxptq.packing import Packing, PackSolution
@@ -340,10 +350,7 @@ class Solver:
         if found.untuned:
             self.notes.append(found.untuned)
         if found.tuning is not None:
-            self.notes.append(
-                f"Scales and biases were learnt on the outputs in {found.tuning.steps} steps: noise over signal "
-                f"{found.tuning.before:.4g} before, {found.tuning.after:.4g} after."
-            )
+            self.notes.append(_told(found.tuning))
         return found.solution
 
     def _improved(self) -> Solution:
@@ -415,6 +422,19 @@ class Solver:
             provider=self.recipe.provider,
             progress=self.progress,
         )
+
+
+def _told(tuning: PackOutcome) -> str:
+    """What came of learning scales and biases on the outputs."""
+    if tuning.after >= tuning.before:
+        return (
+            f"Scales and biases were learnt on the outputs in {tuning.steps} steps and dropped: unseen samples gain "
+            "nothing."
+        )
+    return (
+        f"Scales and biases were learnt on the outputs in {tuning.steps} steps: noise over signal "
+        f"{tuning.before:.4g} before, {tuning.after:.4g} after."
+    )
 
 
 def draw_samples(feeds: Feeds) -> Samples:

@@ -199,11 +199,11 @@ def test_scales_and_biases_are_tuned_on_the_outputs(kind: str, target: str, tmp_
     found = _quantized(kind, tmp_path, **options)
     _is_proven(found)
     (note,) = [note for note in found.report.notes if "learnt on the outputs" in note]
-    before, after = (float(word) for word in re.findall(r"([\d.e-]+) (?:before|after)", note))
-    assert after <= before
-    assert found.report.tuning is not None
-    assert found.report.tuning.blocks == len(found.report.blocks)
-    assert found.report.tuning.before == pytest.approx(before, rel=1e-3)
+    tuning = found.report.tuning
+    assert tuning is not None
+    assert tuning.blocks == len(found.report.blocks)
+    assert tuning.after <= tuning.before
+    assert ("dropped" in note) == (tuning.after == tuning.before)
     without = _quantized(kind, tmp_path, tune=False, **options)
     assert not any("learnt on the outputs" in note for note in without.report.notes)
     assert without.report.packs == found.report.packs
