@@ -223,13 +223,12 @@ def solve_by_packs(
         needs = [replace(n, activations=a) for n, a in zip(needs, reversed(list(behind)), strict=True)]
     spare = _memory(recipe) // 2
     together = [_together((spare - need.parameters) // max(1, need.activations)) for need in needs]
-    whole = pack_memory(
-        whole_network(packing.packs), plan, *sizes, samples=len(samples), batch=1, keeps_integers=True
-    )
-    fitting = (spare - whole.parameters) // max(1, whole.activations)
+    whole = whole_network(packing.packs)
+    needed = pack_memory(whole, plan, *sizes, samples=len(samples), batch=1, keeps_integers=True)
+    fitting = (spare - needed.parameters) // max(1, needed.activations)
     untuned = ""
     if settings.is_tuned and fitting < 1:
-        need = whole.activations + whole.parameters
+        need = needed.activations + needed.parameters
         untuned = (
             f"Scales and biases were not learnt on the outputs: one sample takes {need / 2**20:.0f} MiB, half of the "
             f"budget is {spare / 2**20:.0f} MiB (--max-memory {int(2 * need / 2**20) + 1} would do)."
@@ -244,12 +243,13 @@ def solve_by_packs(
         settings,
         Resources(
             together=together,
-            tuned_together=_together(fitting) if fitting >= 1 else 0,
+            tuned_together=_together(fitting),
             cache_bytes=spare,
             scratch=scratch,
             checkpoints=Checkpoints(folder),
             device=device,
         ),
+        whole=whole if fitting >= 1 else None,
         seed=recipe.seed,
         progress=progress,
         ranks=ranks,

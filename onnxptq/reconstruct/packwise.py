@@ -48,7 +48,7 @@ class Resources:
 
     Attributes:
         together: per pack, the most samples that run in one pass.
-        tuned_together: the same for the whole network, 0 where it is not tuned.
+        tuned_together: the same for the whole network, where it is tuned.
         cache_bytes: values of samples at the ends of packs that stay in memory; more goes to files.
         scratch: folder of these files.
         checkpoints: where finished packs are kept, None for nowhere.
@@ -56,7 +56,7 @@ class Resources:
     """
 
     together: Sequence[int]
-    tuned_together: int = 0
+    tuned_together: int = 1
     cache_bytes: int
     scratch: Path
     checkpoints: Checkpoints | None = None
@@ -81,6 +81,7 @@ def reconstruct(
     settings: Learning,
     resources: Resources,
     *,
+    whole: Pack | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
@@ -90,13 +91,14 @@ def reconstruct(
     Args:
         solution: where to start; rounding to nearest will do.
         settings: with 0 steps, rounding in closed form is all that is done.
+        whole: all packs together, to be tuned in the end where ``settings`` say so; None leaves that out.
         ranks: processes that share the samples. Sums and gradients are added up, so the result is that of one process
             up to the order of float sums.
 
     Raises:
         UnsupportedOperatorError: a node cannot be lowered; raised before any work.
     """
-    given = (model, plan, solution, tuple(packs), settings, resources, seed)
+    given = (model, plan, solution, tuple(packs), settings, resources, whole, seed)
     return ranks.run(_reconstructed, *given, samples=samples, progress=progress)
 
 
@@ -108,6 +110,7 @@ def _reconstructed(
     packs: Sequence[Pack],
     settings: Learning,
     resources: Resources,
+    whole: Pack | None,
     seed: int,
     *,
     samples: Sequence[Sample] = (),
@@ -127,7 +130,7 @@ def _reconstructed(
         for sample in ranks.scatter(parts or None)
     ]
     quants = [dict(values) for values in floats]
-    tunes = bool(settings.is_tuned and settings.steps and resources.tuned_together)
+    tunes = whole is not None and settings.is_tuned and settings.steps > 0
     # Held apart from those that the first packs read and forget.
     inputs = [{n: vault.keep(v.detach()) for n, v in values.items()} for values in floats] if tunes else []
     importance: Mapping[str, torch.Tensor] = {}
@@ -173,11 +176,11 @@ def _reconstructed(
         if tick is not None:
             tick()
     tuning = None
-    if tunes:
+    if whole is not None and tunes:
         tuned = functools.partial(
             tune,
             model,
-            packs,
+            whole,
             plan,
             state,
             inputs,

@@ -19,7 +19,6 @@ import torch
 from onnxptq.graph.index import GraphIndex, probability_outputs
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.output_loss import choose_loss
-from onnxptq.partition.pack import whole_network
 from onnxptq.ranks import Ranks
 from onnxptq.reconstruct.checkpoint import Finished
 from onnxptq.reconstruct.learning import TUNING, Learning
@@ -31,7 +30,7 @@ from onnxptq.types import CanonicalModel, Pack, PackOutcome, Progress, QuantPlan
 
 def tune(
     model: CanonicalModel,
-    packs: Sequence[Pack],
+    whole: Pack,
     plan: QuantPlan,
     state: Finished,
     inputs: Sequence[Values],
@@ -49,7 +48,7 @@ def tune(
     """What follows ``state``: scales and biases are learnt on the outputs. The outcome tells how noise went down.
 
     Args:
-        packs: all of them, solved; the solution holds their weights on their grids.
+        whole: all packs together; the solution of ``state`` holds their weights on their grids.
         inputs: this rank's samples.
         settings: what the packs were solved with.
         order: as for :func:`onnxptq.reconstruct.training.train`. Where packs had the same, no gradient has seen the
@@ -58,7 +57,6 @@ def tune(
         count: samples of all ranks.
         keep: holds the float outputs.
     """
-    whole = whole_network(packs)
     network = BlockNetwork(model.graph, [whole], device=device)
     together = most_together(network, 0, inputs, limit, ranks)
     outputs = run_all(network, 0, inputs, together, keep)

@@ -16,7 +16,7 @@ from onnxptq.lowering import lower
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.quantized import quantizing_hooks
 from onnxptq.partition.blocks import find_blocks
-from onnxptq.partition.pack import pack_blocks
+from onnxptq.partition.pack import pack_blocks, whole_network
 from onnxptq.quantizers.affine import asymmetric_qparams
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.reconstruct.checkpoint import Checkpoints
@@ -69,6 +69,7 @@ class Case:
             self.samples,
             settings,
             resources,
+            whole=whole_network(self.packs),
             seed=seed,
             ranks=ranks,
         )
