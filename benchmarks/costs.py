@@ -37,13 +37,11 @@ def whole_runs(bed: Bed, repeats: int, timeout: float) -> dict[str, Any]:
         base = [sys.executable, "-c", MAIN, "quantize", str(model_path(bed)), "-q"]
         base += ["--calib", str(source_path(bed, "calibration")), "-o", str(folder / "ours.onnx")]
         total = count + HELD_OUT
+        alone = [*base, "--samples", str(count), "--holdout", "0", "--no-report"]
         ways: dict[str, list[str]] = {
             "ours": [*base, "--samples", str(total), "--holdout", str(HELD_OUT / total)],
-            "ours-no-quality": [*base, "--samples", str(count), "--holdout", "0", "--no-report"],
-            "ours-minmax": [
-                *(*base, "--samples", str(count), "--holdout", "0", "--no-report"),
-                *("--method", "rtn", "--observer", "minmax"),
-            ],
+            "ours-no-quality": alone,
+            "ours-minmax": [*alone, "--method", "rtn", "--observer", "minmax"],
             "onnxruntime": peer_command("onnxruntime", "minmax", bed, samples.array, folder / "ort.onnx"),
         }
         runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}

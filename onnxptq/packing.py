@@ -223,16 +223,13 @@ def solve_by_packs(
         needs = [replace(n, activations=a) for n, a in zip(needs, reversed(list(behind)), strict=True)]
     spare = _memory(recipe) // 2
     together = [_together((spare - need.parameters) // max(1, need.activations)) for need in needs]
-    whole = whole_network(packing.packs)
-    needed = pack_memory(whole, plan, *sizes, samples=len(samples), batch=1, keeps_integers=True)
-    fitting = (spare - needed.parameters) // max(1, needed.activations)
-    untuned = ""
-    if settings.is_tuned and fitting < 1:
-        need = needed.activations + needed.parameters
-        untuned = (
-            f"Scales and biases were not learnt on the outputs: one sample takes {need / 2**20:.0f} MiB, half of the "
-            f"budget is {spare / 2**20:.0f} MiB (--max-memory {int(2 * need / 2**20) + 1} would do)."
-        )
+    whole = whole_network(packing.packs) if settings.is_tuned else None
+    tuned_together, untuned = 0, ""
+    if whole is not None:
+        need = pack_memory(whole, plan, *sizes, samples=len(samples), batch=1, keeps_integers=True)
+        tuned_together = _together((spare - need.parameters) // max(1, need.activations))
+        if need.activations + need.parameters > spare:
+            whole, untuned = None, _unfit(need, spare)
     folder = work_dir / "packs" / _key(model, plan, start, samples, packing, settings, recipe, device)
     found = reconstruct(
         model,
@@ -243,13 +240,13 @@ def solve_by_packs(
         settings,
         Resources(
             together=together,
-            tuned_together=_together(fitting),
+            tuned_together=tuned_together,
             cache_bytes=spare,
             scratch=scratch,
             checkpoints=Checkpoints(folder),
             device=device,
         ),
-        whole=whole if fitting >= 1 else None,
+        whole=whole,
         seed=recipe.seed,
         progress=progress,
         ranks=ranks,
@@ -261,6 +258,15 @@ def solve_by_packs(
         checkpoints=folder,
         tuning=found.tuning,
         untuned=untuned,
+    )
+
+
+def _unfit(need: PackMemory, spare: int) -> str:
+    """Why the network is not tuned as a whole."""
+    taken = (need.activations + need.parameters) / 2**20
+    return (
+        f"Scales and biases were not learnt on the outputs: one sample takes {taken:.0f} MiB, half of the budget is "
+        f"{spare / 2**20:.0f} MiB (--max-memory {int(2 * taken) + 1} would do)."
     )
 
 

@@ -122,17 +122,12 @@ def _reconstructed(
     vault = Vault(resources.scratch, resources.cache_bytes)
     count = ranks.broadcast(len(samples))
     numbers = ranks.share(count, UNIT)
-    parts = [
-        [samples[i] for i in ranks.share(count, UNIT, rank=rank)] for rank in range(ranks.size) if samples
-    ]
-    floats: list[Values] = [
-        {name: torch.from_numpy(np.array(sample[name])) for name in network.inputs}
-        for sample in ranks.scatter(parts or None)
-    ]
+    floats = _handed_out(ranks, samples, count, network.inputs)
     quants = [dict(values) for values in floats]
-    tunes = whole is not None and settings.is_tuned and settings.steps > 0
+    if not (settings.is_tuned and settings.steps):
+        whole = None
     # Held apart from those that the first packs read and forget.
-    inputs = [{n: vault.keep(v.detach()) for n, v in values.items()} for values in floats] if tunes else []
+    inputs = [{n: vault.keep(v.detach()) for n, v in values.items()} for values in floats if whole]
     importance: Mapping[str, torch.Tensor] = {}
     if settings.steps and settings.weighting > 0.0:
         own = {
@@ -176,7 +171,7 @@ def _reconstructed(
         if tick is not None:
             tick()
     tuning = None
-    if whole is not None and tunes:
+    if whole is not None:
         tuned = functools.partial(
             tune,
             model,
@@ -198,6 +193,17 @@ def _reconstructed(
         tuning = state.outcome
     solution = with_bias_grids(model.graph, plan, state.solution)
     return Reconstruction(solution=solution, outcomes=tuple(outcomes), tuning=tuning)
+
+
+def _handed_out(ranks: Ranks, samples: Sequence[Sample], count: int, inputs: Sequence[str]) -> list[Values]:
+    """This rank's part of the samples of rank 0."""
+    parts = [
+        [samples[i] for i in ranks.share(count, UNIT, rank=rank)] for rank in range(ranks.size) if samples
+    ]
+    return [
+        {name: torch.from_numpy(np.array(sample[name])) for name in inputs}
+        for sample in ranks.scatter(parts or None)
+    ]
 
 
 def _recalled(

@@ -61,10 +61,9 @@ def tune(
     together = most_together(network, 0, inputs, limit, ranks)
     outputs = run_all(network, 0, inputs, together, keep)
     # The first rank always has samples.
-    floats = {name: value for name, value in outputs[0].items() if name in network.outputs} if outputs else {}
-    are_scores = ranks.broadcast(bool(floats) and choose_loss(floats) == "kl")
+    kind = ranks.broadcast(choose_loss(outputs[0]) if outputs else "kl")
     probabilities = probability_outputs(model.graph)
-    scores = {name: name in probabilities for name in network.outputs} if are_scores else {}
+    scores = {name: name in probabilities for name in network.outputs} if kind == "kl" else {}
     data = PackData(
         network, 0, inputs, inputs, outputs, together, ranks=ranks, count=count, class_scores=scores
     )
