@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize
 
-from onnxptq.equalize.noise import ActivationTerm, Floats, Term, WeightTerm, total_noise
+from onnxptq.equalize.noise import ActivationTerm, Floats, Term, WeightTerm, smooth_noise, total_noise
 
 _ALPHAS = tuple(np.linspace(0.0, 1.0, 9))
 _SMOOTHNESS = (8, 32)
@@ -41,7 +41,7 @@ def choose(terms: Sequence[Term], low: Floats, high: Floats, *, snap: bool) -> C
     ranges, weights = _log_ranges(terms, size), _log_weights(terms, size)
     alive = np.isfinite(ranges)
     zero = np.zeros(size)
-    before, _ = total_noise(terms, zero)
+    before = total_noise(terms, zero)
     if not alive.any():
         return Choice(x=zero, before=before, after=before)
     ranges = np.where(alive, ranges, 0.0)
@@ -54,7 +54,7 @@ def choose(terms: Sequence[Term], low: Floats, high: Floats, *, snap: bool) -> C
         candidates += [np.clip(np.where(alive, x - shift, 0.0), low, high) for shift in shifts]
     # The search needs no more than a fair sample of the output channels; what is chosen is judged by all.
     rough = [term.thinned(_ROWS) if isinstance(term, WeightTerm) else term for term in terms]
-    x = min(candidates, key=lambda x: total_noise(rough, x)[0])
+    x = min(candidates, key=lambda x: total_noise(rough, x))
     found = [x]
     for p in _SMOOTHNESS:
         x = _descend(rough, x, alive, (low, high), p)
@@ -63,20 +63,21 @@ def choose(terms: Sequence[Term], low: Floats, high: Floats, *, snap: bool) -> C
         ends = np.ceil(low / np.log(2)), np.floor(high / np.log(2))
         found = [np.clip(np.rint(x / np.log(2)), *ends) * np.log(2) for x in found]
     found.append(zero)
-    best = min(found, key=lambda x: total_noise(terms, x)[0])
-    after, _ = total_noise(terms, best)
+    best = min(found, key=lambda x: total_noise(terms, x))
+    after = total_noise(terms, best)
     return Choice(x=best, before=before, after=after)
 
 
 def _descend(
     terms: Sequence[Term], start: Floats, alive: np.ndarray, ends: tuple[Floats, Floats], p: int
 ) -> Floats:
-    scale, _ = total_noise(terms, start, p)
+    noise = smooth_noise(terms, p)
+    scale, _ = noise(start)
     if scale <= 0:
         return start
 
     def objective(x: Floats) -> tuple[float, Floats]:
-        value, slope = total_noise(terms, x, p)
+        value, slope = noise(x)
         return float(np.log(value / scale)), np.where(alive, slope / value, 0.0)
 
     result = optimize.minimize(

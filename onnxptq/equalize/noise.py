@@ -16,12 +16,15 @@ A weight with one scale per output channel, reading classes c with mean square E
     B = sum_o gain_o (max_c |W_oc| s_c / 127)^2 / 12 * sum_c E_c / s_c^2
 
 Both are in the units of the unscaled network, so factors on a weight's output side do not enter. Maxima are
-smoothed to p-norms for the gradient, with p a power of two.
+smoothed to p-norms for the gradient, with p a power of two; a weight's is then a product with a matrix that
+does not depend on x,
+
+    (sum_c (|W_oc| s_c)^p)^(1/p) = (M u)_o^(1/p)        M_oc = |W_oc|^p, u_c = s_c^p.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,9 +32,11 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
+Smooth = Callable[[Floats], tuple[float, Floats]]
 
 _LEVELS = 255.0
 _WEIGHT_LEVEL = 127.0
+_SMALLEST = 1e-300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,30 +57,50 @@ class ActivationTerm:
     risk: Floats
     symmetric: bool
 
-    def value(self, x: Floats, p: int | None) -> tuple[float, Floats]:
-        """Noise and its gradient by x; ``p`` None for the true maxima (the gradient is then a subgradient)."""
+    def noise(self, x: Floats) -> float:
+        """The noise."""
         log_s = _log_factors(self.index, self.sign, x)
-        up, up_share = _soft_max(np.maximum(self.high, 0.0), -log_s, p)
-        down, down_share = _soft_max(np.maximum(-self.low, 0.0), -log_s, p)
+        scaled = [side * np.exp(-log_s) for side in self._sides]
+        up, down = (float(side.max()) for side in scaled)
+        return self._rounding(log_s, up, down) + sum(
+            float(_clipping(limit * np.exp(log_s), extreme, tail, self.risk)[0].sum())
+            for limit, extreme, tail in ((up, self.high, self.tail_high), (down, -self.low, self.tail_low))
+        )
+
+    def smooth(self, p: int) -> Smooth:
+        """The noise and its gradient by x, with p-norms for the maxima."""
+
+        def value(x: Floats) -> tuple[float, Floats]:
+            log_s = _log_factors(self.index, self.sign, x)
+            (up, up_share), (down, down_share) = (_soft_max(side, -log_s, p) for side in self._sides)
+            value = self._rounding(log_s, up, down)
+            slope = np.zeros_like(log_s)
+            if value > 0:
+                by_step = -(up * up_share + down * down_share) / (up + down)
+                parts = np.exp(2 * log_s) * self.gain
+                slope = value * 2 * (by_step + parts / parts.sum())
+            for limit, share, extreme, tail in (
+                (up, up_share, self.high, self.tail_high),
+                (down, down_share, -self.low, self.tail_low),
+            ):
+                clipped, by_limit = _clipping(limit * np.exp(log_s), extreme, tail, self.risk)
+                value += float(clipped.sum())
+                slope += by_limit - share * by_limit.sum()
+            return value, _gather(self.index, self.sign * slope, x.size)
+
+        return value
+
+    @property
+    def _sides(self) -> tuple[Floats, Floats]:
+        """What each class needs above and below 0."""
+        up, down = np.maximum(self.high, 0.0), np.maximum(-self.low, 0.0)
         if self.symmetric:
-            up, up_share = _soft_max(np.maximum(np.maximum(self.high, -self.low), 0.0), -log_s, p)
-            down, down_share = up, up_share
+            up = down = np.maximum(up, down)
+        return up, down
+
+    def _rounding(self, log_s: Floats, up: float, down: float) -> float:
         step = (up + down) / _LEVELS
-        parts = np.exp(2 * log_s) * self.gain
-        total = float(parts.sum())
-        value = float(step * step / 12 * total)
-        slope = np.zeros_like(log_s)
-        if value > 0:
-            by_step = -(up * up_share + down * down_share) / (up + down)
-            slope = value * 2 * (by_step + parts / total)
-        for limit, share, extreme, tail in (
-            (up, up_share, self.high, self.tail_high),
-            (down, down_share, -self.low, self.tail_low),
-        ):
-            clipped, by_limit = _clipping(limit * np.exp(log_s), extreme, tail, self.risk)
-            value += float(clipped.sum())
-            slope += by_limit - share * by_limit.sum()
-        return value, _gather(self.index, self.sign * slope, x.size)
+        return float(step * step / 12 * (np.exp(2 * log_s) * self.gain).sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -101,29 +126,53 @@ class WeightTerm:
             gain=self.gain[kept] * (self.gain.sum() / max(self.gain[kept].sum(), 1e-300)),
         )
 
-    def value(self, x: Floats, p: int | None) -> tuple[float, Floats]:
-        """As :meth:`ActivationTerm.value`."""
+    def noise(self, x: Floats) -> float:
+        """The noise."""
         log_s = _log_factors(self.index, self.sign, x)
-        peak, share = _soft_max(self.absmax, log_s, p)
-        rows = self.gain * np.square(peak / _WEIGHT_LEVEL) / 12
-        parts = np.exp(-2 * log_s) * self.energy
-        total = float(parts.sum())
-        value = float(rows.sum()) * total
-        slope = 2 * (total * (rows @ share) - float(rows.sum()) * parts)
-        return value, _gather(self.index, self.sign * slope, x.size)
+        peak = (self.absmax * np.exp(log_s)).max(axis=1)
+        return float(self._rows(peak).sum() * (np.exp(-2 * log_s) * self.energy).sum())
+
+    def smooth(self, p: int) -> Smooth:
+        """As of :class:`ActivationTerm`."""
+        largest = np.maximum(self.absmax.max(axis=1), np.finfo(np.float64).tiny)
+        powers = _powered(self.absmax / largest[:, None], p)
+
+        def value(x: Floats) -> tuple[float, Floats]:
+            log_s = _log_factors(self.index, self.sign, x)
+            top = log_s.max()
+            factors = np.exp(p * (log_s - top))
+            sums = np.maximum(powers @ factors, _SMALLEST)
+            rows = self._rows(largest * np.exp(top) * sums ** (1 / p))
+            parts = np.exp(-2 * log_s) * self.energy
+            total = float(parts.sum())
+            shares = ((rows / sums) @ powers) * factors
+            slope = 2 * (total * shares - float(rows.sum()) * parts)
+            return float(rows.sum()) * total, _gather(self.index, self.sign * slope, x.size)
+
+        return value
+
+    def _rows(self, peak: Floats) -> Floats:
+        rows: Floats = self.gain * np.square(peak / _WEIGHT_LEVEL) / 12
+        return rows
 
 
 Term = ActivationTerm | WeightTerm
 
 
-def total_noise(terms: Sequence[Term], x: Floats, p: int | None = None) -> tuple[float, Floats]:
-    """Sum of the terms and its gradient."""
-    value, slope = 0.0, np.zeros_like(x)
-    for term in terms:
-        part, part_slope = term.value(x, p)
-        value += part
-        slope += part_slope
-    return value, slope
+def total_noise(terms: Sequence[Term], x: Floats) -> float:
+    """Sum of the terms."""
+    return sum(term.noise(x) for term in terms)
+
+
+def smooth_noise(terms: Sequence[Term], p: int) -> Smooth:
+    """Sum of the terms with p-norms for the maxima, and its gradient, as a function of x."""
+    parts = [term.smooth(p) for term in terms]
+
+    def value(x: Floats) -> tuple[float, Floats]:
+        found = [part(x) for part in parts]
+        return sum(value for value, _ in found), np.sum([slope for _, slope in found], axis=0)
+
+    return value
 
 
 def _clipping(limit: Floats, extreme: Floats, tail: Floats, risk: Floats) -> tuple[Floats, Floats]:
@@ -147,17 +196,17 @@ def _gather(index: Indices, slope: Floats, size: int) -> Floats:
     return sums
 
 
-def _soft_max(magnitude: Floats, exponent: Floats, p: int | None) -> tuple[Floats, Floats]:
-    """max (or p-norm) over the last axis of magnitude * exp(exponent), and its derivative by ln of each element."""
+def _soft_max(magnitude: Floats, exponent: Floats, p: int) -> tuple[float, Floats]:
+    """p-norm of magnitude * exp(exponent), and its derivative by ln of each element."""
     scaled = magnitude * np.exp(exponent)
-    peak = scaled.max(axis=-1, keepdims=True)
-    safe = np.where(peak > 0, peak, 1.0)
-    ratio = scaled / safe
-    if p is None:
-        share = (ratio == 1.0).astype(np.float64)
-        return peak[..., 0], share / np.maximum(share.sum(axis=-1, keepdims=True), 1.0)
-    powers: Floats = ratio
+    peak = float(scaled.max())
+    powers = _powered(scaled / (peak if peak > 0 else 1.0), p)
+    total = max(float(powers.sum()), _SMALLEST)
+    return peak * total ** (1 / p), powers / total
+
+
+def _powered(values: Floats, p: int) -> Floats:
+    """``values`` to the power p, a power of two."""
     for _ in range(p.bit_length() - 1):
-        powers = powers * powers
-    sums = np.maximum(powers.sum(axis=-1, keepdims=True), 1e-300)
-    return (peak * sums ** (1 / p))[..., 0], powers / sums
+        values = values * values
+    return values

@@ -20,10 +20,12 @@ class Classes:
 
     def __init__(self) -> None:
         self._parent: list[int] = []
+        self._resolved: Literals | None = None
         self._reasons: dict[int, str] = {}
 
     def fresh(self, shape: Sequence[int]) -> Literals:
         """New free variables, as positive literals of the given shape."""
+        self._resolved = None
         start = len(self._parent)
         count = int(np.prod(shape, dtype=np.int64))
         self._parent.extend(range(start, start + 2 * count))
@@ -55,6 +57,7 @@ class Classes:
     def _join(self, a: int, b: int) -> None:
         root, other = sorted((self.find(a), self.find(b)))
         if root != other:
+            self._resolved = None
             self._parent[other] = root
             reason = self._reasons.pop(other, None)
             if reason is not None:
@@ -70,10 +73,12 @@ class Classes:
 
     def roots(self, literals: Literals) -> Literals:
         """Representatives of every element."""
-        unique, inverse = np.unique(literals, return_inverse=True)
-        found = np.array([self.find(literal) for literal in unique.tolist()], dtype=np.int64)
-        result: Literals = found[inverse].reshape(literals.shape)
-        return result
+        if self._resolved is None:
+            table = np.array(self._parent, dtype=np.int64)
+            while not np.array_equal(above := table[table], table):
+                table = above
+            self._resolved = table
+        return self._resolved[literals]
 
     def is_pinned(self, root: int) -> bool:
         """Whether the class with representative ``root`` is held at 1."""
@@ -89,13 +94,11 @@ class Classes:
 
     def factors(self, literals: Literals, exponents: Mapping[int, float]) -> npt.NDArray[np.float64]:
         """``s`` of every element, for ln s by variable (:func:`variable_of`); absent ones are 1."""
-        unique, inverse = np.unique(literals, return_inverse=True)
-        logs = []
-        for literal in unique.tolist():
-            variable, sign = variable_of(self.find(literal))
-            logs.append(sign * exponents.get(variable, 0.0))
-        result: npt.NDArray[np.float64] = np.exp(np.array(logs))[inverse].reshape(literals.shape)
-        return result
+        logs = np.zeros(len(self._parent))
+        variables = np.fromiter(exponents.keys(), np.int64, len(exponents))
+        logs[2 * variables] = np.fromiter(exponents.values(), np.float64, len(exponents))
+        logs[2 * variables + 1] = -logs[2 * variables]
+        return np.exp(logs[self.roots(literals)])
 
 
 def variable_of(root: int) -> tuple[int, float]:
