@@ -48,6 +48,15 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "qdrop": {"method": "qdrop", "effort": "balanced"},
     "brecq": {"method": "brecq", "effort": "balanced"},
     "adaround": {"method": "adaround", "effort": "balanced"},
+    # The losses and units of two published methods, from the same start and with the same steps as the rest.
+    "after GLF-Q": {
+        "method": "pack-ptq",
+        "effort": "balanced",
+        "max_pack_blocks": 1,
+        "loss": "global-local",
+    },
+    "after FIMA-Q": {"method": "qdrop", "effort": "balanced", "loss": "fisher"},
+    "auto": {"method": "auto", "effort": "balanced"},
 }
 
 SEEDLESS = ("nearest", "closed form", "closed form, root 3", "closed form, root 4", "closed form, branches")
