@@ -7,7 +7,7 @@ initializers are buffers that share the file's memory until ``parameters_for`` t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
@@ -170,29 +170,7 @@ class LoweredModule(torch.nn.Module):
         values: list[torch.Tensor | None] = [None] * self._program.n_slots
         device = self._fill(plan, values, feed)
         for step, frees in plan.steps:
-            args = [values[i] for i in step.reads]
-            if device is not None:
-                _move(step, args, device)
-            for i, fn in step.hooks.items():
-                value = args[i]
-                assert value is not None
-                args[i] = fn(value)
-            try:
-                result = step.kernel(*args)
-            except Exception as error:
-                error.add_note(f"in node {step.name!r} ({step.op})")
-                raise
-            if step.branch is not None:
-                read = args[0]
-                assert read is not None
-                assert not isinstance(result, tuple)
-                result = result + step.branch(read)
-            if isinstance(result, tuple):
-                for slot, value in zip(step.writes, result, strict=False):
-                    values[slot] = value
-                values[ABSENT] = None
-            else:
-                values[step.writes[0]] = result
+            _execute(step, values, device)
             for slot in frees:
                 values[slot] = None
         found: dict[str, torch.Tensor] = {}
@@ -202,6 +180,21 @@ class LoweredModule(torch.nn.Module):
             hook = self._output_hooks.get(name)
             found[name] = value if hook is None else hook(value)
         return found
+
+    def walk(self, feed: Mapping[str, torch.Tensor]) -> Walk:
+        """A run towards the outputs that stops where it is asked to.
+
+        Args:
+            feed: one tensor for each input that the outputs depend on.
+
+        Raises:
+            ValueError: one of them is missing.
+        """
+        plan = self._plan_for(self.outputs)
+        values: list[torch.Tensor | None] = [None] * self._program.n_slots
+        device = self._fill(plan, values, feed)
+        own = {*self._host_values, *(slot for slot, _ in plan.constants)}
+        return Walk(plan.steps, values, device, self._program.slots, own)
 
     def _fill(
         self, plan: _Plan, values: list[torch.Tensor | None], feed: Mapping[str, torch.Tensor]
@@ -254,6 +247,79 @@ class LoweredModule(torch.nn.Module):
             constants=tuple((slot, self._keys[self._slot_names[slot]]) for slot in constants if slot in live),
             fetches=tuple((name, slots[name]) for name in fetch),
         )
+
+
+class Walk:
+    """A run of a module that stops at inner tensors and goes on from there, with the hooks that nodes then have.
+
+    Build it with :meth:`LoweredModule.walk`.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[tuple[Step, tuple[int, ...]]],
+        values: list[torch.Tensor | None],
+        device: torch.device | None,
+        slots: Mapping[str, int],
+        constants: Collection[int],
+    ) -> None:
+        self._steps = iter(steps)
+        self._values = values
+        self._device = device
+        self._slots = slots
+        self._constants = constants
+
+    def reach(self, tensor: str) -> torch.Tensor:
+        """The value of a tensor, once the nodes up to the one that writes it have run.
+
+        Raises:
+            ValueError: the outputs do not depend on it, or the last node that reads it has run.
+        """
+        slot = self._slots[tensor]
+        while self._values[slot] is None:
+            step, frees = next(self._steps, (None, ()))
+            if step is None:
+                raise ValueError(f"tensor {tensor!r} is not on the way any more")
+            _execute(step, self._values, self._device)
+            for free in frees:
+                self._values[free] = None
+        value = self._values[slot]
+        assert value is not None
+        return value
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the values that nodes still to be run will read, what was fed included."""
+        held = (v for slot, v in enumerate(self._values) if v is not None and slot not in self._constants)
+        storages = (value.untyped_storage() for value in held)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _execute(step: Step, values: list[torch.Tensor | None], device: torch.device | None) -> None:
+    """Run one node, with its hooks and its branch, on the values in their slots."""
+    args = [values[i] for i in step.reads]
+    if device is not None:
+        _move(step, args, device)
+    for i, fn in step.hooks.items():
+        value = args[i]
+        assert value is not None
+        args[i] = fn(value)
+    try:
+        result = step.kernel(*args)
+    except Exception as error:
+        error.add_note(f"in node {step.name!r} ({step.op})")
+        raise
+    if step.branch is not None:
+        read = args[0]
+        assert read is not None
+        assert not isinstance(result, tuple)
+        result = result + step.branch(read)
+    if isinstance(result, tuple):
+        for slot, value in zip(step.writes, result, strict=False):
+            values[slot] = value
+        values[ABSENT] = None
+    else:
+        values[step.writes[0]] = result
 
 
 def lower(graph: gs.Graph, *, inputs: Sequence[str], outputs: Sequence[str]) -> LoweredModule:

@@ -18,7 +18,7 @@ from onnxptq.graph.linear import Linear, find_linears
 from onnxptq.lowering.quantized import quantizing_hooks
 from onnxptq.quantizers.affine import fake_quantize
 from onnxptq.reconstruct.gram import has_rows, layer_rows, weight_matrix
-from onnxptq.reconstruct.pack_data import PackData
+from onnxptq.reconstruct.pack_data import InnerValues, PackData
 from onnxptq.types import Array, FloatArray, Pack, QuantPlan, Solution
 
 SAMPLES = 32
@@ -44,7 +44,7 @@ def layer_noise(
     """
     reads = {(s.consumer, s.input_index): q.quantizer_id for q in plan.quantizers for s in q.sites}
     hooks = quantizing_hooks(index.graph, pack, plan, solution)
-    chunks = [part for part in data.fixed_chunks(SAMPLES) if data.is_own(part)]
+    inner = InnerValues(data, SAMPLES)
     found = {}
     for layer in find_linears(index):
         if layer.weight.name not in weights or layer.node.name not in pack.nodes:
@@ -66,7 +66,7 @@ def layer_noise(
         if not has_rows(layer):
             continue
         sums, squares, noise, count = 0.0, 0.0, np.zeros(2), 0
-        for value, other in data.inner(layer.input.name, hooks, chunks):
+        for _, _, value, other in inner.at(layer.input.name, hooks):
             read = other.numpy() if reader is None else fake_quantize(other.numpy(), solution.qparams[reader])
             rows = layer_rows(layer, value.numpy(), read, _ROWS)
             assert rows is not None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from onnxptq.lowering import LoweredModule
+from onnxptq.lowering.module import Walk
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.quantized import Hooks, set_hooks
 from onnxptq.ranks import ALONE, Ranks
@@ -33,6 +35,8 @@ class PackData:
     weighs the elements of outputs in the loss, by tensor; outputs without an entry weigh 1 throughout.
     ``class_scores`` names the outputs that are compared as such, and says which of them are probabilities.
 
+    ``spare`` bytes may be taken by values inside the pack from one pass to the next.
+
     Where several ``ranks`` share ``count`` samples, this one holds its ``share`` of them. Samples are known by their
     numbers among all; passes over chosen ones are those over its own among them.
     """
@@ -47,6 +51,7 @@ class PackData:
     ranks: Ranks = ALONE
     count: int | None = None
     class_scores: Mapping[str, bool] = field(default_factory=dict)
+    spare: int = 0
 
     def __len__(self) -> int:
         return len(self.floats) if self.count is None else self.count
@@ -121,20 +126,61 @@ class PackData:
         parts = [values[self._place(i)] for i in chosen]
         return _on(self.network.device, joined(parts, names))
 
+
+class Inner(NamedTuple):
+    """A tensor inside a pack in one pass: in the float network, and behind quantized packs.
+
+    ``number`` counts the passes of all ranks, ``samples`` ran together.
+    """
+
+    number: int
+    samples: int
+    value: torch.Tensor
+    changed: torch.Tensor
+
+
+class InnerValues:
+    """Tensors inside a pack, for at most about ``most`` of all samples, evenly spread.
+
+    Passes stop at a tensor and go on from there to the next, as far as what they hold meanwhile fits in
+    ``data.spare`` bytes; the others start anew.
+    """
+
+    def __init__(self, data: PackData, most: int) -> None:
+        self._data = data
+        self._parts = data.fixed_chunks(most)
+        self._stopped: dict[int, tuple[Walk, Walk]] = {}
+        self._held: dict[int, int] = {}
+
+    @property
+    def count(self) -> int:
+        """Samples, on all ranks."""
+        return sum(map(len, self._parts))
+
     @torch.no_grad()
-    def inner(
-        self, tensor: str, hooks: Hooks, parts: Sequence[Sequence[int]]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """A tensor inside the pack: in the float network, and with ``hooks`` behind quantized packs. One pair per
-        part, each of one pass."""
-        for part in parts:
-            found = []
-            for feed, applied in ((self.float_inputs(part), ()), (self.quantized(part), hooks)):
-                set_hooks(self.module, applied)
-                value = feed[tensor] if tensor in feed else self.module(feed, fetch=(tensor,))[tensor]
-                found.append(value.cpu())
-            self.module.clear_hooks()
-            yield found[0], found[1]
+    def at(self, tensor: str, hooks: Hooks) -> Iterator[Inner]:
+        """The passes of this rank, those behind quantized packs with ``hooks``.
+
+        Tensors are asked for in the order in which nodes read them, and hooks of nodes in front of the last one that
+        was asked for stay as they are.
+        """
+        data, module = self._data, self._data.module
+        for number, part in enumerate(self._parts):
+            if not data.is_own(part):
+                continue
+            self._held.pop(number, None)
+            walks = self._stopped.pop(number, None)
+            if walks is None:
+                walks = module.walk(data.float_inputs(part)), module.walk(data.quantized(part))
+            value = walks[0].reach(tensor)
+            set_hooks(module, hooks)
+            changed = walks[1].reach(tensor)
+            module.clear_hooks()
+            held = sum(walk.held_bytes for walk in walks)
+            if sum(self._held.values()) + held <= data.spare:
+                self._stopped[number], self._held[number] = walks, held
+            del walks
+            yield Inner(number, len(part), value.cpu(), changed.cpu())
 
 
 def _owner(number: int, ranks: Ranks) -> int:

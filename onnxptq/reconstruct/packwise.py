@@ -148,7 +148,9 @@ def _reconstructed(
         together = most_together(network, position, floats, limit, ranks)
         after = run_all(network, position, floats, together, vault.keep)
         return_memory()
-        data = PackData(network, position, floats, quants, after, together, importance, ranks, count)
+        data = PackData(
+            network, position, floats, quants, after, together, importance, ranks, count, spare=vault.spare
+        )
         suffix = None if wanted is None else Suffix(data, wanted)
         generator = torch.Generator().manual_seed((seed << 20) + position)
         solve = functools.partial(

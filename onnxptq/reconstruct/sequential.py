@@ -21,10 +21,11 @@ from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear
 from onnxptq.lowering.quantized import Hooks, quantizing_hooks
 from onnxptq.quantizers.affine import fake_quantize
+from onnxptq.ranks import Ranks
 from onnxptq.reconstruct.closed_form import round_weights
 from onnxptq.reconstruct.damping import DAMPINGS, choose_damping
 from onnxptq.reconstruct.gram import Gram, has_rows, layer_rows, weight_matrix, weight_tensor
-from onnxptq.reconstruct.pack_data import PackData
+from onnxptq.reconstruct.pack_data import InnerValues, PackData
 from onnxptq.reconstruct.rounding import compensable_layers, width_of
 from onnxptq.types import Array, Branch, FloatArray, Pack, QParams, QuantPlan, Solution
 
@@ -104,6 +105,7 @@ def solve_layers(
     """
     own = set(pack.nodes)
     reads = {(s.consumer, s.input_index): q for q in plan.quantizers for s in q.sites}
+    inner = InnerValues(data, SAMPLES)
     for layer in compensable_layers(index, plan, MAX_WIDTH):
         if layer.node.name not in own:
             continue
@@ -113,7 +115,7 @@ def solve_layers(
         if weight in settled:
             continue
         hooks = quantizing_hooks(index.graph, pack, plan, solution)
-        halves = _sums(layer, qparams, data, hooks, has_floats=has_floats)
+        halves = _sums(layer, qparams, inner, hooks, data.ranks, has_floats=has_floats)
         if not halves or not all(half.is_finite for half in halves):
             continue
         weights: dict[str, Array] = {}
@@ -134,21 +136,23 @@ def solve_layers(
 
 
 def _sums(
-    layer: Linear, qparams: QParams | None, data: PackData, hooks: Hooks, *, has_floats: bool
+    layer: Linear,
+    qparams: QParams | None,
+    inner: InnerValues,
+    hooks: Hooks,
+    ranks: Ranks,
+    *,
+    has_floats: bool,
 ) -> list[Gram]:
     """Sums over two halves of the samples, or over all where they run in one piece; none for layers whose rows
     cannot be told."""
     if not has_rows(layer):
         return []
-    chunks = data.fixed_chunks(SAMPLES)
-    samples = sum(map(len, chunks))
-    each = -(-max(_ROWS_PER_LAYER, _ROWS_PER_INPUT * width_of(layer)) // samples)
+    each = -(-max(_ROWS_PER_LAYER, _ROWS_PER_INPUT * width_of(layer)) // inner.count)
     groups, _, width = weight_matrix(layer, layer.weight.values).shape
     halves = [Gram.empty(groups, width, has_floats=has_floats) for _ in range(2)]
-    own = [(number, part) for number, part in enumerate(chunks) if data.is_own(part)]
-    found = data.inner(layer.input.name, hooks, [part for _, part in own])
-    for (number, part), (value, changed) in zip(own, found, strict=True):
-        limit = each * len(part)
+    for number, samples, value, changed in inner.at(layer.input.name, hooks):
+        limit = each * samples
         pieces = -(-limit * groups * width // _ELEMENTS_AT_ONCE)
         parts = min(max(pieces, 2), max(1, len(value)))
         for k, (x, other) in enumerate(
@@ -158,7 +162,7 @@ def _sums(
             rows = layer_rows(layer, x, read, -(-limit // parts))
             assert rows is not None
             halves[(number + k) % 2].add(*rows)
-    return [half for half in (half.sum_over(data.ranks) for half in halves) if half.rows]
+    return [half for half in (half.sum_over(ranks) for half in halves) if half.rows]
 
 
 def _task(index: GraphIndex, layer: Linear, halves: Sequence[Gram], weight: str) -> LayerTask:

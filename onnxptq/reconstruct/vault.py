@@ -56,6 +56,11 @@ class Vault:
                 name.unlink()
         return stored.reshape(value.shape)
 
+    @property
+    def spare(self) -> int:
+        """Bytes of the budget that are not taken."""
+        return max(0, self._budget - self._held)
+
     def forget(self, value: torch.Tensor) -> None:
         """Take a tensor off the account, if it is one that was left in memory."""
         self._held -= self._sizes.pop(id(value), 0)

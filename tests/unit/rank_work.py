@@ -18,7 +18,7 @@ from onnxptq.ranks import Ranks
 from onnxptq.reconstruct import sequential
 from onnxptq.reconstruct.gram import Gram
 from onnxptq.reconstruct.objective import norms_of
-from onnxptq.reconstruct.pack_data import UNIT, PackData, run_all
+from onnxptq.reconstruct.pack_data import UNIT, InnerValues, PackData, run_all
 from onnxptq.reconstruct.rounding import compensable_layers
 from onnxptq.types import CanonicalModel, Pack, QuantPlan, Sample
 
@@ -153,4 +153,5 @@ def sums(
     layers = compensable_layers(GraphIndex(model.graph), plan, 1000)
     own = [layer for layer in layers if layer.node.name in packs[0].nodes]
     variance = norms_of(data, range(0, len(samples), 3)).variance
-    return [sequential._sums(layer, None, data, (), has_floats=False) for layer in own], variance
+    inner = InnerValues(data, sequential.SAMPLES)
+    return [sequential._sums(layer, None, inner, (), ranks, has_floats=False) for layer in own], variance

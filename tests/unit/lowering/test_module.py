@@ -318,3 +318,33 @@ def test_caches_made_in_inference_mode_serve_training() -> None:
 def test_two_runs_are_equal_to_the_bit(module: LoweredModule) -> None:
     x = torch.randn(7, 4)
     assert torch.equal(module({"x": x})["y"], module({"x": x})["y"])
+
+
+# ---- walks -------------------------------------------------------------------------------------
+
+
+def test_a_walk_stops_at_tensors_and_goes_on_with_the_hooks_of_then(module: LoweredModule) -> None:
+    x = torch.randn(3, 4)
+    seen = []
+
+    def counted(value: torch.Tensor) -> torch.Tensor:
+        seen.append(value)
+        return value
+
+    module.set_hook("a", "relu", 0, counted)
+    walk = module.walk({"x": x})
+    assert torch.equal(walk.reach("x"), x)
+    a = walk.reach("a")
+    assert not seen
+    torch.testing.assert_close(a, x @ module.constant("w.1").T + module.constant("b.1"))
+    # x waits for the sum; weights are nobody's memory.
+    assert walk.held_bytes == 4 * (a.numel() + x.numel())
+    module.set_hook("h", "fc2", 0, lambda value: value * 2)
+    h = torch.relu(a)
+    torch.testing.assert_close(walk.reach("y"), h * 2 @ module.constant("w.2") + x)
+    assert torch.equal(walk.reach("h"), h)
+    assert len(seen) == 1
+    with pytest.raises(ValueError, match="'a' is not on the way"):
+        walk.reach("a")
+    with pytest.raises(ValueError, match="no value is fed for tensor 'x'"):
+        module.walk({})

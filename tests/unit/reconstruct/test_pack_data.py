@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,12 @@ import onnx
 import pytest
 import torch
 
+from onnxptq.lowering import LoweredModule
 from onnxptq.lowering.network import BlockNetwork
+from onnxptq.lowering.quantized import quantizing_hooks, set_hooks
 from onnxptq.reconstruct.learning import FAST, Learning
-from onnxptq.reconstruct.pack_data import joined, most_together, run_all
+from onnxptq.reconstruct.pack_data import InnerValues, joined, most_together, run_all
+from onnxptq.reconstruct.rounding import compensable_layers
 from onnxptq.reconstruct.vault import Vault
 from onnxptq.types import Sample
 from tests.unit.reconstruct.pack_cases import Case, case, chain, tensors
@@ -175,6 +179,45 @@ def test_stand_ins_for_shapes_take_no_memory(tmp_path: Path) -> None:
     shape = (1, 4, 8, 8)
     assert all(one[name].shape == shape and one[name].untyped_storage().nbytes() <= 8 for one in found)
     assert torch.Size(shape) not in kept
+
+
+@pytest.mark.parametrize("room", [0, 1, 99])
+def test_passes_go_on_from_layer_to_layer_as_far_as_memory_goes(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is held, what layers read is what a run from the start computes, to the last bit."""
+    made = case(residual_block(), tmp_path, samples=6, longest=99)
+    layers = compensable_layers(made.index, made.plan, 1000)
+    assert len(layers) > 1
+    data = made.data(together=2)
+    largest = max(data.network.measure(data.floats[0]).values())
+    # Room 1: what a pass of two samples holds in one tensor or two, float and quantized.
+    data = replace(data, spare=room * 2 * 2 * 2 * 4 * largest)
+    begun: list[Mapping[str, torch.Tensor]] = []
+    walk = LoweredModule.walk
+    monkeypatch.setattr(LoweredModule, "walk", lambda module, feed: begun.append(feed) or walk(module, feed))  # type: ignore[func-returns-value]
+    inner, solution = InnerValues(data, 99), made.start
+    for layer in layers:
+        hooks = quantizing_hooks(made.model.graph, made.packs[0], made.plan, solution)
+        for found in inner.at(layer.input.name, hooks):
+            part = range(2 * found.number, 2 * found.number + 2)
+            set_hooks(data.module, ())
+            assert torch.equal(found.value, _fetched(data.module, data.float_inputs(part), layer.input.name))
+            set_hooks(data.module, hooks)
+            assert torch.equal(found.changed, _fetched(data.module, data.quantized(part), layer.input.name))
+            data.module.clear_hooks()
+        # The layers in front are final now; this one is not.
+        weight = solution.weights.get(layer.weight.name, layer.weight.values)
+        solution = replace(
+            solution, weights={**solution.weights, layer.weight.name: weight * np.float32(1.5)}
+        )
+    assert inner.count == 6
+    fewest, most = 2 * 3, 2 * 3 * len(layers)
+    assert {0: len(begun) == most, 1: fewest < len(begun) < most, 99: len(begun) == fewest}[room]
+
+
+def _fetched(module: LoweredModule, feed: Mapping[str, torch.Tensor], tensor: str) -> torch.Tensor:
+    return feed[tensor] if tensor in feed else module(feed, fetch=(tensor,))[tensor]
 
 
 # ---- vault -------------------------------------------------------------------------------------
