@@ -148,10 +148,9 @@ from .progress import TerminalProgress
 )
 @click.option(
     "--floor",
-    type=float,
     metavar="DB",
-    help="Leave nodes in float until the outputs reach this; 0 for never. Below 8 bits only where it is "
-    "given. [default: 20.0]",
+    help="Leave nodes in float until the outputs reach this; 0 for never, auto for 20 with 8 bits and never "
+    "with fewer. [default: auto]",
 )
 @click.option(
     "--enough",

@@ -22,6 +22,8 @@ Effort = Literal["fast", "balanced", "paper"]
 Allocator = Literal["exact", "greedy"]
 LowRank = Literal["off", "merge", "branch", "auto"]
 
+_FLOOR_DB = 20.0
+
 
 class TensorRule(BaseModel):
     """Exceptions for the tensors or nodes that ``match`` names (see :mod:`onnxptq.selectors` for patterns)."""
@@ -81,7 +83,7 @@ class Recipe(BaseModel):
         preprocess: how pictures become inputs (the fields of ImagePreprocess); what is absent is guessed.
         min_sqnr, min_agreement: quality gates on held-out samples (dB; share of equal top-1).
         floor: where the outputs stay below this many dB on calibration samples, the nodes that spoil them
-            are left in float and reported; None turns this off. With fewer than 8 bits it is off unless set.
+            are left in float and reported; None turns this off, ``auto`` is 20 dB with 8 bits and off with fewer.
         enough: once the outputs reach this many dB on calibration samples, no further alternative for the
             weights is tried; None tries all. Packs are solved regardless.
         seed: for rotations, for the order of samples in gradient steps, and for random calibration data where
@@ -127,7 +129,7 @@ class Recipe(BaseModel):
     preprocess: dict[str, Any] = Field(default_factory=dict)
     min_sqnr: float | None = None
     min_agreement: float | None = Field(default=None, ge=0.0, le=1.0)
-    floor: float | None = 20.0
+    floor: float | Literal["auto"] | None = "auto"
     enough: float | None = 35.0
     seed: int = Field(default=0, ge=0)
     average_bits: float | None = Field(default=None, ge=2.0, le=8.0)
@@ -267,7 +269,9 @@ class Recipe(BaseModel):
     @property
     def least_db(self) -> float | None:
         """The floor, where it holds: few bits rarely reach what 8 bits do, so there it must be asked for."""
-        return self.floor if not self.is_low_bit or "floor" in self.model_fields_set else None
+        if self.floor == "auto":
+            return None if self.is_low_bit else _FLOOR_DB
+        return self.floor
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
@@ -367,14 +371,28 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
 
 def _explain(error: ValidationError, where: str) -> str:
     lines = []
-    for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"]) or "(whole)"
+    for places, item in _failures(error):
+        name = ".".join(map(str, places)) or "(whole)"
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(item["loc"][-1]), Recipe.model_fields, n=2)
+            near = difflib.get_close_matches(str(places[-1]), Recipe.model_fields, n=2)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             lines.append(f"unknown key '{name}'{hint}")
-        elif not item["loc"]:
+        elif not places:
             lines.append(item["msg"].removeprefix("Value error, "))
         else:
             lines.append(f"'{name}': {item['msg']} (got {item['input']!r})")
     return f"Invalid {where}: " + "; ".join(lines)
+
+
+def _failures(error: ValidationError) -> list[tuple[tuple[int | str, ...], dict[str, Any]]]:
+    """Each value that was refused: where it is, and what is wrong. Of a value that may have one of several types
+    pydantic tells what each of them misses, one by one."""
+    found: dict[tuple[int | str, ...], list[dict[str, Any]]] = {}
+    for item in error.errors():
+        place = item["loc"]
+        is_choice = len(place) == 2 and place[0] in Recipe.model_fields and isinstance(place[1], str)
+        found.setdefault(place[:1] if is_choice else place, []).append(dict(item))
+    return [
+        (place, {**items[0], "msg": ", or ".join(item["msg"] for item in items)})
+        for place, items in found.items()
+    ]

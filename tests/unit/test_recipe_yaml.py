@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from onnxptq.errors import RecipeError
 from onnxptq.recipe import Recipe
 
 RECIPES = {
@@ -31,6 +32,10 @@ RECIPES = {
         }
     ),
     "no floor": Recipe(floor=None),
+    "few bits": Recipe(target="simulate", weight_bits=4),
+    "few bits with a floor": Recipe(target="simulate", weight_bits=4, floor=15.0),
+    "an average": Recipe(target="simulate", average_bits=3.4),
+    "learnt": Recipe(target="simulate", weight_bits=3, activation_bits=3, effort="balanced"),
 }
 
 
@@ -40,9 +45,20 @@ def test_a_written_recipe_reads_as_itself(recipe: Recipe, tmp_path: Path) -> Non
     read = Recipe.from_yaml(tmp_path / "recipe.yaml")
     assert read == recipe
     assert read.to_yaml() == recipe.to_yaml()
+    # What follows from the fields must not depend on whether they were given.
+    derived = [name for name, value in vars(Recipe).items() if isinstance(value, property)]
+    assert "least_db" in derived
+    assert {name: getattr(read, name) for name in derived} == {
+        name: getattr(recipe, name) for name in derived
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_no_nulls_but_where_they_mean_something(recipe: Recipe) -> None:
     nulls = [line for line in recipe.to_yaml().splitlines() if line.endswith("null")]
     assert nulls == (["floor: null"] if recipe.floor is None else [])
+
+
+def test_a_value_of_no_type_that_a_field_may_have_is_told_once() -> None:
+    with pytest.raises(RecipeError, match=r"'floor': .* number, .*, or .* 'auto' \(got 'high'\)"):
+        Recipe.create({"floor": "high"})
