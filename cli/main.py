@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from onnxptq.errors import EXIT_INTERRUPTED, MemoryBudgetError, OnnxPtqError
+from onnxptq.errors import EXIT_INTERRUPTED, INTERRUPTED, MemoryBudgetError, OnnxPtqError, is_interruption
 from onnxptq.ranks import Ranks
 from onnxptq.version import __version__
 
@@ -69,10 +69,12 @@ def _run(arguments: list[str] | None, debug: bool) -> int:
         ranks = Ranks.join()
         if ranks.rank > 0:
             _leave(ranks.serve())
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except OnnxPtqError as error:
-        return _failed(error.message, error.remedy, error.exit_code, debug)
+    except (Exception, KeyboardInterrupt) as error:
+        if is_interruption(error):
+            return EXIT_INTERRUPTED
+        if isinstance(error, OnnxPtqError):
+            return _failed(error.message, error.remedy, error.exit_code, debug)
+        raise
     code = _command(arguments, debug, ranks)
     ranks.dismiss(code)
     return code
@@ -89,28 +91,33 @@ def _leave(code: int) -> NoReturn:
 def _command(arguments: list[str] | None, debug: bool, ranks: Ranks) -> int:
     try:
         result: Any = cli.main(args=arguments, prog_name="onnxptq", standalone_mode=False, obj=ranks)
-    except click.exceptions.Abort:
-        return _interrupted()
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except KeyboardInterrupt:
-        return _interrupted()
-    except OnnxPtqError as error:
-        return _failed(error.message, error.remedy, error.exit_code, debug)
-    except MemoryError:
-        advice = "Lower --max-memory or --samples."
-        return _failed("The machine ran out of memory.", advice, MemoryBudgetError.exit_code, debug)
-    except BrokenPipeError:
-        # The reader is gone; without this the interpreter complains again while it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        message = f"Internal error: {type(error).__name__}: {error}"
-        return _failed(message, "Rerun with --debug and report the traceback.", 1, debug)
+    except (Exception, KeyboardInterrupt) as error:
+        return _ended(error, debug)
     return result if isinstance(result, int) else 0
+
+
+def _ended(error: Exception | KeyboardInterrupt, debug: bool) -> int:
+    """Say what went wrong, and give the exit code for it; called while the exception is handled."""
+    # click makes an Abort of a KeyboardInterrupt.
+    if isinstance(error, click.exceptions.Abort) or is_interruption(error):
+        return _interrupted()
+    match error:
+        case click.exceptions.Exit():
+            return error.exit_code
+        case click.ClickException():
+            error.show()
+            return error.exit_code
+        case OnnxPtqError():
+            return _failed(error.message, error.remedy, error.exit_code, debug)
+        case MemoryError():
+            advice = "Lower --max-memory or --samples."
+            return _failed("The machine ran out of memory.", advice, MemoryBudgetError.exit_code, debug)
+        case BrokenPipeError():
+            # The reader is gone; without this the interpreter complains again while it flushes at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+    message = f"Internal error: {type(error).__name__}: {error}"
+    return _failed(message, "Rerun with --debug and report the traceback.", 1, debug)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -118,9 +125,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _interrupted() -> int:
-    Console(stderr=True, soft_wrap=True).print(
-        "Interrupted. No output was written; the same command continues from its caches."
-    )
+    Console(stderr=True, soft_wrap=True).print(INTERRUPTED)
     return EXIT_INTERRUPTED
 
 
@@ -133,7 +138,3 @@ def _failed(message: str, remedy: str, code: int, debug: bool) -> int:
     if remedy:
         console.print(Text("  fix: ", style="bold green").append(remedy, style="default"))
     return code
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from onnxptq.errors import OnnxPtqError
-from onnxptq.version import __version__
 
 if TYPE_CHECKING:
     from onnxptq.calibrate.feeds import ImagePreprocess
@@ -23,11 +22,13 @@ if TYPE_CHECKING:
     from onnxptq.pipeline import Result, quantize
     from onnxptq.recipe import Recipe
     from onnxptq.surveying import sensitivity
+    from onnxptq.version import __version__
 
 _HOMES = {
     "ImagePreprocess": "onnxptq.calibrate.feeds",
     "Recipe": "onnxptq.recipe",
     "Result": "onnxptq.pipeline",
+    "__version__": "onnxptq.version",
     "inspect": "onnxptq.inspection",
     "quantize": "onnxptq.pipeline",
     "sensitivity": "onnxptq.surveying",

@@ -25,6 +25,23 @@ An interrupted run (Ctrl-C) exits with 130; rerunning the same command resumes i
 from __future__ import annotations
 
 EXIT_INTERRUPTED = 130
+INTERRUPTED = "Interrupted. No output was written; the same command continues from its caches."
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Whether ``error`` is Ctrl-C, or came of it: an extension module that is interrupted while it loads raises an
+    ImportError instead, and hands on the KeyboardInterrupt as its cause or context."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        one = pending.pop()
+        if one is None or id(one) in seen:
+            continue
+        if isinstance(one, KeyboardInterrupt):
+            return True
+        seen.add(id(one))
+        pending += [one.__cause__, one.__context__]
+    return False
 
 
 class OnnxPtqError(Exception):

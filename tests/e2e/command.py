@@ -36,7 +36,7 @@ def process(*arguments: object, limit: float = 120, **options: Any) -> Finished:
     """``onnxptq ARGUMENTS`` in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", **options.pop("env", {})}
     done = subprocess.run(
-        [sys.executable, "-m", "onnxptq.cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "onnxptq", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=limit,

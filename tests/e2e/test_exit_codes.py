@@ -94,7 +94,7 @@ def test_debug_shows_the_traceback(bench: Bench) -> None:
 
 
 def test_a_reader_that_leaves_is_no_disaster() -> None:
-    command = f"{shlex.quote(sys.executable)} -m onnxptq.cli.main quantize --help | head -c 1"
+    command = f"{shlex.quote(sys.executable)} -m onnxptq quantize --help | head -c 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout == "U"
     assert done.stderr == ""

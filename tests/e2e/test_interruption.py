@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from onnxptq.errors import INTERRUPTED
 from tests.e2e.command import Bench, process, snapshot
 
 SLOW = """
@@ -28,6 +30,44 @@ def slow(*arguments, **options):
 setattr(module, name, slow)
 main(sys.argv[3:])
 """
+
+
+WHILE_IMPORTING = """
+import runpy, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "click":
+            FAILURE
+sys.meta_path.insert(0, Finder())
+START
+"""
+
+FAILURES = {
+    "interrupt": "raise KeyboardInterrupt",
+    "extension": "raise ImportError('initialization failed') from KeyboardInterrupt()",
+}
+
+
+def _script() -> str:
+    """What the command ``onnxptq`` runs, by its entry in the package's metadata."""
+    settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    module, function = settings["project"]["scripts"]["onnxptq"].split(":")
+    return f"from {module} import {function}; sys.exit({function}())"
+
+
+STARTS = {"module": "runpy.run_module('onnxptq', run_name='__main__')", "script": _script()}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("start", STARTS)
+def test_interrupted_while_importing(start: str, failure: str) -> None:
+    program = WHILE_IMPORTING.replace("FAILURE", FAILURES[failure]).replace("START", STARTS[start])
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [INTERRUPTED]
 
 
 def _stop(bench: Bench, step: str, number: int) -> tuple[int, str]:

@@ -65,6 +65,42 @@ def test_exit_codes(
     assert ("Traceback" in said.err) == is_shown
 
 
+def _chained(outer: BaseException, cause: BaseException, *, hidden: bool = False) -> BaseException:
+    try:
+        try:
+            raise cause
+        except BaseException:
+            if hidden:
+                raise outer from None
+            raise outer from cause
+    except BaseException as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        _chained(ImportError("initialization failed"), KeyboardInterrupt()),
+        _chained(ImportError("initialization failed"), KeyboardInterrupt(), hidden=True),
+        _chained(
+            errors.InvalidModelError("cannot load"), _chained(ImportError("numpy"), KeyboardInterrupt())
+        ),
+    ],
+    ids=["cause", "context", "twice"],
+)
+def test_what_an_interruption_became_is_an_interruption(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(error, monkeypatch) == 130
+    assert capsys.readouterr().err.startswith("Interrupted.")
+
+
+def test_a_chain_that_runs_in_a_circle_ends() -> None:
+    first, second = ValueError("a"), ValueError("b")
+    first.__cause__, second.__cause__ = second, first
+    assert not errors.is_interruption(first)
+
+
 def test_every_documented_code_has_a_meaning() -> None:
     used = {
         kind.exit_code
