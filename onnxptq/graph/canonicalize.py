@@ -37,7 +37,7 @@ from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
 from onnxptq.graph.surgeon import import_graph
 from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip
 
-FORM = 3
+FORM = 4
 """Version of the canonical form: part of the fingerprint, raised when results change."""
 
 LARGE_MODEL_BYTES = 1_500_000_000
@@ -47,9 +47,11 @@ _CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _FOLD_LIMIT = "64MB"
 # Steps of onnxsim that are left out: our own passes do them exactly and keep the user's names (batch norm),
-# or they hide the linear layers behind Reshape nodes or merge weights that are quantized separately.
+# they hide the linear layers behind Reshape nodes, merge weights that are quantized separately, or write the body
+# of a Loop once per iteration, each with weights of its own. Constant conditions of If are still decided.
 _SKIPPED_OPTIMIZERS = (
     "eliminate_duplicate_initializer",
+    "eliminate_loop_with_const_trip_count",
     "fuse_bn_into_conv",
     "fuse_matmul_add_bias_into_gemm",
     "fuse_matmul_add_bias_into_gemm_batched",

@@ -295,6 +295,59 @@ def test_bodies_of_control_flow_stay_and_are_reported(tmp_path: Path) -> None:
     assert_close(run(model, feed), run(result.path, feed), 0)
 
 
+def loop_of_products() -> onnx.NodeProto:
+    """``y = h W^trips``."""
+    body = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["state", "inner"], ["next"], name="step"),
+            helper.make_node("Identity", ["keep"], ["still"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("keep", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, ["n", 4]),
+        ],
+        [
+            helper.make_tensor_value_info("still", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, ["n", 4]),
+        ],
+        [numpy_helper.from_array(random(4, 4), "inner")],
+    )
+    return helper.make_node("Loop", ["trips", "", "h"], ["y"], "again", body=body)
+
+
+@pytest.mark.parametrize("simplify", [True, False])
+def test_loops_of_a_constant_length_are_not_unrolled(tmp_path: Path, simplify: bool) -> None:
+    nodes = [node("MatMul", "x w", "h"), loop_of_products()]
+    model = build(nodes, {"x": ["n", 4]}, ["y"], {"w": random(4, 4), "trips": np.int64(5)})
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4]))
+    result = canonical(tmp_path, model, simplify=simplify)
+    assert ops(result) == {"MatMul": 1, "Loop": 1}
+    assert [skip.site for skip in result.skips] == ["again"]
+    feed = feed_for(model)
+    assert_close(run(model, feed), run(result.path, feed), 0)
+
+
+def test_a_constant_condition_is_decided(tmp_path: Path) -> None:
+    def branch(op: str) -> onnx.GraphProto:
+        output = helper.make_tensor_value_info(f"{op}_y", TensorProto.FLOAT, None)
+        return helper.make_graph([helper.make_node(op, ["h"], [f"{op}_y"])], op, [], [output])
+
+    nodes = [
+        node("MatMul", "x w", "h"),
+        helper.make_node(
+            "If", ["flag"], ["y"], "choice", then_branch=branch("Neg"), else_branch=branch("Abs")
+        ),
+    ]
+    model = build(nodes, {"x": ["n", 4]}, ["y"], {"w": random(4, 4), "flag": np.bool_(False)})
+    result = canonical(tmp_path, model)
+    assert ops(result) == {"MatMul": 1, "Abs": 1}
+    assert result.skips == ()
+    feed = feed_for(model)
+    assert_close(run(model, feed), run(result.path, feed), 0)
+
+
 def test_metadata_is_kept(tmp_path: Path) -> None:
     model = network()
     model.metadata_props.add(key="author", value="someone")
