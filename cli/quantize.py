@@ -230,10 +230,11 @@ def quantize(
         click.echo(json.dumps(result.report.to_json(), indent=2))
     elif not quiet:
         console = Console(highlight=False)
-        console.print(render_summary(result.report))
+        page = None if result.report_dir is None else result.report_dir / "report.html"
+        console.print(render_summary(result.report, page))
         console.print(f"output  {result.output}", soft_wrap=True, markup=False)
-        if result.report_dir is not None:
-            console.print(f"report  {result.report_dir / 'report.html'}", soft_wrap=True, markup=False)
+        if page is not None:
+            console.print(f"report  {page}", soft_wrap=True, markup=False)
 
 
 def _recipe(path: Path | None, settings: dict[str, Any], pictures: dict[str, Any]) -> Recipe:

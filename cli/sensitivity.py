@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     help="Whose quantizers are measured. [default: simulate]",
 )
 @click.option("-w", "--weight-bits", type=int, help="Of the network whose blocks are scored. [default: 4]")
-@click.option("-a", "--activation-bits", type=int, help="The same. [default: 4]")
+@click.option("-a", "--activation-bits", type=int, help="Of its activations. [default: 4]")
 @max_pack_blocks_option
 @selector_options
 @samples_option

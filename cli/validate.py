@@ -25,7 +25,9 @@ from .progress import TerminalProgress
 )
 @click.option("--labels", metavar="FILE", help="Labels for accuracy (.json, .csv, .npy, .npz, or 'folders').")
 @click.option("--layers", is_flag=True, help="Also compare every tensor that both files name.")
-@click.option("--exact", is_flag=True, help="Run QDQ arithmetic as written instead of integer kernels.")
+@click.option(
+    "--exact", is_flag=True, help="Run QDQ arithmetic of both as written instead of integer kernels."
+)
 @click.option("--limit", type=click.IntRange(min=1), help="At most this many samples, spread evenly.")
 @click.option(
     "--provider",
@@ -60,7 +62,11 @@ def validate(
     min_accuracy: float | None,
     **settings: Any,
 ) -> None:
-    """Compare QUANTIZED with REFERENCE (any two ONNX files of the same inputs and outputs) on DATA."""
+    """Compare QUANTIZED with REFERENCE on DATA.
+
+    Any two ONNX files of the same inputs and outputs will do. The reference is the float model as a rule; a quantized
+    one shows how far two quantized files are apart.
+    """
     from onnxptq.comparison import require_gates
     from onnxptq.comparison import validate as run
     from onnxptq.validate.report import plain

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from onnxptq.calibrate.feeds import ImagePreprocess, open_feeds, read_labels
-from onnxptq.errors import FeedError, InvalidModelError, OutputCheckError, QualityGateError, UsageError
+from onnxptq.calibrate.feeds import ImagePreprocess, label_origin, open_feeds, read_labels
+from onnxptq.errors import FeedError, OutputCheckError, QualityGateError, UsageError
 from onnxptq.graph.specs import input_specs
 from onnxptq.runtime import Provider, require_runtime
 from onnxptq.types import InputSpec, Progress
@@ -35,20 +35,23 @@ def validate(
 ) -> Comparison:
     """Compare ``quantized`` with ``reference`` on ``data``.
 
+    Any two files will do whose inputs and outputs correspond, by name or else by order; either may hold quantization
+    operators.
+
     Args:
         data, labels, preprocess: as in :func:`onnxptq.quantize`.
         layers: also compare every tensor that both files name.
-        exact: run the quantized file with exact QDQ arithmetic instead of integer kernels.
+        exact: run both files with exact QDQ arithmetic instead of integer kernels.
         min_sqnr: in dB, for every float output. min_agreement, min_accuracy: shares in [0, 1].
 
     Raises:
         QualityGateError: a bound is missed.
+        UsageError: the two files do not belong together.
         OnnxPtqError: the models or the data cannot be used.
     """
     require_runtime()
     specs = input_specs(Path(reference))
-    if not Path(quantized).is_file():
-        raise InvalidModelError(f"{quantized} does not exist.", "Give the path of an .onnx file.")
+    _require_same_inputs(Path(reference), specs, Path(quantized), input_specs(Path(quantized)))
     with tempfile.TemporaryDirectory(prefix="onnxptq-") as scratch:
         feeds = open_feeds(
             data,
@@ -63,6 +66,7 @@ def validate(
                 Path(quantized),
                 feeds,
                 labels=None if labels is None else read_labels(labels, feeds),  # type: ignore[arg-type]
+                origin=label_origin(labels, feeds),
                 layers=layers,
                 exact=exact,
                 provider=provider,
@@ -71,9 +75,52 @@ def validate(
             )
         except OutputCheckError as error:
             # Nothing was written here, so nothing failed its own checks: the two files do not belong together.
-            raise UsageError(error.message, "Compare two files of the same network.") from error
+            raise UsageError(f"{reference} and {quantized}: {error.message}", _SAME_NETWORK) from error
     require_gates(found.outputs, min_sqnr=min_sqnr, min_agreement=min_agreement, min_accuracy=min_accuracy)
     return found
+
+
+_SAME_NETWORK = "Compare two files of the same network."
+
+
+def _require_same_inputs(
+    reference: Path, specs: Sequence[InputSpec], quantized: Path, others: Sequence[InputSpec]
+) -> None:
+    """Refuse models of which one sample cannot be the input of both.
+
+    Raises:
+        UsageError: inputs differ in number, type, rank, or in dimensions that both fix.
+    """
+    by_name = {spec.name: spec for spec in others}
+    if by_name.keys() == {spec.name for spec in specs}:
+        pairs = [(spec, by_name[spec.name]) for spec in specs]
+    elif len(specs) == len(others):
+        pairs = list(zip(specs, others, strict=True))
+    else:
+        listed = (f"{len(some)} ({', '.join(spec.name for spec in some)})" for some in (specs, others))
+        raise UsageError(
+            f"The inputs differ: {reference} has {next(listed)}, {quantized} has {next(listed)}.",
+            _SAME_NETWORK,
+        )
+    for a, b in pairs:
+        if a.dtype != b.dtype or not _can_be_equal(a.shape, b.shape):
+            raise UsageError(
+                f"The inputs differ: {reference} reads '{a.name}' as {_described(a)}, {quantized} reads "
+                f"'{b.name}' as {_described(b)}.",
+                _SAME_NETWORK,
+            )
+
+
+def _can_be_equal(a: Sequence[int | str | None], b: Sequence[int | str | None]) -> bool:
+    """Whether one array may have both shapes. No dimensions may also mean that the file does not give the shape."""
+    if not a or not b:
+        return True
+    fixed = ((m, n) for m, n in zip(a, b, strict=False) if isinstance(m, int) and isinstance(n, int))
+    return len(a) == len(b) and all(m == n for m, n in fixed)
+
+
+def _described(spec: InputSpec) -> str:
+    return f"{spec.dtype} [{', '.join('?' if dim is None else str(dim) for dim in spec.shape)}]"
 
 
 def resolve_preprocess(specs: Sequence[InputSpec], options: Mapping[str, Any]) -> ImagePreprocess | None:

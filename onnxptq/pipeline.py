@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxptq import forming, running, steps
-from onnxptq.publish import require_distinct, require_writable, require_writable_folder, staging
+from onnxptq.publish import (
+    require_apart,
+    require_distinct,
+    require_writable,
+    require_writable_folder,
+    staging,
+)
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import Recipe
 from onnxptq.runtime import require_runtime
@@ -58,6 +64,10 @@ def quantize(
     require_runtime()
     require_distinct(source, target)
     require_writable(target)
+    places = {"--report": report_dir, "--work-dir": work_dir}
+    require_apart(
+        target, {option: None if place is None else Path(place) for option, place in places.items()}
+    )
     if report_dir is not None:
         require_writable_folder(Path(report_dir))
     with running.start(recipe or Recipe(), work_dir, progress, ranks) as run:

@@ -27,6 +27,18 @@ def require_distinct(source: Path, output: Path) -> None:
         raise OutputPathError(f"The output '{output}' is the input model.", "Choose another output.")
 
 
+def require_apart(output: Path, folders: Mapping[str, Path | None]) -> None:
+    """Raise OutputPathError where a folder, here by its option, would take the place of the output, of its external
+    data, or of a folder that it lies in."""
+    files = {part.resolve() for part in (output, output.with_name(f"{output.name}.data"))}
+    for option, folder in folders.items():
+        if folder is not None and files & {folder.resolve(), *folder.resolve().parents}:
+            raise OutputPathError(
+                f"The folder '{folder}' of {option} would take the place of the output '{output}'.",
+                "Choose another folder, or another output.",
+            )
+
+
 def require_writable(path: Path) -> None:
     """Raise OutputPathError unless a file could be created at ``path``; checked before any long work."""
     folder = path.parent

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from onnxptq.errors import RecipeError
 
@@ -67,7 +67,7 @@ class Recipe(BaseModel):
             Where bits are chosen per pack, the analysis starts from these (default: nearest to the average).
         observer: how activation ranges are chosen; ``auto`` measures several on calibration samples.
         percentile: percent of values kept by the percentile observer.
-        include, exclude: node selectors; with ``include`` only matching nodes are quantized.
+        include, exclude: node selectors, a list or a single one; with ``include`` only matching nodes are quantized.
         rules: per-tensor exceptions; the last match wins.
         equalize, rotate, compensate, correct_bias: parts of ``auto`` that can be turned off.
         shift: whether channels shifted to the middle of their ranges are tried. None does so behind activations
@@ -138,6 +138,11 @@ class Recipe(BaseModel):
     max_loss: float | None = Field(default=None, ge=0.0)
     allocator: Allocator = "exact"
     plan: str | None = None
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _one_selector(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _baseline_is_plain(self) -> Self:
@@ -380,7 +385,9 @@ def _explain(error: ValidationError, where: str) -> str:
         elif not places:
             lines.append(item["msg"].removeprefix("Value error, "))
         else:
-            lines.append(f"'{name}': {item['msg']} (got {item['input']!r})")
+            # YAML has lists; that they are kept as tuples is nobody's concern.
+            wrong = "Input should be a list" if item["type"] == "tuple_type" else item["msg"]
+            lines.append(f"'{name}': {wrong} (got {item['input']!r})")
     return f"Invalid {where}: " + "; ".join(lines)
 
 

@@ -37,6 +37,7 @@ from onnxptq.types import (
     Skip,
     Solution,
 )
+from onnxptq.validate import wording
 from onnxptq.validate.compare import LayerQuality
 from onnxptq.validate.latency import Latency
 from onnxptq.validate.report import (
@@ -216,9 +217,10 @@ def _reduced(seen: TensorStatistics) -> Histogram:
 
 
 def size_rows(
-    model: CanonicalModel, plan: QuantPlan, solution: Solution, source_bytes: int, output_bytes: int
+    model: CanonicalModel, plan: QuantPlan, solution: Solution, output_bytes: int
 ) -> tuple[SizeRow, ...]:
-    """Bytes of quantized weights, of other constants, of branches, and of the rest, before and after."""
+    """Bytes of quantized weights, of other constants, of branches, and of the rest, before and after; before as
+    float32, also where the source holds half precision."""
     tensors = model.graph.tensors()
     constants = {name: _float_bytes(t) for name, t in tensors.items() if isinstance(t, gs.Constant)}
     weights = [q for q in plan.quantizers if q.role != "activation"]
@@ -233,10 +235,15 @@ def size_rows(
         *([SizeRow(component="low-rank branches", before=0, after=branches)] if branches else []),
         SizeRow(
             component="graph, scales and names",
-            before=max(0, source_bytes - before - other),
+            before=max(0, _raised_bytes(model) - before - other),
             after=max(0, output_bytes - after - other - branches),
         ),
     )
+
+
+def _raised_bytes(model: CanonicalModel) -> int:
+    """Bytes of the source, had it been float32."""
+    return model.source_bytes + model.half_bytes
 
 
 def _float_bytes(constant: gs.Constant) -> int:
@@ -418,14 +425,20 @@ def user_skips(model: CanonicalModel, plan: QuantPlan, statistics: Calibration) 
     return tuple(dict.fromkeys((*model.skips, *statistics.skips, *plan.skips)))
 
 
-def larger_note(source_bytes: int, output_bytes: int, rows: tuple[SizeRow, ...]) -> str:
+def larger_note(model: CanonicalModel, output_bytes: int, rows: tuple[SizeRow, ...]) -> str:
     """Why the output is not smaller than the input; empty where it is."""
-    if output_bytes < source_bytes:
+    if output_bytes < model.source_bytes:
         return ""
-    share = rows[0].before / max(1, source_bytes)
+    share = min(1.0, rows[0].before / max(1, _raised_bytes(model)))
+    raised = (
+        f"constants of half precision were raised to float32 ({wording.size(model.half_bytes)} became "
+        f"{wording.size(2 * model.half_bytes)}), "
+        if model.half_bytes
+        else ""
+    )
     return (
-        f"The output is not smaller: quantizable weights are {share:.0%} of the model, and scales, zero points "
-        "and Q/DQ nodes take more than they save."
+        f"The output is not smaller: {raised}quantized weights are {share:.0%} of the model"
+        f"{' in float32' if raised else ''}, and scales, zero points and Q/DQ nodes take more than they save."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,12 +66,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """Calibration samples, held-out samples (None where there are none), and labels of the latter."""
+    """Calibration samples, held-out samples (None where there are none), and labels of the latter, with what names
+    one of them in errors."""
 
     calibration: Feeds
     samples: Samples
     heldout: Feeds | None
     labels: npt.NDArray[Any] | None
+    label_origin: Callable[[int], str]
     preprocess: ImagePreprocess | None
 
 

@@ -13,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import yaml
 
 from onnxptq import reporting
 from onnxptq.bit_plan import MEGABYTE, read_bit_plan
-from onnxptq.calibrate.feeds import ImagePreprocess, open_feeds, read_labels, split_holdout
+from onnxptq.calibrate.feeds import ImagePreprocess, label_origin, open_feeds, read_labels, split_holdout
 from onnxptq.calibrate.run import Calibration
 from onnxptq.comparison import missed_gate, resolve_preprocess
 from onnxptq.errors import FeedError, QualityGateError
@@ -34,6 +36,7 @@ from onnxptq.targets import WRITTEN_OUT
 from onnxptq.types import CanonicalModel, Feeds, InputSpec, Sample
 from onnxptq.validate.compare import Comparison, compare
 from onnxptq.validate.latency import Latency, measure_latency
+from onnxptq.validate.metrics import is_class_scores, require_classes
 from onnxptq.validate.parity import check_parity
 from onnxptq.validate.report import DataFacts, ModelFacts, OutputFacts, Report, StageTime
 from onnxptq.validate.structure import check_structure
@@ -108,9 +111,22 @@ def open_data(
             calibration=feeds,
             samples=draw_samples(feeds),
             heldout=heldout,
-            labels=None if labels is None or heldout is None else read_labels(labels, heldout),  # type: ignore[arg-type]
+            labels=None if labels is None or heldout is None else _labels(model, labels, heldout),
+            label_origin=label_origin(labels, heldout or feeds),
             preprocess=preprocess,
         )
+
+
+def _labels(model: CanonicalModel, source: object, feeds: Feeds) -> npt.NDArray[np.int64] | None:
+    """The labels of ``feeds``, held against the classes of the model before any long work."""
+    labels = read_labels(source, feeds)  # type: ignore[arg-type]
+    scores = [
+        t for t in model.graph.outputs if len(t.shape or ()) == 2 and np.issubdtype(t.dtype, np.floating)
+    ]
+    if labels is not None and all(isinstance(t.shape[1], int) for t in scores):
+        classes = [t.shape[1] for t in scores if is_class_scores(t.dtype, t.shape)]
+        require_classes(labels, classes, label_origin(source, feeds))
+    return labels
 
 
 def picture_preprocess(
@@ -243,10 +259,13 @@ def check(
                 path,
                 data.heldout,
                 labels=data.labels,
+                origin=data.label_origin,
                 provider=provider,
                 work_dir=run.scratch,
                 progress=run.progress,
             )
+            for note in quality.notes:
+                run.note(note)
             some = ListFeeds(pick_samples(data.heldout, LAYER_SAMPLES))
             layers = _layers(run, model, path, some)
             if solved.nearest is not None:
@@ -305,8 +324,8 @@ def report(
     """Everything that was done, declined and measured."""
     plan, solution, packed = solved.plan, solved.solution, solved.packed
     size = sum(part.stat().st_size for part in written.parent.iterdir())
-    sizes = reporting.size_rows(model, plan, solution, model.source_bytes, size)
-    note = reporting.larger_note(model.source_bytes, size, sizes)
+    sizes = reporting.size_rows(model, plan, solution, size)
+    note = reporting.larger_note(model, size, sizes)
     if note:
         run.note(note)
     allowed = run.recipe.max_size

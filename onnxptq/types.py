@@ -340,7 +340,8 @@ class CanonicalModel:
     """A float model cleaned to the form that every later stage expects.
 
     ``graph`` is shared by all readers and never edited in place: writers work on ``graph.copy()``.
-    ``path`` is the same graph on disk, with external data beside it where it is large.
+    ``path`` is the same graph on disk, with external data beside it where it is large. ``half_bytes`` of
+    ``source_bytes`` are constants of half precision, which take twice as much here.
     """
 
     path: Path
@@ -356,6 +357,7 @@ class CanonicalModel:
     model_metadata: Mapping[str, str] = field(default_factory=dict)
     skips: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
+    half_bytes: int = 0
 
     def user_name(self, tensor: str) -> str:
         """The name that the user's own file gives to ``tensor`` (itself where it has none)."""

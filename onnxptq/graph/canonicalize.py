@@ -127,6 +127,7 @@ def canonicalize(
     _drop_initializer_inputs(model)
     _require_numpy_ends(model, path)
     name_nodes(model.graph)
+    half_bytes = weights.half_bytes(model)
     reference = weights.structure_only(model)
     draft = _Draft(source=path, model=model)
     canonical = work_dir / "canonical.onnx"
@@ -152,6 +153,7 @@ def canonicalize(
         graph=graph,
         source=path,
         source_bytes=source_bytes,
+        half_bytes=half_bytes,
         fingerprint=fingerprint,
         opset=graph.opset,
         inputs=tuple(_input_spec(tensor) for tensor in graph.inputs),
@@ -249,6 +251,8 @@ def _prepare(
     _clean(draft, scratch, convert, {"opset": wanted}, simplify=simplify and not is_large)
     if convert:
         draft.notes.append(f"The operator set was raised from {own} to {wanted}.")
+    elif opset is not None and opset < own:
+        draft.notes.append(f"The operator set stays {own}: it is only ever raised, and {opset} is older.")
     name_nodes(draft.model.graph)
     _require_plain_attributes(draft.model, draft.source)
     graph = import_graph(draft.model, scratch)

@@ -93,12 +93,17 @@ def checker_error(path: Path, failure: NativeError) -> InvalidModelError:
     )
 
 
-def read_model(path: Path) -> onnx.ModelProto:
-    """As ``load_model`` but without the native checker: everything that can be judged in Python."""
+def read_model(path: Path, *, is_float: bool = True) -> onnx.ModelProto:
+    """As ``load_model`` but without the native checker: everything that can be judged in Python.
+
+    Args:
+        is_float: whether quantization operators are refused.
+    """
     model = _parse(path)
     _check_header(model, path)
     _check_tensors(model, path)
-    _check_floats_only(model, path)
+    if is_float:
+        _check_floats_only(model, path)
     return model
 
 

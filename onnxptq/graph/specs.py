@@ -1,4 +1,4 @@
-"""The inputs of a model file, without preparing the model."""
+"""The inputs of a model file, float or quantized, without preparing the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def input_specs(path: Path) -> tuple[InputSpec, ...]:
         InvalidModelError: the file cannot be read.
         UnsupportedModelError: an input is no tensor.
     """
-    graph = read_model(path).graph
+    graph = read_model(path, is_float=False).graph
     constants = {tensor.name for tensor in graph.initializer}
     return tuple(_spec(value) for value in graph.input if value.name not in constants)
 

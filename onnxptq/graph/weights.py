@@ -32,6 +32,11 @@ def total_weight_bytes(model: onnx.ModelProto, *, as_float: bool) -> int:
     return total
 
 
+def half_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of the tensors of half precision."""
+    return sum(proto.stored_bytes(t) for t in proto.walk_tensors(model) if t.data_type in HALF_TYPES)
+
+
 def load_inline(model: onnx.ModelProto, folder: Path) -> None:
     """Read all external data into the model, in place."""
     for tensor in proto.walk_tensors(model):

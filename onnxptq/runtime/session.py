@@ -130,6 +130,7 @@ class Session:
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
         self.provider = provider
+        self._label = str(model) if isinstance(model, Path) else "the model"
         self._session = self._load(ort, model, options)
         self.input_names = tuple(i.name for i in self._session.get_inputs())
         self.output_names = tuple(o.name for o in self._session.get_outputs())
@@ -143,11 +144,10 @@ class Session:
             )
         providers = [wanted] if self.provider == "cpu" else [wanted, _PROVIDERS["cpu"]]
         source = str(model) if isinstance(model, Path) else model
-        label = str(model) if isinstance(model, Path) else "the model"
         try:
             session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # onnxruntime raises a dozen unrelated types
-            raise InvalidModelError(f"onnxruntime cannot load {label}: {_first_line(error)}") from error
+            raise InvalidModelError(f"onnxruntime cannot load {self._label}: {_first_line(error)}") from error
         if wanted not in session.get_providers():
             raise EnvironmentMismatchError(
                 f"{wanted} was requested but onnxruntime fell back to {', '.join(session.get_providers())}.",
@@ -163,7 +163,7 @@ class Session:
         try:
             values = self._session.run(list(names), dict(feed))
         except Exception as error:
-            raise RunError(f"onnxruntime failed while running the model: {_first_line(error)}") from error
+            raise RunError(f"onnxruntime failed while running {self._label}: {_first_line(error)}") from error
         return dict(zip(names, values, strict=True))
 
 

@@ -1,8 +1,9 @@
-"""How far a quantized model is from a float one, for any two ONNX files with the same inputs and outputs."""
+"""How far a quantized model is from a float one, or from another quantized one, for any two ONNX files with the same
+inputs and outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ def compare(
     feeds: Feeds,
     *,
     labels: Sequence[int] | npt.NDArray[np.int64] | None = None,
+    origin: Callable[[int], str] = "labels, sample {}".format,
     layers: bool = False,
     exact: bool = False,
     provider: Provider = "cpu",
@@ -50,29 +52,32 @@ def compare(
     Args:
         feeds: samples keyed by the reference's input names.
         labels: one class per row of class scores, for accuracy.
+        origin: names a label in errors, by its place among ``labels``.
         layers: also compare the inner tensors that both files have by name. These are run in the exact
             session, since exposing a tensor to the default one would undo the fusions around it.
-        exact: run the quantized model with exact QDQ semantics instead of onnxruntime's defaults.
+        exact: run both models with exact QDQ semantics instead of onnxruntime's defaults.
         work_dir: an existing folder for temporary files.
         layer_samples: how many samples, spread evenly over the feeds, the inner tensors are compared on.
         scores: names of the outputs that hold class scores; None to decide by shape.
         group_bytes: largest size of the inner tensors of one sample that are held at once.
 
     Raises:
-        FeedError: no samples, or fewer labels than rows.
+        FeedError: no samples, fewer labels than rows, or a label that is no class.
         UsageError: the models differ in their number of inputs or outputs, or ``scores`` names no output.
         OutputCheckError: an output has different shapes in the two models.
         InvalidModelError, EnvironmentMismatchError, RunError: as ``runtime.Session``.
     """
     if len(feeds) == 0:
         raise FeedError("There is no sample to compare the models on.", "Give data with at least one sample.")
-    first, second = Session(reference, provider=provider), Session(quantized, provider=provider, exact=exact)
+    # Float operators may be fused in the reference: its own arithmetic changes by float rounding alone.
+    first = Session(reference, provider=provider, exact=exact, fused=True)
+    second = Session(quantized, provider=provider, exact=exact)
     notes: list[str] = []
     inputs = _matched("input", first.input_names, second.input_names, notes)
     outputs = _matched("output", first.output_names, second.output_names, notes)
     _require_outputs(scores, first.output_names)
     known = None if labels is None else np.asarray(labels, np.int64)
-    meter = QualityMeter(outputs, scores, known)
+    meter = QualityMeter(outputs, scores, known, origin)
     chosen = set(np.linspace(0, len(feeds) - 1, min(layer_samples, len(feeds))).astype(int).tolist())
     kept: list[Sample] = []
     tick = progress.start("Comparing the models", len(feeds)) if progress else None
@@ -85,6 +90,12 @@ def compare(
     results = meter.results()
     if known is not None and not any(result.labelled for result in results):
         notes.append("The labels were not used: no output looks like class scores.")
+    elif known is not None:
+        notes += [
+            f"The labels were not held against output '{result.name}': some are beyond its columns."
+            for result in results
+            if result.top1_agreement is not None and not result.labelled
+        ]
     del first, second
     rows: tuple[LayerQuality, ...] = ()
     if layers:

@@ -15,8 +15,9 @@ changes a value by no more than double rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +35,10 @@ _TOP = 5
 class OutputMetrics:
     """The distance of one output between two models.
 
-    ``sqnr_db`` is +inf where the outputs are equal, -inf where only the reference is zero, NaN where NaN or
-    Inf is among the values (``nonfinite`` counts those of either model). Float measures are None for integer
+    ``nonfinite`` counts the values that are NaN or Inf in either model, ``nonfinite_reference`` those that are so
+    in the reference already. The latter are left out of the float measures: nothing is to be met there. ``sqnr_db``
+    is +inf where the outputs are equal, -inf where only the reference is zero, NaN where the quantized model has NaN
+    or Inf in place of a number. Float measures are None for integer
     and boolean outputs, which have ``equal_fraction``; the ones from ``top1_agreement`` on are None for
     outputs that are no class scores, accuracies also without labels. Fractions are in [0, 1].
     """
@@ -44,6 +47,7 @@ class OutputMetrics:
     elements: int
     rows: int
     nonfinite: int = 0
+    nonfinite_reference: int = 0
     sqnr_db: float | None = None
     cosine: float | None = None
     max_abs_error: float | None = None
@@ -53,6 +57,11 @@ class OutputMetrics:
     labelled: int = 0
     reference_accuracy: float | None = None
     quantized_accuracy: float | None = None
+
+    @property
+    def lost(self) -> int:
+        """Values that are numbers in the reference, and NaN or Inf in the quantized model."""
+        return self.nonfinite - self.nonfinite_reference
 
 
 def sqnr_db(signal: float, noise: float) -> float:
@@ -69,6 +78,37 @@ def _dot(a: Array, b: Array) -> float:
     return float(np.einsum("i,i->", a, b))
 
 
+def is_class_scores(kind: np.dtype[Any], shape: Sequence[object]) -> bool:
+    """Whether an output looks like class scores: float, of rank 2, with at least two columns."""
+    columns = shape[1] if len(shape) == 2 else 0
+    return bool(np.issubdtype(kind, np.floating)) and isinstance(columns, int) and columns >= 2
+
+
+def require_classes(
+    labels: npt.NDArray[np.int64], classes: Collection[int], origin: Callable[[int], str]
+) -> None:
+    """Refuse labels that no output has a class for.
+
+    Args:
+        classes: the number of classes of every output of class scores.
+        origin: names a label by its place among ``labels``.
+
+    Raises:
+        FeedError: a label is negative, or not below any of ``classes``.
+    """
+    if not classes:
+        return
+    most = max(classes)
+    wrong = np.flatnonzero((labels < 0) | (labels >= most))
+    if wrong.size:
+        row = int(wrong[0])
+        more = f" (and {wrong.size - 1} more)" if wrong.size > 1 else ""
+        raise FeedError(
+            f"{origin(row)}: {labels[row]} is no class of this model, which has {most}{more}.",
+            f"Classes are counted from 0 to {most - 1}, in the order of the model's scores.",
+        )
+
+
 class OutputMeter:
     """Accumulates the metrics of one output.
 
@@ -82,7 +122,8 @@ class OutputMeter:
         self.name = name
         self._is_scores = is_scores
         self._is_float: bool | None = None
-        self._elements = self._rows = self._equal = self._nonfinite = 0
+        self._elements = self._rows = self._equal = 0
+        self._nonfinite = self._nonfinite_reference = 0
         self._signal = self._noise = self._energy = self._product = self._largest = 0.0
         self._top1 = self._top5 = self._classes = self._ranked = 0
         self._labelled = self._right_reference = self._right_quantized = 0
@@ -104,7 +145,7 @@ class OutputMeter:
                 np.issubdtype(reference.dtype, np.floating) and np.issubdtype(quantized.dtype, np.floating)
             )
             if self._is_scores is None:
-                self._is_scores = self._is_float and reference.ndim == 2 and reference.shape[1] >= 2
+                self._is_scores = self._is_float and is_class_scores(reference.dtype, reference.shape)
         self._elements += reference.size
         self._rows += reference.shape[0] if reference.ndim else 1
         if not self._is_float:
@@ -123,11 +164,16 @@ class OutputMeter:
         with np.errstate(invalid="ignore", over="ignore"):
             signal, energy = _dot(r, r), _dot(q, q)
             if not math.isfinite(signal + energy):
-                self._nonfinite += int((~(np.isfinite(r) & np.isfinite(q))).sum())
+                numbers = np.isfinite(r)
+                self._nonfinite += int((~(numbers & np.isfinite(q))).sum())
+                self._nonfinite_reference += int((~numbers).sum())
+                r, q = r[numbers], q[numbers]
+                signal, energy = _dot(r, r), _dot(q, q)
             self._product += _dot(r, q)
             error = np.subtract(r, q, out=r)
             self._noise += _dot(error, error)
-            self._largest = float(np.fmax(self._largest, np.fmax(error.max(), -error.min())))
+            if error.size:
+                self._largest = float(np.fmax(self._largest, np.fmax(error.max(), -error.min())))
         self._signal += signal
         self._energy += energy
 
@@ -175,7 +221,8 @@ class OutputMeter:
             elements=self._elements,
             rows=self._rows,
             nonfinite=self._nonfinite,
-            sqnr_db=sqnr_db(self._signal, self._noise) if not self._nonfinite else math.nan,
+            nonfinite_reference=self._nonfinite_reference,
+            sqnr_db=math.nan if self._is_spoilt else sqnr_db(self._signal, self._noise),
             cosine=self._cosine(norm),
             max_abs_error=self._largest,
             top1_agreement=self._top1 / ranked if ranked else None,
@@ -185,8 +232,13 @@ class OutputMeter:
             quantized_accuracy=self._right_quantized / labelled if labelled else None,
         )
 
+    @property
+    def _is_spoilt(self) -> bool:
+        """Whether the quantized model has lost a number, or nothing is left to compare."""
+        return self._nonfinite > self._nonfinite_reference or 0 < self._elements == self._nonfinite_reference
+
     def _cosine(self, norm: float) -> float:
-        if self._nonfinite:
+        if self._is_spoilt:
             return math.nan
         if norm > 0.0:
             return min(1.0, max(-1.0, self._product / norm))
@@ -199,7 +251,9 @@ class QualityMeter:
     Args:
         outputs: (name in the reference, name in the quantized model) of each output.
         scores: names (in the reference) of outputs with class scores; None to decide by shape.
-        labels: one class per row of the outputs with class scores, over all samples in order.
+        labels: one class per row of the outputs with class scores, over all samples in order. They are held against
+            the outputs that have all their classes: the others are something else.
+        origin: names a label in errors, by its place among ``labels``.
     """
 
     def __init__(
@@ -207,9 +261,13 @@ class QualityMeter:
         outputs: Collection[tuple[str, str]],
         scores: Collection[str] | None = None,
         labels: npt.NDArray[np.int64] | None = None,
+        origin: Callable[[int], str] = "labels, sample {}".format,
     ) -> None:
         self._pairs = tuple(outputs)
+        self._scores = scores
         self._labels = labels
+        self._origin = origin
+        self._labelled: frozenset[str] | None = None
         self.meters = {
             name: OutputMeter(name, is_scores=None if scores is None else name in scores)
             for name, _ in self._pairs
@@ -219,15 +277,30 @@ class QualityMeter:
         """Add one sample's outputs of both models.
 
         Raises:
-            FeedError: there are fewer labels than rows of class scores.
+            FeedError: there are fewer labels than rows of class scores, or a label is no class of any output.
             OutputCheckError: an output has different shapes in the two models.
         """
+        if self._labelled is None:
+            self._labelled = self._find_labelled(reference)
         for name, other in self._pairs:
             meter, value = self.meters[name], reference[name]
             labels = None
-            if self._labels is not None and value.ndim and value.size:
+            if self._labels is not None and name in self._labelled and value.ndim and value.size:
                 labels = self._labels[meter.ranked : meter.ranked + value.size // value.shape[-1]]
             meter.update(value, quantized[other], labels)
+
+    def _find_labelled(self, outputs: Mapping[str, Array]) -> frozenset[str]:
+        """The outputs that the labels may belong to."""
+        if self._labels is None or not self._labels.size:
+            return frozenset()
+        classes = {
+            name: int(value.shape[-1])
+            for name, value in outputs.items()
+            if value.ndim
+            and (is_class_scores(value.dtype, value.shape) if self._scores is None else name in self._scores)
+        }
+        require_classes(self._labels, classes.values(), self._origin)
+        return frozenset(name for name, count in classes.items() if count > self._labels.max())
 
     def results(self) -> tuple[OutputMetrics, ...]:
         """The metrics, in the order of the outputs."""

@@ -98,7 +98,7 @@ class TensorQuality:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeRow:
-    """Bytes of one component of the file before and after."""
+    """Bytes of one component of the file before (as float32) and after."""
 
     component: str
     before: int

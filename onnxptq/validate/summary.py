@@ -20,20 +20,24 @@ _REASONS = 4
 _NOTES = 6
 
 
-def render_summary(report: Report) -> RenderableType:
-    """A verdict, a table of the main numbers, and what was left in float. Names are never read as markup."""
+def render_summary(report: Report, page: PurePath | None = None) -> RenderableType:
+    """A verdict, a table of the main numbers, and what was left in float. Names are never read as markup.
+
+    Args:
+        page: where the written report is; None where none was written.
+    """
     verdict = wording.verdict(report)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
-    for name, value in _rows(report):
+    for name, value in _rows(report, page):
         grid.add_row(Text(name), Text(value))
     colour = _COLOURS[verdict.level]
     title = Text(f"{PurePath(report.model.path).name} → {PurePath(report.output.path).name}")
     return Group(Panel(Text(verdict.text, style=f"bold {colour}"), title=title, border_style=colour), grid)
 
 
-def _rows(report: Report) -> list[tuple[str, str]]:
+def _rows(report: Report, page: PurePath | None) -> list[tuple[str, str]]:
     rows = [("target", f"{report.target}, method {report.method}")]
     rows += [("quality" if i == 0 else "", _output(o)) for i, o in enumerate(report.outputs[:_OUTPUTS])]
     if len(report.outputs) > _OUTPUTS:
@@ -43,6 +47,8 @@ def _rows(report: Report) -> list[tuple[str, str]]:
             ("", f"on {report.heldout.count} held-out inputs, calibrated on {report.calibration.count}")
         )
     rows.append(("size", _size(report)))
+    if report.output.note:
+        rows.append(("", report.output.note))
     if report.latency is not None:
         rows.append(("speed", _speed(report.latency)))
     if report.kernels:
@@ -63,10 +69,17 @@ def _rows(report: Report) -> list[tuple[str, str]]:
         for i, (reason, sites) in enumerate(reasons[:_REASONS])
     ]
     if len(reasons) > _REASONS:
-        rows.append(("", f"… {len(reasons) - _REASONS} more reasons in the report"))
-    rows += [("note" if i == 0 else "", note) for i, note in enumerate(report.notes[:_NOTES])]
+        rows.append(("", f"… {len(reasons) - _REASONS} more reasons {_elsewhere(page)}"))
+    notes = [note for note in report.notes if note != report.output.note]
+    rows += [("note" if i == 0 else "", note) for i, note in enumerate(notes[:_NOTES])]
+    if len(notes) > _NOTES:
+        rows.append(("", f"… {len(notes) - _NOTES} more notes {_elsewhere(page)}"))
     rows.append(("took", _took(report)))
     return rows
+
+
+def _elsewhere(page: PurePath | None) -> str:
+    return "with --json or --report" if page is None else f"in {page}"
 
 
 def _output(output: OutputMetrics) -> str:

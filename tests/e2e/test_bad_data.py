@@ -89,6 +89,22 @@ def test_too_few_labels(bench: Bench) -> None:
     bench.refuses(2, "labels", do=done)
 
 
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_labels_that_are_no_class(bench: Bench, is_dynamic: bool) -> None:
+    if is_dynamic:  # the number of classes is then seen when the model runs
+        model = classifier()
+        model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "classes"
+        bench.write(model)
+    labels = bench.folder / "classes.npy"
+    np.save(labels, np.array([0, 1, 2, 3, 4, 5, 6, 10, 8, 11]))
+    said = ("classes.npy, ", "10 is no class of this model, which has 10 (and 1 more)", "from 0 to 9")
+    options = ("--eval", bench.data, "--labels", labels)
+    done = bench.refuses(2, *said, do=lambda: bench.quantize(*options))
+    assert "sample 7" in done.err or "[7]" in done.err
+    command = ("validate", bench.model, bench.model, "--data", bench.data, "--labels", labels)
+    bench.refuses(2, *said, do=lambda: here(bench.capsys, *command))
+
+
 def test_labels_without_held_out_samples(bench: Bench) -> None:
     np.save(bench.folder / "labels.npy", np.arange(10))
     bench.refuses(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -9,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tests.e2e.command import Bench, classifier, here
+from tests.e2e.command import Bench, Finished, classifier, here
 
 Change = Callable[[onnx.ModelProto], None]
 
@@ -136,6 +137,63 @@ def test_weights_that_are_no_numbers(bench: Bench, fast: bool) -> None:
     bench.write(model)
     # Every later activation is NaN too, so nothing is left to quantize.
     bench.refuses(3, "'stem.w' holds NaN", do=lambda: bench.quantize(fast=fast))
+
+
+def _against(bench: Bench, content: bytes | onnx.ModelProto, *options: object) -> Finished:
+    other = bench.write(content, "other.onnx")
+    return here(bench.capsys, "validate", bench.model, other, "--data", bench.data, *options)
+
+
+DAMAGED = {
+    "empty": (b"", "is empty"),
+    "nonsense": (b"\x08\x07nonsense", "damaged"),
+    "cut": (classifier().SerializeToString()[:-50], "other.onnx"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_to_compare(bench: Bench, content: bytes, said: str) -> None:
+    bench.refuses(3, "other.onnx", said, do=lambda: _against(bench, content), keeps=False)
+
+
+def _reads(name: str, shape: list[int | str], kind: int = TensorProto.FLOAT) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        [helper.make_node("Identity", [name], ["y"], "same")],
+        "other",
+        [helper.make_tensor_value_info(name, kind, shape)],
+        [helper.make_tensor_value_info("y", kind, None)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+STRANGERS = {
+    "rank": (_reads("x", ["n", 192]), ("'x' as float32 [n, 3, 8, 8]", "'x' as float32 [n, 192]")),
+    "rank and name": (_reads("features", [4]), ("'features' as float32 [4]",)),
+    "size": (_reads("x", ["n", 3, 8, 9]), ("[n, 3, 8, 9]",)),
+    "type": (_reads("x", ["n", 3, 8, 8], TensorProto.FLOAT16), ("'x' as float16",)),
+}
+
+
+@pytest.mark.parametrize(("model", "said"), STRANGERS.values(), ids=STRANGERS)
+def test_files_whose_inputs_differ(bench: Bench, model: onnx.ModelProto, said: tuple[str, ...]) -> None:
+    bench.refuses(2, "net.onnx", "other.onnx", *said, do=lambda: _against(bench, model), keeps=False)
+
+
+def test_inputs_of_another_name_are_the_same_inputs(bench: Bench) -> None:
+    model = classifier()
+    model.graph.input[0].name = model.graph.node[0].input[0] = "picture"
+    done = _against(bench, model)
+    assert done.code == 0
+    assert "x = picture" in done.out
+
+
+def test_a_quantized_file_may_be_the_reference(bench: Bench) -> None:
+    assert bench.quantize("--no-report").code == 0
+    quantized = bench.output.read_bytes()
+    bench.write(quantized)
+    done = _against(bench, quantized, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["outputs"][0]["sqnr_db"] == "inf"
 
 
 @pytest.mark.parametrize("command", ["inspect", "validate"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,12 @@ def test_half_precision_keeps_its_ends(bench: Bench) -> None:
     ends = (*graph.input, *graph.output)
     assert [v.type.tensor_type.elem_type for v in ends] == [TensorProto.FLOAT16] * 2
     assert any("alf" in note for note in report["notes"])
+    # A file of this size is mostly graph: it grows, and the reason names what was raised and no more than all of it.
+    note = report["output"]["note"]
+    assert "half precision were raised to float32 (" in note
+    share = int(re.search(r"(\d+) ?% of the model in float32", note)[1])
+    assert 0 < share < 100
+    assert sum(row["before"] for row in report["sizes"]) > report["model"]["bytes"]
     x = pictures(3, seed=7).astype(np.float16)
     assert _sqnr(_run(bench.model, x=x)[0], _run(bench.output, x=x)[0]) > CLOSE_DB
 

@@ -42,6 +42,21 @@ def test_outputs_that_cannot_be(bench: Bench, output: str, said: str) -> None:
     bench.refuses(2, said, do=lambda: bench.quantize("-o", bench.folder / output))
 
 
+@pytest.mark.parametrize("option", ["--report", "--work-dir"])
+@pytest.mark.parametrize("place", ["a.onnx", "a.onnx/inside", "../user/a.onnx", "a.onnx.data"])
+def test_a_folder_at_the_place_of_the_output(bench: Bench, option: str, place: str) -> None:
+    output = bench.folder / "a.onnx"
+    said = f"of {option} would take the place of the output"
+    bench.refuses(2, said, do=lambda: bench.quantize("-o", output, option, bench.folder / place))
+
+
+def test_the_default_folder_of_the_report_at_the_place_of_the_output(bench: Bench) -> None:
+    done = bench.refuses(
+        2, "would take the place", do=lambda: bench.quantize("-o", bench.folder / "net.report")
+    )
+    assert "net.report' of --report" in done.err
+
+
 def test_a_link_to_the_input_is_the_input(bench: Bench) -> None:
     (bench.folder / "link.onnx").symlink_to(bench.model)
     bench.refuses(2, "is the input model", do=lambda: bench.quantize("-o", bench.folder / "link.onnx"))

@@ -62,3 +62,12 @@ def test_no_nulls_but_where_they_mean_something(recipe: Recipe) -> None:
 def test_a_value_of_no_type_that_a_field_may_have_is_told_once() -> None:
     with pytest.raises(RecipeError, match=r"'floor': .* number, .*, or .* 'auto' \(got 'high'\)"):
         Recipe.create({"floor": "high"})
+
+
+def test_one_selector_needs_no_list(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("exclude: Gemm\ninclude: '*/head/*'\n")
+    recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
+    assert recipe == Recipe(exclude=("Gemm",), include=("*/head/*",))
+    (tmp_path / "recipe.yaml").write_text("exclude: 3\n")
+    with pytest.raises(RecipeError, match=r"'exclude'.*list"):
+        Recipe.from_yaml(tmp_path / "recipe.yaml")

@@ -7,7 +7,7 @@ import difflib
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,17 @@ def read_labels(source: str | Path | Sequence[int] | npt.NDArray[Any] | None, fe
     if isinstance(found, Mapping):
         return _by_name(found, feeds, path.name)
     return _by_position(found, feeds, path.name)
+
+
+def label_origin(source: object, feeds: Feeds) -> Callable[[int], str]:
+    """How errors name a label that ``read_labels`` gave, by its place among them: its source and its sample."""
+    where = Path(source).name if isinstance(source, str | Path) else "labels"
+
+    def name(row: int) -> str:
+        sample = feeds.sample_ids[row] if isinstance(feeds, RecordFeeds) else f"sample {row}"
+        return f"{where}, {sample}"
+
+    return name
 
 
 def _from_folders(feeds: Feeds) -> Labels:

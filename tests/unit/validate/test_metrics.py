@@ -116,8 +116,44 @@ def test_values_that_are_not_finite_are_counted() -> None:
     q = np.array([[1.0, 2.0, np.nan, np.inf]], np.float32)
     result = _meter([(r, q)])
     assert result.nonfinite == 3
+    assert result.nonfinite_reference == 2
+    assert result.lost == 1
     assert math.isnan(result.sqnr_db or 0.0)
     assert math.isnan(result.cosine or 0.0)
+
+
+def test_values_that_the_reference_itself_has_lost_are_left_out() -> None:
+    r = np.array([[1.0, np.nan, 3.0, -np.inf, -2.0]], np.float32)
+    for there in (np.nan, np.inf, 7.0):
+        q = np.array([[1.5, there, 3.0, np.nan, -1.0]], np.float32)
+        result = _meter([(r, q)], is_scores=False)
+        assert (result.nonfinite, result.nonfinite_reference, result.lost) == (2, 2, 0)
+        assert result.sqnr_db == pytest.approx(10 * math.log10(14 / 1.25))
+        assert result.max_abs_error == 1.0
+        assert result.cosine == pytest.approx(12.5 / math.sqrt(14 * 12.25))
+    nothing = _meter([(np.full((1, 2), np.nan, np.float32), np.ones((1, 2), np.float32))])
+    assert math.isnan(nothing.sqnr_db or 0.0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"), [([0, 1, 4, 9], "f, sample 2: 4 .*and 1 more"), ([0, -1], "f, sample 1: -1 ")]
+)
+def test_labels_that_are_no_class(labels: list[int], named: str) -> None:
+    scores = {name: np.ones((len(labels), count), np.float32) for name, count in (("small", 3), ("other", 4))}
+    pairs = [(name, name) for name in scores]
+    meter = QualityMeter(pairs, labels=np.array(labels), origin="f, sample {}".format)
+    with pytest.raises(FeedError, match=f"{named}.*") as refused:
+        meter.update(scores, scores)
+    assert "which has 4" in refused.value.message
+
+
+def test_labels_belong_to_the_outputs_that_have_all_their_classes() -> None:
+    outputs = {"boxes": np.ones((2, 4), np.float32), "scores": np.eye(2, 10, dtype=np.float32)}
+    meter = QualityMeter([("boxes", "boxes"), ("scores", "scores")], labels=np.array([0, 9]))
+    meter.update(outputs, outputs)
+    boxes, scores = meter.results()
+    assert boxes.reference_accuracy is None
+    assert scores.reference_accuracy == 0.5
 
 
 def test_nothing_was_added_to_an_empty_output() -> None:

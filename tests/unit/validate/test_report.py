@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -435,10 +436,10 @@ def test_the_worst_are_quantized_finite_and_in_order() -> None:
     assert [t.position for t in worst_tensors(tensors)] == list(range(19, 9, -1))
 
 
-def _terminal(report: Report, width: int = 100) -> str:
+def _terminal(report: Report, width: int = 100, page: PurePath | None = None) -> str:
     console = Console(width=width, highlight=False, file=io.StringIO())
     with console.capture() as capture:
-        console.print(render_summary(report))
+        console.print(render_summary(report, page))
     return capture.get()
 
 
@@ -449,6 +450,21 @@ def test_the_summary_fits_one_screen() -> None:
     assert len(text.splitlines()) <= 40
     assert "46 more reasons" in text
     assert "24 more outputs" in text
+
+
+def test_notes_that_do_not_fit_are_counted_and_the_reason_for_the_size_stands_beside_it() -> None:
+    notes = tuple(f"note {i}" for i in range(9))
+    larger = OutputFacts(path="out.onnx", bytes=130, note="The output is not smaller: why.")
+    report = _report(notes=(*notes, larger.note), output=larger)
+    lines = _terminal(report).splitlines()
+    size = next(i for i, line in enumerate(lines) if line.startswith("size"))
+    assert lines[size + 1].strip() == larger.note
+    assert sum(larger.note in line for line in lines) == 1
+    assert "note 5" in _terminal(report)
+    assert "note 6" not in _terminal(report)
+    assert "… 3 more notes with --json or --report" in _terminal(report)
+    assert "… 3 more notes in a/report.html" in _terminal(report, page=PurePath("a/report.html"))
+    assert "more notes" not in _terminal(_report(notes=notes[:6]))
 
 
 def test_the_summary_does_not_read_names_as_markup() -> None:
@@ -468,6 +484,11 @@ def test_the_summary_does_not_read_names_as_markup() -> None:
         ((_scores(top1_agreement=None, sqnr_db=-math.inf),), "poor"),
         ((_scores(top1_agreement=None, sqnr_db=math.nan),), "poor"),
         ((_scores(nonfinite=1),), "poor"),
+        ((_scores(nonfinite=16, nonfinite_reference=16),), "good"),
+        ((_scores(top1_agreement=1.0, sqnr_db=20.0),), "good"),
+        ((_scores(top1_agreement=1.0, sqnr_db=19.9),), "fair"),
+        ((_scores(top1_agreement=1.0, sqnr_db=9.3),), "poor"),
+        ((_scores(top1_agreement=0.98, sqnr_db=40.0),), "fair"),
         ((_scores(), _scores(top1_agreement=None, sqnr_db=5.0)), "poor"),
         ((_scores(top1_agreement=None, sqnr_db=None, equal_fraction=1.0),), "good"),
         ((), "unknown"),
@@ -475,6 +496,19 @@ def test_the_summary_does_not_read_names_as_markup() -> None:
 )
 def test_verdicts(outputs: tuple[OutputMetrics, ...], level: str) -> None:
     assert wording.verdict(_report(outputs=outputs)).level == level
+
+
+def test_the_verdict_says_how_few_inputs_it_stands_on() -> None:
+    few = _report(heldout=DataFacts(description="held out", count=4))
+    assert wording.verdict(few).text.endswith(", on only 4 inputs.")
+    assert "only" not in wording.verdict(_report(heldout=DataFacts(description="held out", count=100))).text
+
+
+def test_the_float_models_own_nan_is_not_held_against_the_file() -> None:
+    own = wording.verdict(_report(outputs=(_scores(nonfinite=16, nonfinite_reference=16),))).text
+    assert "SQNR 31.5 dB, 16 values left out, which are NaN or Inf in the float model too" in own
+    both = wording.verdict(_report(outputs=(_scores(nonfinite=18, nonfinite_reference=16),))).text
+    assert "2 values are NaN or Inf that are numbers in the float model" in both
 
 
 def test_almost_all_is_not_all() -> None:
