@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
+from onnxptq.errors import EnvironmentMismatchError, InvalidModelError
 from onnxptq.graph.attention import Attention, find_attention, find_gelus, find_post_norms
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.index import GraphIndex
@@ -20,6 +21,7 @@ from onnxptq.partition.blocks import find_blocks
 from onnxptq.partition.describe import BlockRow, describe_blocks
 from onnxptq.placing import placement_request
 from onnxptq.recipe import Recipe
+from onnxptq.runtime import Session, infer_types
 from onnxptq.targets import TARGETS, WRITTEN_OUT
 from onnxptq.types import CanonicalModel, Progress, Skip
 
@@ -102,6 +104,7 @@ def inspect(
             opset=recipe.opset,
             simplify=recipe.simplify,
             expanded=sorted({op for ops in WRITTEN_OUT.values() for op in ops}),
+            infer_types=infer_types,
             progress=progress,
         )
         index = GraphIndex(canonical.graph)
@@ -128,8 +131,23 @@ def inspect(
                 Skip(site=gap.node, reason=f"no differentiable form of {gap.op} (since opset {gap.version})")
                 for gap in check_supported(canonical.graph)
             ),
-            notes=(*canonical.notes, *(f"{s.site}: {s.reason}" for s in canonical.skips)),
+            notes=(
+                *_refusal(Path(model)),
+                *canonical.notes,
+                *(f"{s.site}: {s.reason}" for s in canonical.skips),
+            ),
         )
+
+
+def _refusal(model: Path) -> tuple[str, ...]:
+    """Why the model cannot be quantized, whatever the targets would do with it."""
+    try:
+        Session(model)
+    except InvalidModelError as error:
+        return (f"This model cannot be quantized with the CPU provider: {error.message} {error.remedy}",)
+    except EnvironmentMismatchError as error:
+        return (f"It was not tried whether onnxruntime loads this model: {error.message}",)
+    return ()
 
 
 def _attention_row(found: Attention, model: CanonicalModel) -> AttentionRow:

@@ -29,7 +29,7 @@ from onnxptq.graph.save import save_graph
 from onnxptq.publish import write_texts
 from onnxptq.qdq import insert_quantizers
 from onnxptq.running import Checks, Data, Run, Solved
-from onnxptq.runtime import count_kernels
+from onnxptq.runtime import Session, count_kernels, infer_types
 from onnxptq.samples import ListFeeds, pick_samples
 from onnxptq.solving import Solver, draw_samples
 from onnxptq.targets import WRITTEN_OUT
@@ -58,6 +58,7 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
     """The user's model in canonical form.
 
     Raises:
+        UnsupportedModelError: it cannot be prepared, or onnxruntime cannot load it.
         UnsupportedOperatorError: the recipe needs torch, and an operator has no form in it.
         RecipeError: the recipe's plan is not for this model.
     """
@@ -68,8 +69,11 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
             opset=run.recipe.opset,
             simplify=run.recipe.simplify,
             expanded=WRITTEN_OUT[run.recipe.target],
+            infer_types=infer_types,
             progress=run.progress,
         )
+        # The file itself, as quality and latency will need it; better now than after calibration.
+        Session(source, provider=run.recipe.provider)
     for note in model.notes:
         run.note(note)
     if run.recipe.needs_torch:

@@ -2,9 +2,9 @@
 
 Order of the work::
 
-    read and check -> name nodes -> inline functions -> write out operators -> half precision to float32
-      -> raise the opset -> onnxsim -> infer shapes -> own passes (``passes.PASSES``) -> names back to the user's
-      -> write
+    read and check -> name nodes -> inline functions -> infer types -> write out operators
+      -> half precision to float32 -> raise the opset -> onnxsim -> infer shapes -> own passes (``passes.PASSES``)
+      -> names back to the user's -> write
 
 Graph inputs and outputs keep names, types and order; symbolic dimensions stay. Models whose weights exceed
 protobuf's limit go through the native steps without their weights, which are memory-mapped from then on.
@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
-from onnxptq.errors import InvalidModelError, OutputPathError, UnsupportedModelError
+from onnxptq.errors import InvalidModelError, OnnxPtqError, OutputPathError, UnsupportedModelError
 from onnxptq.graph import proto, weights
 from onnxptq.graph.half import raise_half, uses_half
 from onnxptq.graph.load import checker_error, model_bytes, read_model
@@ -37,7 +37,7 @@ from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
 from onnxptq.graph.surgeon import import_graph
 from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip
 
-FORM = 4
+FORM = 5
 """Version of the canonical form: part of the fingerprint, raised when results change."""
 
 LARGE_MODEL_BYTES = 1_500_000_000
@@ -76,12 +76,17 @@ _NUMPY_TYPES = frozenset(
 )
 
 
+InferTypes = Callable[[onnx.ModelProto, Sequence[str]], Sequence[onnx.ValueInfoProto]]
+"""Types of named tensors of a model whose operators the onnx package need not know."""
+
+
 @dataclass(slots=True)
 class _Draft:
     """What is known about a model while it is being prepared."""
 
     source: Path
     model: onnx.ModelProto
+    infer_types: InferTypes | None
     notes: list[str] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)
 
@@ -94,6 +99,7 @@ def canonicalize(
     min_opset: int = 13,
     simplify: bool = True,
     expanded: Sequence[str] = (),
+    infer_types: InferTypes | None = None,
     progress: Progress | None = None,
 ) -> CanonicalModel:
     """Read ``path`` and write its canonical float form to ``work_dir/canonical.onnx``.
@@ -105,6 +111,7 @@ def canonicalize(
         min_opset: raise the opset to this where the model's own is older and ``opset`` is not given.
         simplify: whether to run onnxsim.
         expanded: ONNX operators to write out by their definitions, so that what is inside can be quantized.
+        infer_types: asked for what the onnx package cannot infer behind operators of other domains.
         progress: told about each step.
 
     Raises:
@@ -129,7 +136,7 @@ def canonicalize(
     name_nodes(model.graph)
     half_bytes = weights.half_bytes(model)
     reference = weights.structure_only(model)
-    draft = _Draft(source=path, model=model)
+    draft = _Draft(source=path, model=model, infer_types=infer_types)
     canonical = work_dir / "canonical.onnx"
     model_metadata = proto.metadata(model.metadata_props)
     with _scratch(work_dir) as scratch:
@@ -235,6 +242,9 @@ def _prepare(
     if model.functions:
         _native(draft, scratch, ["read", "inline"], {})
         name_nodes(draft.model.graph)
+    draft.model.ir_version = max(draft.model.ir_version, 8)
+    # Conversion and expansion ask for ranks and types, and what comes out of them has new tensors.
+    _complete_types(draft, scratch)
     _expand(draft, scratch, expanded)
     if has_half:
         weights.declare_float(detached, draft.model)
@@ -244,11 +254,11 @@ def _prepare(
         )
     own = proto.default_opset(draft.model) or 0
     wanted = max(own, opset if opset is not None else min_opset)
-    draft.model.ir_version = max(draft.model.ir_version, 8)
     if simplify and is_large:
         draft.notes.append("onnxsim was skipped: the model is larger than protobuf's limit.")
     convert = ["convert"] if wanted > own else []
     _clean(draft, scratch, convert, {"opset": wanted}, simplify=simplify and not is_large)
+    _complete_types(draft, scratch)
     if convert:
         draft.notes.append(f"The operator set was raised from {own} to {wanted}.")
     elif opset is not None and opset < own:
@@ -259,6 +269,41 @@ def _prepare(
     weights.attach(graph, detached, folder, scratch)
     _require_float32_weights(graph, draft.source)
     return graph
+
+
+def _complete_types(draft: _Draft, scratch: Path) -> None:
+    """Add the types of what lies behind operators of other domains, where they can be had."""
+    nodes = draft.model.graph.node
+    if draft.infer_types is None or all(node.domain in proto.ONNX_DOMAINS for node in nodes):
+        return
+    _native(draft, scratch, ["read", "infer"], {})
+    untyped = _untyped(draft.model)
+    if not untyped:
+        return
+    try:
+        found = draft.infer_types(draft.model, untyped)
+    except OnnxPtqError as error:
+        note = f"The types of tensors from {untyped[0]!r} on are unknown: {error.message}"
+        if note not in draft.notes:
+            draft.notes.append(note)
+        return
+    names = {entry.name for entry in found}
+    kept = [entry for entry in draft.model.graph.value_info if entry.name not in names]
+    del draft.model.graph.value_info[:]
+    draft.model.graph.value_info.extend([*kept, *found])
+    _native(draft, scratch, ["read", "infer"], {})
+
+
+def _untyped(model: onnx.ModelProto) -> list[str]:
+    """What nodes of the main graph write that has no type, in the order of the file."""
+    graph = model.graph
+    typed = {entry.name for entry in (*graph.value_info, *graph.output) if _has_type(entry.type)}
+    return [name for node in graph.node for name in node.output if name and name not in typed]
+
+
+def _has_type(kind: onnx.TypeProto) -> bool:
+    what = kind.WhichOneof("value")
+    return what is not None and (what != "tensor_type" or kind.tensor_type.elem_type != 0)
 
 
 def _expand(draft: _Draft, scratch: Path, operators: Sequence[str]) -> None:

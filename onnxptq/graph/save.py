@@ -100,7 +100,6 @@ def exposed_copy(path: Path, tensors: Sequence[str], out: Path) -> None:
 
     Raises:
         ValueError: a name is no tensor of the graph, or ``out`` is in another folder.
-        UnsupportedModelError: the element type of a tensor cannot be inferred.
         OutputPathError: ``out`` cannot be written.
     """
     if out.resolve().parent != path.resolve().parent:
@@ -109,19 +108,17 @@ def exposed_copy(path: Path, tensors: Sequence[str], out: Path) -> None:
     present = {entry.name for entry in model.graph.output}
     wanted = [name for name in dict.fromkeys(tensors) if name not in present]
     known = _known_types(model)
-    if any(name not in known for name in wanted):
-        known |= _known_types(onnx.shape_inference.infer_shapes(_without_weights(model)))
     written = {name for node in model.graph.node for name in node.output}
     constant = {tensor.name for tensor in model.graph.initializer}
     for name in wanted:
         if name not in written and name not in known and name not in constant:
             raise ValueError(f"{name!r} is no tensor of {path}")
-        if name not in known:
-            raise UnsupportedModelError(f"{path}: the type of tensor {name!r} cannot be inferred.")
         entry = model.graph.output.add()
         entry.name = name
-        # Shapes from value_info may be wrong for other batch sizes; onnxruntime needs only the type.
-        entry.type.tensor_type.elem_type = known[name]
+        # Shapes from value_info may be wrong for other batch sizes. A type that is not known is inferred by
+        # onnxruntime, which knows operators that the onnx package does not.
+        if name in known:
+            entry.type.tensor_type.elem_type = known[name]
     write_model(model, out)
 
 
@@ -133,14 +130,6 @@ def _known_types(model: onnx.ModelProto) -> dict[str, int]:
         if elem_type:
             types[entry.name] = elem_type
     return types
-
-
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with every external initializer as an input: all that type inference needs."""
-    skeleton = onnx.ModelProto()
-    skeleton.CopyFrom(model)
-    proto.take_initializers(skeleton, proto.is_external)
-    return skeleton
 
 
 class _Sink:

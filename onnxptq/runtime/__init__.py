@@ -1,6 +1,7 @@
 """Sessions of onnxruntime: the only package that imports it."""
 
 from onnxptq.runtime.difference import SAME_FUNCTION, compare_forms, difference
+from onnxptq.runtime.inference import infer_types
 from onnxptq.runtime.session import (
     Provider,
     RunError,
@@ -24,6 +25,7 @@ __all__ = [
     "difference",
     "first_sample",
     "group_within",
+    "infer_types",
     "installed_runtimes",
     "open_exposed",
     "open_transient",

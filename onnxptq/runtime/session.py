@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import onnx
 
-from onnxptq.errors import EnvironmentMismatchError, InvalidModelError, OnnxPtqError
+from onnxptq.errors import EnvironmentMismatchError, OnnxPtqError
+from onnxptq.runtime.refusals import label, one_line, refusal
 from onnxptq.types import Array, Sample
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ class Session:
         threads: intra-op threads, 0 for onnxruntime's choice.
         optimized_path: if given, onnxruntime writes the graph it really runs there.
 
+    ``outputs`` has the name, the type as onnxruntime writes it, and the shape of every output.
+
     Raises:
         EnvironmentMismatchError: no usable onnxruntime, or the provider was not obtained.
         InvalidModelError: onnxruntime cannot load the model.
@@ -130,10 +133,13 @@ class Session:
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
         self.provider = provider
-        self._label = str(model) if isinstance(model, Path) else "the model"
+        self._label = label(model)
         self._session = self._load(ort, model, options)
         self.input_names = tuple(i.name for i in self._session.get_inputs())
-        self.output_names = tuple(o.name for o in self._session.get_outputs())
+        self.outputs: Sequence[tuple[str, str, Sequence[int | str | None]]] = tuple(
+            (o.name, o.type, tuple(o.shape)) for o in self._session.get_outputs()
+        )
+        self.output_names = tuple(name for name, _, _ in self.outputs)
 
     def _load(self, ort: Any, model: Path | bytes, options: ort.SessionOptions) -> Any:
         wanted = _PROVIDERS[self.provider]
@@ -147,7 +153,7 @@ class Session:
         try:
             session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # onnxruntime raises a dozen unrelated types
-            raise InvalidModelError(f"onnxruntime cannot load {self._label}: {_first_line(error)}") from error
+            raise refusal(model, error) from error
         if wanted not in session.get_providers():
             raise EnvironmentMismatchError(
                 f"{wanted} was requested but onnxruntime fell back to {', '.join(session.get_providers())}.",
@@ -163,7 +169,7 @@ class Session:
         try:
             values = self._session.run(list(names), dict(feed))
         except Exception as error:
-            raise RunError(f"onnxruntime failed while running {self._label}: {_first_line(error)}") from error
+            raise RunError(f"onnxruntime failed while running {self._label}: {one_line(error)}") from error
         return dict(zip(names, values, strict=True))
 
 
@@ -178,7 +184,3 @@ def count_kernels(model: Path, work_dir: Path) -> Mapping[str, int]:
     finally:
         optimized.unlink(missing_ok=True)
         data.unlink(missing_ok=True)
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
