@@ -29,7 +29,7 @@ from onnx import TensorProto
 from onnxptq.errors import InvalidModelError, OnnxPtqError, OutputPathError, UnsupportedModelError
 from onnxptq.graph import proto, weights
 from onnxptq.graph.half import raise_half, uses_half
-from onnxptq.graph.load import checker_error, model_bytes, read_model
+from onnxptq.graph.load import check_model, model_bytes, read_model
 from onnxptq.graph.names import name_nodes, user_names
 from onnxptq.graph.native import NativeError, run_native
 from onnxptq.graph.passes import PASSES
@@ -121,10 +121,7 @@ def canonicalize(
     """
     tick = progress.start("Reading the model", 5) if progress else _no_tick
     model = read_model(path)
-    try:
-        run_native("check", path)
-    except NativeError as failure:
-        raise checker_error(path, failure) from failure
+    check_model(model, path)
     tick()
     source_bytes = model_bytes(model, path)
     # Of no effect on a model without such nodes: its form stays the same for all targets.

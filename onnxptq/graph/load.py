@@ -5,10 +5,16 @@ code would trip over: sizes that the dimensions claim against the bytes that are
 is absent, too short or outside the model's folder, opsets, and quantization operators. The ONNX checker,
 with type and shape inference, then runs in a subprocess (``native.py``), because it is native code that a
 hostile file could crash.
+
+External data must lie in the model's folder: a model from elsewhere must not name any file of this machine as
+its weights. Caches keep a model and its data as links into one folder of contents; data may be such links as long
+as they lead to the folder that the model's own link leads to. onnxruntime asks for the same.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +25,7 @@ from onnx import TensorProto
 from onnxptq.errors import AlreadyQuantizedError, InvalidModelError, UnsupportedModelError
 from onnxptq.graph import proto
 from onnxptq.graph.native import NativeError, run_native
+from onnxptq.graph.weights import load_inline
 
 MIN_OPSET = 11
 """The oldest default operator set that is accepted; older ones lack inputs that the passes rely on."""
@@ -62,6 +69,8 @@ _QUANTIZED_CONTRIB_OPS = frozenset(
         "ReduceSumInteger",
     }
 )
+_KEPT_BYTES = 4096
+_COPY = "Copy its data into the model's folder, as a file and not as a link to another folder."
 _REEXPORT = "Export the model again, or copy the file again: it may be truncated or damaged."
 
 
@@ -78,19 +87,41 @@ def load_model(path: Path) -> onnx.ModelProto:
         AlreadyQuantizedError: the model holds quantization operators.
     """
     model = read_model(path)
-    try:
-        run_native("check", path)
-    except NativeError as failure:
-        raise checker_error(path, failure) from failure
+    check_model(model, path)
     return model
 
 
-def checker_error(path: Path, failure: NativeError) -> InvalidModelError:
-    """The error that a failed check of ``path`` becomes."""
-    return InvalidModelError(
-        f"{path} is no valid ONNX model: {failure.reason}",
-        "Run onnx.checker.check_model(path, full_check=True) on it, and fix or repeat the export.",
-    )
+def check_model(model: onnx.ModelProto, path: Path) -> None:
+    """Run the ONNX checker on what ``read_model`` has read from ``path``.
+
+    Raises:
+        InvalidModelError: the checker refuses the model.
+    """
+    try:
+        if any(proto.is_external(tensor) for tensor in proto.walk_tensors(model)):
+            with tempfile.TemporaryDirectory(prefix="onnxptq-") as folder:
+                skeleton = Path(folder) / path.name
+                skeleton.write_bytes(_without_external_data(model, path.parent).SerializeToString())
+                run_native("check", skeleton)
+        else:
+            run_native("check", path)
+    except NativeError as failure:
+        raise InvalidModelError(
+            f"{path} is no valid ONNX model: {failure.reason}",
+            "Run onnx.checker.check_model(path, full_check=True) on it, and fix or repeat the export.",
+        ) from failure
+
+
+def _without_external_data(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """A copy in which graph inputs stand for large external initializers.
+
+    The checker refuses data that are links. Which of them may be read is decided here, and their sizes are known.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    proto.take_initializers(copy, lambda t: proto.is_external(t) and proto.stored_bytes(t) > _KEPT_BYTES)
+    load_inline(copy, folder)
+    return copy
 
 
 def read_model(path: Path, *, is_float: bool = True) -> onnx.ModelProto:
@@ -175,11 +206,30 @@ def _check_tensors(model: onnx.ModelProto, path: Path) -> None:
                 f"{path}: initializer {sparse.values.name!r} is stored sparse.",
                 "Convert sparse initializers to dense ones before quantizing.",
             )
-    folder = path.parent.resolve()
     for tensor in proto.walk_tensors(model):
-        problem = _tensor_problem(tensor, folder)
+        where = f"{path}: tensor {tensor.name!r} is unusable"
+        if proto.is_external(tensor):
+            outside = _outside(tensor, path)
+            if outside:
+                raise InvalidModelError(f"{where}: {outside}.", _COPY)
+        problem = _tensor_problem(tensor, path.parent)
         if problem:
-            raise InvalidModelError(f"{path}: tensor {tensor.name!r} is unusable: {problem}.", _REEXPORT)
+            raise InvalidModelError(f"{where}: {problem}.", _REEXPORT)
+
+
+def _outside(tensor: TensorProto, path: Path) -> str | None:
+    """Where the external data of ``tensor`` are, if that is a place that the model at ``path`` must not name."""
+    try:
+        location = proto.external_ref(tensor).location
+    except ValueError:
+        return None
+    folder = path.parent.resolve()
+    named, target = Path(os.path.normpath(folder / location)), (folder / location).resolve()
+    homes = (folder, path.resolve().parent)
+    if named.is_relative_to(folder) and any(target.is_relative_to(home) for home in homes):
+        return None
+    leads = f", which leads to {target}," if target != named else ""
+    return f"its external data {location!r}{leads} is outside the model's folder {folder}"
 
 
 def _tensor_problem(tensor: TensorProto, folder: Path) -> str | None:
@@ -227,10 +277,7 @@ def _external_problem(tensor: TensorProto, wanted: int, folder: Path) -> str | N
         ref = proto.external_ref(tensor)
     except ValueError as error:
         return str(error)
-    # A model from elsewhere must not be able to name any file of this machine as its weights.
-    target = (folder / ref.location).resolve()
-    if not target.is_relative_to(folder):
-        return f"its external data {ref.location!r} is outside the model's folder {folder}"
+    target = folder / ref.location
     if not target.is_file():
         return f"its external data file {target} does not exist"
     if ref.length is not None and ref.length != wanted:

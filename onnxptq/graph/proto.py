@@ -191,15 +191,20 @@ def walk_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
 
 
 def take_initializers(model: onnx.ModelProto, is_taken: Callable[[TensorProto], bool]) -> list[TensorProto]:
-    """Replace initializers of the main graph by graph inputs of their names and types, in place; returns them."""
+    """Replace initializers of the main graph by graph inputs of their names and types, in place; returns them.
+
+    Models of IR version 3 have such inputs already.
+    """
     taken, kept = [], []
+    inputs = {entry.name for entry in model.graph.input}
     for tensor in model.graph.initializer:
         if is_taken(tensor):
             taken.append(TensorProto())
             taken[-1].CopyFrom(tensor)
-            model.graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            )
+            if tensor.name not in inputs:
+                model.graph.input.append(
+                    onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+                )
         else:
             kept.append(tensor)
     del model.graph.initializer[:]

@@ -15,7 +15,7 @@ from onnxptq.errors import AlreadyQuantizedError, InvalidModelError, OnnxPtqErro
 from onnxptq.graph import native
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.load import load_model, model_bytes, read_model
-from tests.unit.graph.graph_helpers import build, node, random
+from tests.unit.graph.graph_helpers import assert_close, build, feed_for, node, random, run
 
 
 def linear(**options: int) -> onnx.ModelProto:
@@ -111,7 +111,65 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     path = external(folder)
     (folder / "weights.bin").rename(tmp_path / "elsewhere.bin")
     (folder / "weights.bin").symlink_to(tmp_path / "elsewhere.bin")
+    with pytest.raises(InvalidModelError, match=r"leads to .*elsewhere\.bin, is outside") as refused:
+        load_model(path)
+    assert "not as a link" in refused.value.remedy
+
+
+def linked(tmp_path: Path) -> Path:
+    """A model and its data as links into a folder of contents, as caches of downloads keep them."""
+    contents, snapshot = tmp_path / "contents", tmp_path / "snapshots" / "latest"
+    contents.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate([external(tmp_path), tmp_path / "weights.bin"]):
+        file.rename(contents / str(number))
+        (snapshot / file.name).symlink_to(Path("..") / ".." / "contents" / str(number))
+    return snapshot / "model.onnx"
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "road of large models"])
+def test_model_and_data_may_be_links_into_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    if large:
+        monkeypatch.setattr("onnxptq.graph.canonicalize.LARGE_MODEL_BYTES", 1000)
+    path, work = linked(tmp_path), tmp_path / "work"
+    work.mkdir()
+    assert model_bytes(load_model(path), path) == sum(
+        f.stat().st_size for f in (tmp_path / "contents").iterdir()
+    )
+    result = canonicalize(path, work)
+    feed = feed_for(linear())
+    assert_close(run(linear(), feed), run(result.path, feed), 0)
+
+
+def test_what_links_do_not_hide_is_refused(tmp_path: Path) -> None:
+    path = linked(tmp_path)
+    (tmp_path / "contents" / "1").rename(tmp_path / "2")
+    (tmp_path / "contents" / "1").symlink_to(tmp_path / "2")
     with pytest.raises(InvalidModelError, match="outside"):
+        load_model(path)
+
+
+def test_data_with_several_hard_links(tmp_path: Path) -> None:
+    path = external(tmp_path)
+    (tmp_path / "other.bin").hardlink_to(tmp_path / "weights.bin")
+    assert load_model(path).graph.initializer
+
+
+@pytest.mark.parametrize("ir_version", [3, 8])
+def test_the_checker_sees_models_with_external_data(tmp_path: Path, ir_version: int) -> None:
+    model = linear()
+    model.ir_version = ir_version
+    model.graph.input.extend(
+        helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in model.graph.initializer
+    )
+    path = saved(tmp_path, model, save_as_external_data=True, location="w.bin", size_threshold=0)
+    read = load_model(path)
+    assert all(t.data_location == TensorProto.EXTERNAL for t in read.graph.initializer)
+    read.graph.node[0].op_type = "Concat"
+    path.write_bytes(read.SerializeToString())
+    with pytest.raises(InvalidModelError, match="axis"):
         load_model(path)
 
 
