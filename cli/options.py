@@ -117,5 +117,7 @@ def _parsed(name: str, value: Any) -> Any:
     except ValueError:
         raise click.BadParameter(f"'{value}' is not a list of numbers", param_hint=f"--{name}") from None
     if name == "size":
+        if not all(number.is_integer() for number in numbers):
+            raise click.BadParameter(f"'{value}' is not a whole number of pixels", param_hint="--size")
         return [int(n) for n in (numbers if len(numbers) > 1 else numbers * 2)]
     return numbers

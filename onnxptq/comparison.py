@@ -5,10 +5,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from onnxptq.calibrate.feeds import ImagePreprocess, label_origin, open_feeds, read_labels
+from onnxptq.arguments import model_path
+from onnxptq.calibrate.feeds import (
+    ImagePreprocess,
+    RecordFeeds,
+    blamed,
+    label_origin,
+    open_feeds,
+    read_labels,
+)
 from onnxptq.errors import FeedError, OutputCheckError, QualityGateError, UsageError
 from onnxptq.graph.specs import input_specs
 from onnxptq.runtime import Provider, require_runtime
@@ -50,34 +59,37 @@ def validate(
         OnnxPtqError: the models or the data cannot be used.
     """
     require_runtime()
-    specs = input_specs(Path(reference))
-    _require_same_inputs(Path(reference), specs, Path(quantized), input_specs(Path(quantized)))
+    float_path, other_path, options = model_path(reference), model_path(quantized), preprocess or {}
+    specs = input_specs(float_path)
+    _require_same_inputs(float_path, specs, other_path, input_specs(other_path))
     with tempfile.TemporaryDirectory(prefix="onnxptq-") as scratch:
         feeds = open_feeds(
             data,
             specs,
-            preprocess=resolve_preprocess(specs, preprocess or {}),
+            preprocess=resolve_preprocess(specs, options),
             spool_dir=Path(scratch),
             limit=limit,
         )
         try:
-            found = compare(
-                Path(reference),
-                Path(quantized),
-                feeds,
-                labels=None if labels is None else read_labels(labels, feeds),  # type: ignore[arg-type]
-                origin=label_origin(labels, feeds),
-                layers=layers,
-                exact=exact,
-                provider=provider,
-                work_dir=Path(scratch),
-                progress=progress,
-            )
+            with blamed(float_path, [feeds], provider):
+                found = compare(
+                    float_path,
+                    other_path,
+                    feeds,
+                    labels=None if labels is None else read_labels(labels, feeds),  # type: ignore[arg-type]
+                    origin=label_origin(labels, feeds),
+                    layers=layers,
+                    exact=exact,
+                    provider=provider,
+                    work_dir=Path(scratch),
+                    progress=progress,
+                )
         except OutputCheckError as error:
             # Nothing was written here, so nothing failed its own checks: the two files do not belong together.
             raise UsageError(f"{reference} and {quantized}: {error.message}", _SAME_NETWORK) from error
     require_gates(found.outputs, min_sqnr=min_sqnr, min_agreement=min_agreement, min_accuracy=min_accuracy)
-    return found
+    note = data_note(feeds, options)
+    return found if note is None else replace(found, notes=(note, *found.notes))
 
 
 _SAME_NETWORK = "Compare two files of the same network."
@@ -134,6 +146,19 @@ def resolve_preprocess(specs: Sequence[InputSpec], options: Mapping[str, Any]) -
         with suppress(FeedError):
             guess = ImagePreprocess.guess(specs[0])
     return ImagePreprocess.from_options(options, base=guess) if options else guess
+
+
+def data_note(feeds: RecordFeeds, options: Mapping[str, Any]) -> str | None:
+    """What pixels go through and what of it was guessed, that data were made up, or that picture ``options`` went
+    unused; None where there is nothing to say."""
+    used = feeds.source.preprocess
+    if used is not None:
+        return f"Pictures: {used.describe(stated=options.keys())}"
+    if feeds.source.is_random:
+        return "The data are random: what was measured says nothing of real inputs."
+    if options:
+        return f"The picture options were not used for {feeds.source.origin}, which holds the model's own values."
+    return None
 
 
 def require_gates(

@@ -285,6 +285,18 @@ def plan(run: Run, model: CanonicalModel, statistics: Calibration) -> QuantPlan:
         return placed
 
 
+def require_choices(run: Run, model: CanonicalModel) -> None:
+    """Refuse, before any data are read, what the recipe's patterns make impossible.
+
+    Raises:
+        SelectorError, TargetIllegalError, UnsupportedModelError: as :func:`plan`, or the pattern of a rule matches
+            nothing.
+    """
+    placed = plan(run, model, Calibration(statistics={}, samples=0))
+    tensors = frozenset(q.tensor for q in placed.quantizers if q.role == "activation")
+    observer_overrides(model, GraphIndex(model.graph), run.recipe, tensors)
+
+
 def placement(
     run: Run, model: CanonicalModel, statistics: Calibration
 ) -> Callable[[Mapping[str, str]], QuantPlan]:

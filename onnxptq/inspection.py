@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
+from onnxptq.arguments import as_recipe, model_path
 from onnxptq.errors import EnvironmentMismatchError, InvalidModelError
 from onnxptq.graph.attention import Attention, find_attention, find_gelus, find_post_norms
 from onnxptq.graph.canonicalize import canonicalize
@@ -88,7 +89,10 @@ class Inspection:
 
 
 def inspect(
-    model: str | Path, *, recipe: Recipe | None = None, progress: Progress | None = None
+    model: str | Path,
+    *,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
     """Read ``model`` and list its operators, its parameters, and what each target would quantize and why not.
 
@@ -96,10 +100,10 @@ def inspect(
         UnsupportedModelError: the model cannot be read or prepared.
         SelectorError: a selector of ``recipe`` matches nothing.
     """
-    recipe = recipe or Recipe()
+    source, recipe = model_path(model), as_recipe(recipe)
     with tempfile.TemporaryDirectory(prefix="onnxptq-") as folder:
         canonical = canonicalize(
-            Path(model),
+            source,
             Path(folder),
             opset=recipe.opset,
             simplify=recipe.simplify,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from onnxptq import forming, running, steps
+from onnxptq import feeding, forming, running, steps
+from onnxptq.arguments import as_recipe, model_path
 from onnxptq.publish import (
     require_apart,
     require_distinct,
@@ -36,7 +39,7 @@ def quantize(
     calibration: object,
     evaluation: object | None = None,
     labels: object | None = None,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Mapping[str, Any] | None = None,
     report_dir: str | Path | None = None,
     work_dir: str | Path | None = None,
     progress: Progress | None = None,
@@ -50,7 +53,7 @@ def quantize(
         calibration: inputs to calibrate on: anything that :func:`onnxptq.calibrate.feeds.open_feeds` reads.
         evaluation: inputs for the quality numbers; by default a part of ``calibration`` is held out.
         labels: class labels of the evaluation data (see :func:`onnxptq.calibrate.feeds.read_labels`).
-        recipe: all other settings.
+        recipe: all other settings, or a dict of some of them.
         report_dir: where ``report.json`` and ``report.html`` go; none are written by default.
         work_dir: folder for caches; calibration found there is reused.
         progress: told about every long step.
@@ -59,7 +62,7 @@ def quantize(
     Raises:
         OnnxPtqError: see :mod:`onnxptq.errors`. No output file is left behind then.
     """
-    source = Path(model)
+    source, wanted = model_path(model), as_recipe(recipe)
     target = Path(output) if output is not None else source.with_name(f"{source.stem}.int8.onnx")
     require_runtime()
     require_distinct(source, target)
@@ -70,17 +73,18 @@ def quantize(
     )
     if report_dir is not None:
         require_writable_folder(Path(report_dir))
-    with running.start(recipe or Recipe(), work_dir, progress, ranks) as run:
+    with running.start(wanted, work_dir, progress, ranks) as run:
         float_model = steps.canonical_model(run, source)
-        data = steps.open_data(run, float_model, calibration, evaluation, labels)
-        form = forming.prepared(run, float_model, data)
-        form = steps.allocated(run, float_model, form)
-        solved = steps.solved(run, form)
-        with staging(target) as staged:
-            steps.write(run, form.model, solved, staged)
-            checks = steps.check(run, float_model, form.model, solved, staged, data)
-            report = steps.report(run, form.model, solved, form.statistics, staged, target, data, checks)
-            folder = steps.write_report(run, report, report_dir)
-            steps.require_quality(run, report, folder)
+        data = feeding.open_data(run, float_model, calibration, evaluation, labels)
+        with feeding.blaming(run, float_model, data):
+            form = forming.prepared(run, float_model, data)
+            form = steps.allocated(run, float_model, form)
+            solved = steps.solved(run, form)
+            with staging(target) as staged:
+                steps.write(run, form.model, solved, staged)
+                checks = steps.check(run, float_model, form.model, solved, staged, data)
+                report = steps.report(run, form.model, solved, form.statistics, staged, target, data, checks)
+                folder = steps.write_report(run, report, report_dir)
+                steps.require_quality(run, report, folder)
         steps.forget_packs(solved)
     return Result(output=target, report=report, report_dir=folder)

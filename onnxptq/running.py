@@ -67,7 +67,8 @@ class Run:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
     """Calibration samples, held-out samples (None where there are none), and labels of the latter, with what names
-    one of them in errors."""
+    one of them in errors. ``preprocess`` is what pixels went through, None where there were none; ``is_random`` and
+    ``is_heldout_random`` tell of made-up samples."""
 
     calibration: Feeds
     samples: Samples
@@ -75,6 +76,8 @@ class Data:
     labels: npt.NDArray[Any] | None
     label_origin: Callable[[int], str]
     preprocess: ImagePreprocess | None
+    is_random: bool
+    is_heldout_random: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from onnxptq.types import Feeds, Sample
+from onnxptq.calibrate.feeds import RecordFeeds, digest
+from onnxptq.types import Feeds, Progress, Sample
 
 
 def pick_samples(feeds: Feeds, count: int) -> Sequence[Sample]:
@@ -22,31 +21,31 @@ class Draw:
     ``order`` holds their positions in the feeds.
     """
 
-    def __init__(self, feeds: Feeds) -> None:
+    def __init__(self, feeds: Feeds, progress: Progress | None = None) -> None:
         self._feeds = feeds
-        keyed = sorted((_digest(sample), position) for position, sample in enumerate(feeds))
+        digests = (
+            feeds.sample_digests(progress)
+            if isinstance(feeds, RecordFeeds)
+            else [digest(sample) for sample in feeds]
+        )
+        keyed = sorted((own, position) for position, own in enumerate(digests))
         self.order: Sequence[int] = [position for _, position in keyed]
 
     def take(self, *ranges: tuple[int, int]) -> list[Sequence[Sample]]:
         """For each (start, count), that many samples from that place of the deck on; it begins anew where it ends.
 
-        One pass over the feeds serves all ranges.
+        One pass serves all ranges.
         """
         total = len(self.order)
         wanted = [
             [self.order[(start + i) % total] for i in range(min(count, total))] for start, count in ranges
         ]
-        chosen = {position for positions in wanted for position in positions}
-        kept = {position: sample for position, sample in enumerate(self._feeds) if position in chosen}
+        chosen = sorted({position for positions in wanted for position in positions})
+        if isinstance(self._feeds, RecordFeeds):
+            kept = dict(zip(chosen, self._feeds.pick(chosen), strict=True))
+        else:
+            kept = {position: sample for position, sample in enumerate(self._feeds) if position in chosen}
         return [[kept[position] for position in positions] for positions in wanted]
-
-
-def _digest(sample: Sample) -> bytes:
-    hasher = hashlib.sha256()
-    for name in sorted(sample):
-        hasher.update(f"{name}\0{sample[name].dtype}\0{sample[name].shape}\0".encode())
-        hasher.update(np.ascontiguousarray(sample[name]).tobytes())
-    return hasher.digest()
 
 
 class ListFeeds:
@@ -65,4 +64,4 @@ class ListFeeds:
     @property
     def fingerprint(self) -> str:
         """A hash of the contents."""
-        return hashlib.sha256(b"".join(_digest(sample) for sample in self._samples)).hexdigest()
+        return hashlib.sha256(b"".join(digest(sample) for sample in self._samples)).hexdigest()

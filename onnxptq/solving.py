@@ -437,9 +437,9 @@ def _told(tuning: PackOutcome) -> str:
     )
 
 
-def draw_samples(feeds: Feeds) -> Samples:
+def draw_samples(feeds: Feeds, progress: Progress | None = None) -> Samples:
     """Trial samples, as many as make a comparison both telling and cheap, and others that correct."""
-    draw = Draw(feeds)
+    draw = Draw(feeds, progress)
     elements = sum(value.size for value in next(iter(feeds)).values())
     fitting = TRIAL_ELEMENTS // max(1, elements)
     count, correcting = (min(high, max(low, fitting)) for low, high in (TRIAL_SAMPLES, CORRECTION_SAMPLES))

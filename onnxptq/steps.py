@@ -13,17 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import yaml
 
 from onnxptq import reporting
 from onnxptq.bit_plan import MEGABYTE, read_bit_plan
-from onnxptq.calibrate.feeds import ImagePreprocess, label_origin, open_feeds, read_labels, split_holdout
 from onnxptq.calibrate.run import Calibration
-from onnxptq.comparison import missed_gate, resolve_preprocess
-from onnxptq.errors import FeedError, QualityGateError
-from onnxptq.forming import Prepared, apply_bit_plan, placement, plan
+from onnxptq.comparison import missed_gate
+from onnxptq.errors import QualityGateError
+from onnxptq.forming import Prepared, apply_bit_plan, placement, plan, require_choices
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.save import save_graph
 from onnxptq.publish import write_texts
@@ -31,12 +28,11 @@ from onnxptq.qdq import insert_quantizers
 from onnxptq.running import Checks, Data, Run, Solved
 from onnxptq.runtime import Session, count_kernels, infer_types
 from onnxptq.samples import ListFeeds, pick_samples
-from onnxptq.solving import Solver, draw_samples
+from onnxptq.solving import Solver
 from onnxptq.targets import WRITTEN_OUT
-from onnxptq.types import CanonicalModel, Feeds, InputSpec, Sample
+from onnxptq.types import CanonicalModel, Feeds, Sample
 from onnxptq.validate.compare import Comparison, compare
 from onnxptq.validate.latency import Latency, measure_latency
-from onnxptq.validate.metrics import is_class_scores, require_classes
 from onnxptq.validate.parity import check_parity
 from onnxptq.validate.report import DataFacts, ModelFacts, OutputFacts, Report, StageTime
 from onnxptq.validate.structure import check_structure
@@ -61,6 +57,7 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
         UnsupportedModelError: it cannot be prepared, or onnxruntime cannot load it.
         UnsupportedOperatorError: the recipe needs torch, and an operator has no form in it.
         RecipeError: the recipe's plan is not for this model.
+        SelectorError: a pattern matches nothing. See :func:`onnxptq.forming.require_choices` for more.
     """
     with run.timed("canonicalize"):
         model = canonicalize(
@@ -82,66 +79,8 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
         require_supported(model.graph)
     if run.recipe.plan is not None:
         apply_bit_plan(run, model, read_bit_plan(Path(run.recipe.plan)), Path(run.recipe.plan))
+    require_choices(run, model)
     return model
-
-
-def open_data(
-    run: Run, model: CanonicalModel, calibration: object, evaluation: object | None, labels: object | None
-) -> Data:
-    """Calibration and held-out samples. Without evaluation data a part of the calibration data is held out."""
-    recipe = run.recipe
-    with run.timed("open data"):
-        preprocess = picture_preprocess(run, model.inputs, (calibration, evaluation))
-        feeds: Feeds = open_feeds(
-            calibration,
-            model.inputs,
-            preprocess=preprocess,
-            spool_dir=run.scratch,
-            limit=recipe.samples,
-            seed=recipe.seed,
-        )
-        heldout: Feeds | None
-        if evaluation is not None:
-            heldout = open_feeds(evaluation, model.inputs, preprocess=preprocess, spool_dir=run.scratch)
-        elif recipe.holdout > 0:
-            feeds, heldout = split_holdout(feeds, recipe.holdout)
-        else:
-            heldout = None
-        if heldout is None:
-            run.note("No sample was held out, so no quality is reported; give --eval or more samples.")
-            if labels is not None:
-                raise FeedError("Labels were given, but there are no held-out samples.", "Give --eval.")
-        return Data(
-            calibration=feeds,
-            samples=draw_samples(feeds),
-            heldout=heldout,
-            labels=None if labels is None or heldout is None else _labels(model, labels, heldout),
-            label_origin=label_origin(labels, heldout or feeds),
-            preprocess=preprocess,
-        )
-
-
-def _labels(model: CanonicalModel, source: object, feeds: Feeds) -> npt.NDArray[np.int64] | None:
-    """The labels of ``feeds``, held against the classes of the model before any long work."""
-    labels = read_labels(source, feeds)  # type: ignore[arg-type]
-    scores = [
-        t for t in model.graph.outputs if len(t.shape or ()) == 2 and np.issubdtype(t.dtype, np.floating)
-    ]
-    if labels is not None and all(isinstance(t.shape[1], int) for t in scores):
-        classes = [t.shape[1] for t in scores if is_class_scores(t.dtype, t.shape)]
-        require_classes(labels, classes, label_origin(source, feeds))
-    return labels
-
-
-def picture_preprocess(
-    run: Run, inputs: tuple[InputSpec, ...], sources: tuple[object, ...]
-) -> ImagePreprocess | None:
-    """The recipe's picture options over a guess from the input's shape; a guess that may be used is said."""
-    found = resolve_preprocess(inputs, run.recipe.preprocess)
-    are_folders = any(isinstance(source, str | Path) and Path(source).is_dir() for source in sources)
-    if found is not None and not run.recipe.preprocess and are_folders:
-        run.note(f"Pictures: {found.describe(is_guessed=True)}")
-    return found
 
 
 def allocated(run: Run, source: CanonicalModel, form: Prepared) -> Prepared:
@@ -254,6 +193,7 @@ def check(
             work_dir=run.scratch,
             provider=provider,
             group_bytes=run.group_bytes,
+            progress=run.progress,
         )
     quality = layers = nearest = None
     if data.heldout is not None:
@@ -277,7 +217,7 @@ def check(
                 save_graph(insert_quantizers(model.graph, plan, solved.nearest), baseline)
                 nearest = _layers(run, model, baseline, some)
     with run.timed("measure latency"):
-        latency = measure_latency(source.source, path, proof[0], provider=provider)
+        latency = measure_latency(source.source, path, proof[0], provider=provider, progress=run.progress)
         branch_latency = _branch_latency(run, model, solved, path, proof[0])
         kernels = count_kernels(path, run.scratch) if provider == "cpu" else None
     return Checks(
@@ -354,10 +294,18 @@ def report(
         target=plan.target,
         method=run.recipe.method,
         recipe=recipe,
-        calibration=DataFacts(description=data.calibration.description, count=len(data.calibration)),
+        calibration=DataFacts(
+            description=data.calibration.description,
+            count=len(data.calibration),
+            is_random=data.is_random,
+        ),
         heldout=None
         if data.heldout is None
-        else DataFacts(description=data.heldout.description, count=len(data.heldout)),
+        else DataFacts(
+            description=data.heldout.description,
+            count=len(data.heldout),
+            is_random=data.is_heldout_random,
+        ),
         quantized=reporting.quantized_rows(model, plan, solution),
         skips=reporting.user_skips(model, plan, statistics),
         tensors=()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from onnxptq import forming, reporting, running, steps
+from onnxptq import feeding, forming, reporting, running, steps
 from onnxptq.allocating import survey_bits
+from onnxptq.arguments import as_recipe, model_path
 from onnxptq.publish import require_writable_folder, write_texts
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import Recipe
@@ -22,7 +25,7 @@ def sensitivity(
     model: str | Path,
     *,
     calibration: object,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Mapping[str, Any] | None = None,
     report_dir: str | Path | None = None,
     work_dir: str | Path | None = None,
     progress: Progress | None = None,
@@ -49,19 +52,20 @@ def sensitivity(
     require_runtime()
     if report_dir is not None:
         require_writable_folder(Path(report_dir))
-    recipe = (recipe or DEFAULTS).updated(equalize=False)
-    with running.start(recipe, work_dir, progress, ranks) as run:
-        source = steps.canonical_model(run, Path(model))
-        data = steps.open_data(run, source, calibration, None, None)
-        form = forming.prepared(run, source, data)
-        survey = survey_bits(form.solver)
+    source_path, wanted = model_path(model), as_recipe(recipe, DEFAULTS).updated(equalize=False)
+    with running.start(wanted, work_dir, progress, ranks) as run:
+        source = steps.canonical_model(run, source_path)
+        data = feeding.open_data(run, source, calibration, None, None)
+        with feeding.blaming(run, source, data):
+            form = forming.prepared(run, source, data)
+            survey = survey_bits(form.solver)
         report = SensitivityReport(
             model=str(model),
             fingerprint=source.fingerprint,
-            target=recipe.target,
+            target=wanted.target,
             loss=survey.costs.loss,
-            weight_bits=recipe.weight_bits,
-            activation_bits=recipe.activation_bits,
+            weight_bits=wanted.weight_bits,
+            activation_bits=wanted.activation_bits,
             samples=len(data.samples.trial),
             blocks=reporting.block_scores(source, survey.packing),
             packs=reporting.bit_rows(source, survey.packing, survey.costs.packs),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxptq.runtime import Provider, Session
-from onnxptq.types import Sample
+from onnxptq.types import Progress, Sample
 
 _WARM_UP = 3
 
@@ -47,6 +47,7 @@ def measure_latency(
     seconds: float = 1.0,
     provider: Provider = "cpu",
     threads: int = 0,
+    progress: Progress | None = None,
 ) -> Latency:
     """Time both models on ``sample``, with all optimizations; memory arena and spinning off as in ``Session``.
 
@@ -63,6 +64,7 @@ def measure_latency(
         Session(reference, provider=provider, threads=threads),
         Session(quantized, provider=provider, threads=threads),
     )
+    step = progress.start("measure latency", pairs) if progress else lambda: None
     begin = time.perf_counter()
     for number in range(_WARM_UP):
         if number == 0 or time.perf_counter() - begin < seconds / 4:
@@ -76,6 +78,9 @@ def measure_latency(
             start = time.perf_counter()
             sessions[which].run(sample)
             times[which].append(1e3 * (time.perf_counter() - start))
+        step()
+    for _ in range(pairs - len(times[0])):
+        step()
     ratios = [b / a for a, b in zip(*times, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Latency(

@@ -22,7 +22,7 @@ do not count: the whole error is then below one step of an 8-bit output.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ import numpy as np
 from onnxptq.errors import OutputCheckError
 from onnxptq.quantizers.affine import expand, fake_quantize
 from onnxptq.runtime import Provider, Session, group_within, open_exposed
-from onnxptq.types import Array, CanonicalModel, QParams, Quantizer, QuantPlan, Sample, Solution
+from onnxptq.types import Array, CanonicalModel, Progress, QParams, Quantizer, QuantPlan, Sample, Solution
 from onnxptq.validate.branches import BranchParity, compare_branches
 from onnxptq.validate.exposure import DEFAULT_GROUP_BYTES, sizes_of, staged
 from onnxptq.validate.metrics import OutputMeter, QualityMeter, sqnr_db
@@ -98,6 +98,7 @@ def check_parity(
     work_dir: Path,
     provider: Provider = "cpu",
     group_bytes: int = DEFAULT_GROUP_BYTES,
+    progress: Progress | None = None,
 ) -> Parity:
     """Run the file at ``path`` in both sessions over ``samples`` and compare (see the module).
 
@@ -106,6 +107,7 @@ def check_parity(
         work_dir: an existing folder for temporary files.
         provider: of the fast session.
         group_bytes: largest size of the tensors of one sample that are exposed at once.
+        progress: told about every run.
 
     Raises:
         OutputCheckError: naming the tensor whose values differ, or the output that is wrong in production.
@@ -118,8 +120,10 @@ def check_parity(
     activations = [q for q in plan.quantizers if q.role == "activation"]
     constants = [q for q in plan.quantizers if q.role != "activation"]
     with staged(path, work_dir) as copy:
-        _compare_activations(copy, activations, located, samples, meters, group_bytes)
-        _compare_constants(copy, constants, located, samples[0], meters, group_bytes, model, solution)
+        _compare_activations(copy, activations, located, samples, meters, group_bytes, progress)
+        _compare_constants(
+            copy, constants, located, samples[0], meters, group_bytes, model, solution, progress
+        )
         edges = tuple(meters[q.quantizer_id].result() for q in plan.quantizers)
         for quantizer, edge in zip(plan.quantizers, edges, strict=True):
             if edge.different:
@@ -129,7 +133,7 @@ def check_parity(
                 )
         branches = compare_branches(copy, model, solution, samples, group_bytes)
         is_coarse = any(q.qtype.bits < 8 for q in activations)
-        outputs = _compare_outputs(copy, path, model, samples, provider, is_coarse)
+        outputs = _compare_outputs(copy, path, model, samples, provider, is_coarse, progress)
     return Parity(samples=len(samples), edges=edges, outputs=outputs, provider=provider, branches=branches)
 
 
@@ -177,13 +181,16 @@ def _compare_activations(
     samples: Sequence[Sample],
     meters: Mapping[str, _EdgeMeter],
     group_bytes: int,
+    progress: Progress | None,
 ) -> None:
     pairs = [located[q.quantizer_id] for q in quantizers]
     # A graph input is no output that a run can return; its values are in the feed itself.
     units = [[name for name in (p.source, p.output) if name and name not in samples[0]] for p in pairs]
     names = sorted({name for unit in units for name in unit})
     sizes = sizes_of(path, names, samples[0], exact=True)
-    for members in group_within(units, sizes, group_bytes):
+    groups = group_within(units, sizes, group_bytes)
+    tick = _started(progress, "check activations", len(groups) * len(samples))
+    for members in groups:
         fetched = sorted({name for i in members for name in units[i]})
         session = open_exposed(path, fetched, exact=True)
         for sample in samples:
@@ -192,6 +199,7 @@ def _compare_activations(
                 meters[quantizers[i].quantizer_id].update(
                     values[pairs[i].source or ""], values[pairs[i].output]
                 )
+            tick()
 
 
 def _compare_constants(
@@ -203,11 +211,14 @@ def _compare_constants(
     group_bytes: int,
     model: CanonicalModel,
     solution: Solution,
+    progress: Progress | None,
 ) -> None:
     """Weights and biases do not depend on the feed: one run shows them."""
     units = [[located[q.quantizer_id].output] for q in quantizers]
     sizes = sizes_of(path, [unit[0] for unit in units], sample, exact=True)
-    for members in group_within(units, sizes, group_bytes):
+    groups = group_within(units, sizes, group_bytes)
+    tick = _started(progress, "check constants", len(groups))
+    for members in groups:
         fetched = [units[i][0] for i in members]
         values = open_exposed(path, fetched, exact=True).run(sample, fetched)
         for i in members:
@@ -215,6 +226,7 @@ def _compare_constants(
             meters[quantizer.quantizer_id].update(
                 constant_of(model, solution, quantizer.tensor), values[units[i][0]]
             )
+        tick()
 
 
 def _compare_outputs(
@@ -224,9 +236,11 @@ def _compare_outputs(
     samples: Sequence[Sample],
     provider: Provider,
     is_coarse: bool,
+    progress: Progress | None,
 ) -> tuple[OutputParity, ...]:
     pairs = [(name, name) for name in model.outputs]
     exact_meter, fast_meter = QualityMeter(pairs, ()), QualityMeter(pairs, ())
+    tick = _started(progress, "check outputs", len(samples))
     reference, exact, fast = Session(model.path), Session(copy, exact=True), Session(copy, provider=provider)
     for sample in samples:
         wanted, meant, done = reference.run(sample), exact.run(sample), fast.run(sample)
@@ -237,10 +251,15 @@ def _compare_outputs(
                 )
         exact_meter.update(wanted, meant)
         fast_meter.update(wanted, done)
+        tick()
     return tuple(
         _judge(path, name, exact_meter.meters[name], fast_meter.meters[name], is_coarse)
         for name in model.outputs
     )
+
+
+def _started(progress: Progress | None, title: str, total: int) -> Callable[[], None]:
+    return progress.start(title, total) if progress and total else lambda: None
 
 
 def _is_finite_where(reference: Array, value: Array) -> bool:

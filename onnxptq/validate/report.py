@@ -44,10 +44,11 @@ class OutputFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataFacts:
-    """What was read, how, and how many samples."""
+    """What was read, how, and how many samples; ``is_random`` where they were made up, as was asked for."""
 
     description: str
     count: int
+    is_random: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,8 +49,18 @@ def verdict(report: Report) -> Verdict:
     Class scores are judged by top-1 agreement, other floats by SQNR, integers by the fraction that is equal.
     Good is 99 % or 30 dB, fair 97 % or 20 dB: what 8-bit models of common networks reach with and without
     care. Class scores below 20 dB are fair at best, and poor below 10 dB, where the error is a third of the signal:
-    first places that survive it by luck say nothing about the next input. Fewer than 100 inputs are said.
+    first places that survive it by luck say nothing about the next input. Fewer than 100 inputs are said. What was
+    measured on random data is not judged.
     """
+    found = _judged(report)
+    if report.heldout is not None and report.heldout.is_random:
+        return Verdict(level="unknown", text=f"Random data, which say nothing of real inputs. {found.text}")
+    if report.calibration.is_random:
+        return Verdict(level=found.level, text=f"Calibrated on random data. {found.text}")
+    return found
+
+
+def _judged(report: Report) -> Verdict:
     if not report.outputs:
         return Verdict(level="unknown", text="The quality was not measured: no inputs were held out.")
     levels = [_level(output) for output in report.outputs]

@@ -85,8 +85,9 @@ def test_unusable_evaluation_data(bench: Bench) -> None:
 
 def test_too_few_labels(bench: Bench) -> None:
     np.save(bench.folder / "labels.npy", np.arange(3))
-    done = lambda: bench.quantize("--eval", bench.data, "--labels", bench.folder / "labels.npy")  # noqa: E731
-    bench.refuses(2, "labels", do=done)
+    np.savez(bench.folder / "other.npz", x=pictures(10, seed=4))
+    given = ("--eval", bench.folder / "other.npz", "--labels", bench.folder / "labels.npy")
+    bench.refuses(2, "labels", do=lambda: bench.quantize(*given))
 
 
 @pytest.mark.parametrize("is_dynamic", [False, True])
@@ -98,7 +99,8 @@ def test_labels_that_are_no_class(bench: Bench, is_dynamic: bool) -> None:
     labels = bench.folder / "classes.npy"
     np.save(labels, np.array([0, 1, 2, 3, 4, 5, 6, 10, 8, 11]))
     said = ("classes.npy, ", "10 is no class of this model, which has 10 (and 1 more)", "from 0 to 9")
-    options = ("--eval", bench.data, "--labels", labels)
+    np.savez(bench.folder / "other.npz", x=pictures(10, seed=4))
+    options = ("--eval", bench.folder / "other.npz", "--labels", labels)
     done = bench.refuses(2, *said, do=lambda: bench.quantize(*options))
     assert "sample 7" in done.err or "[7]" in done.err
     command = ("validate", bench.model, bench.model, "--data", bench.data, "--labels", labels)
@@ -139,6 +141,8 @@ def test_wrong_requests(bench: Bench, options: tuple[str, ...], said: tuple[str,
     ("options", "said"),
     [
         (("--size", "axb"), "--size"),
+        (("--size", "16.7"), "whole number"),
+        (("--size", "nan"), "whole number"),
         (("--mean", "1,red"), "--mean"),
         (("--target", "tpu"), "tensorrt"),
         (("--observer", "mean"), "minmax"),

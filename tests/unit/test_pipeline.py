@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxptq import forming, pipeline, steps
+from onnxptq import feeding, forming, pipeline, steps
 from onnxptq.comparison import missed_gate
 from onnxptq.errors import MemoryBudgetError, OnnxPtqError
 from onnxptq.pipeline import quantize
@@ -57,7 +57,7 @@ def _samples(count: int = 6) -> list[dict[str, np.ndarray]]:
 
 def _spied(monkeypatch: pytest.MonkeyPatch, before: Callable[[str], None]) -> None:
     for name in ORDER:
-        module = forming if name == "prepared" else steps
+        module = {"prepared": forming, "open_data": feeding}.get(name, steps)
         real = getattr(module, name)
 
         def step(*given: Any, real: Any = real, name: str = name, **options: Any) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from onnxptq.calibrate.feeds import open_feeds
 from onnxptq.samples import Draw, ListFeeds, pick_samples
-from onnxptq.types import Sample
+from onnxptq.types import InputSpec, Sample
 
 
 def _samples(count: int) -> list[Sample]:
@@ -43,6 +46,20 @@ def test_a_draw_deals_on_and_begins_anew() -> None:
     assert sorted(whole) == list(range(10))
     assert middle == whole[4:7]
     assert around == whole[8:] + whole[:2]
+
+
+def test_a_draw_of_opened_data_reads_what_it_deals_and_deals_the_same() -> None:
+    samples = _samples(10)
+    inputs = [
+        InputSpec(name="x", dtype=np.dtype(np.float32), shape=(3,)),
+        InputSpec(name="i", dtype=np.dtype(np.int64), shape=(1,)),
+    ]
+    opened = open_feeds(samples, inputs, spool_dir=Path("unused"))
+    draw, plain = Draw(opened), Draw(ListFeeds(samples))
+    assert draw.order == plain.order
+    assert [_ids(part) for part in draw.take((0, 3), (8, 4))] == [
+        _ids(part) for part in plain.take((0, 3), (8, 4))
+    ]
 
 
 def test_fingerprints_see_values_types_shapes_and_names() -> None:

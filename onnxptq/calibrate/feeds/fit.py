@@ -14,7 +14,10 @@ import numpy as np
 from onnxptq.calibrate.feeds.stored import UNKNOWN, StoredArray
 from onnxptq.calibrate.feeds.wording import quote
 from onnxptq.errors import FeedError
-from onnxptq.types import Array, InputSpec
+from onnxptq.types import Array, InputSpec, Sample
+
+_NAMELESS = frozenset({"?", "-1", "None"})
+"""Converters write these for every dimension of which they know nothing."""
 
 
 def lead_input(inputs: Sequence[InputSpec]) -> InputSpec | None:
@@ -127,6 +130,25 @@ def fit_values(values: Array, spec: InputSpec, where: str) -> Array:
             "Scale the data to the range of the model's input type.",
         )
     return cast
+
+
+def check_symbols(sample: Sample, inputs: Sequence[InputSpec], where: str) -> None:
+    """Dimensions of one name must be of one size, within an input and across inputs.
+
+    Raises:
+        FeedError: naming the dimension and two inputs that disagree on it.
+    """
+    seen: dict[str, tuple[str, int]] = {}
+    for spec in inputs:
+        for dim, size in zip(spec.shape, sample[spec.name].shape, strict=True):
+            if not isinstance(dim, str) or dim in _NAMELESS:
+                continue
+            name, known = seen.setdefault(dim, (spec.name, size))
+            if size != known:
+                raise FeedError(
+                    f"{where}: dimension {dim!r} is {known} in input {name!r} and {size} in input {spec.name!r}.",
+                    "Give arrays that agree. If the model takes both sizes, its dimensions need different names.",
+                )
 
 
 def _kind(dtype: np.dtype[Any]) -> str:

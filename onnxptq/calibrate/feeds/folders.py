@@ -22,7 +22,7 @@ from onnxptq.calibrate.feeds.preprocess import ImagePreprocess
 from onnxptq.calibrate.feeds.protobuf import open_tensor
 from onnxptq.calibrate.feeds.records import Record
 from onnxptq.calibrate.feeds.spool import Spool
-from onnxptq.calibrate.feeds.stored import ImageFile, StoredArray, with_preprocess
+from onnxptq.calibrate.feeds.stored import ImageFile, Shelf, StoredArray, with_preprocess
 from onnxptq.calibrate.feeds.wording import FORMATS, first_line, listing
 from onnxptq.errors import FeedError
 from onnxptq.types import InputSpec
@@ -193,8 +193,14 @@ def _open_images(root: Path, names: Sequence[str], reading: Reading) -> list[Rec
     if is_guessed:
         reading.notes.append(f"preprocessing was guessed from the shape of input {spec.name!r}")
     reading.used_preprocess = resolved
+    shelf = Shelf()
     return [
-        Record(label=name, arrays={spec.name: ImageFile(path=root / name, label=name, preprocess=resolved)})
+        Record(
+            label=name,
+            arrays={
+                spec.name: ImageFile(path=root / name, label=name, preprocess=resolved, shelf=shelf),
+            },
+        )
         for name in names
     ]
 

@@ -1,16 +1,19 @@
-"""A calibration part and a held-out part that share no sample."""
+"""Calibration samples and held-out samples that have none in common, by content."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 
+from onnxptq.calibrate.feeds.digests import digest
 from onnxptq.calibrate.feeds.records import RecordFeeds, spread
 from onnxptq.errors import FeedError
-from onnxptq.types import Feeds, Sample
+from onnxptq.types import Feeds, Progress, Sample
 
 
-def split_holdout(feeds: Feeds, fraction: float = 0.2, maximum: int = 64) -> tuple[Feeds, Feeds | None]:
+def split_holdout(
+    feeds: Feeds, fraction: float = 0.2, maximum: int = 64, progress: Progress | None = None
+) -> tuple[Feeds, Feeds | None]:
     """Hold out about ``fraction`` of the samples (at least one, at most ``maximum``), evenly spread.
 
     Every sample is decoded once, because samples with identical bytes must not lie on both sides:
@@ -28,10 +31,7 @@ def split_holdout(feeds: Feeds, fraction: float = 0.2, maximum: int = 64) -> tup
         raise FeedError(f"A held-out fraction of {fraction:g} is not in [0, 1).", "Give, for example, 0.2.")
     if fraction == 0 or maximum < 1:
         return feeds, None
-    if isinstance(feeds, RecordFeeds):
-        digests = [_digest(feeds.source.read(row)) for row in feeds.rows]
-    else:
-        digests = [_digest(sample) for sample in feeds]
+    digests = _digests(feeds, progress)
     held = _choose(digests, fraction, maximum)
     kept = [position for position in range(len(digests)) if position not in held]
     if not held:
@@ -39,10 +39,37 @@ def split_holdout(feeds: Feeds, fraction: float = 0.2, maximum: int = 64) -> tup
     return _part(feeds, kept, "held-out samples removed"), _part(feeds, sorted(held), "held out")
 
 
+def without_shared(
+    evaluation: RecordFeeds, calibration: Feeds, progress: Progress | None = None
+) -> tuple[RecordFeeds | None, int]:
+    """``evaluation`` without the samples that ``calibration`` holds as well, and how many these are.
+
+    Returns:
+        The very feeds where none is shared, None where all are.
+
+    Raises:
+        FeedError: a sample cannot be read.
+    """
+    known = frozenset(_digests(calibration, progress))
+    digests = evaluation.row_digests(progress)
+    kept = [position for position, own in enumerate(digests) if own not in known]
+    shared = len(digests) - len(kept)
+    if not shared:
+        return evaluation, 0
+    return (evaluation.subset(kept, "calibration samples left out") if kept else None), shared
+
+
+def _digests(feeds: Feeds, progress: Progress | None) -> Sequence[bytes]:
+    """One digest per single sample."""
+    if isinstance(feeds, RecordFeeds):
+        return feeds.row_digests(progress)
+    return [digest(sample) for sample in feeds]
+
+
 def _choose(digests: Sequence[bytes], fraction: float, maximum: int) -> frozenset[int]:
     groups: dict[bytes, list[int]] = {}
-    for position, digest in enumerate(digests):
-        groups.setdefault(digest, []).append(position)
+    for position, own in enumerate(digests):
+        groups.setdefault(own, []).append(position)
     if len(groups) < 2:
         return frozenset()
     wanted = min(maximum, max(1, round(fraction * len(digests))))
@@ -56,15 +83,6 @@ def _choose(digests: Sequence[bytes], fraction: float, maximum: int) -> frozense
             break
         chosen += candidates[index]
     return frozenset(chosen)
-
-
-def _digest(sample: Sample) -> bytes:
-    hasher = hashlib.sha256()
-    for name in sorted(sample):
-        values = sample[name]
-        hasher.update(f"{name}\0{values.dtype.str}\0{values.shape}\0".encode())
-        hasher.update(repr(values.tolist()).encode() if values.dtype.hasobject else values.tobytes())
-    return hasher.digest()
 
 
 def _part(feeds: Feeds, positions: Sequence[int], note: str) -> Feeds:

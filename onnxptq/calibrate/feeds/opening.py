@@ -73,7 +73,9 @@ def open_feeds(
     elif preprocess is not None:
         reading.notes.append("preprocessing not used, the arrays are taken as the model's own values")
     settings = used.model_dump_json() if used is not None else ""
-    opened = build_set(records, inputs, origin=origin, notes=reading.notes, settings=settings)
+    opened = build_set(
+        records, inputs, origin=origin, notes=reading.notes, settings=settings, preprocess=used
+    )
     rows = spread(opened.total, opened.total if limit is None else limit)
     feeds = RecordFeeds(opened, rows, "spread evenly" if len(rows) < opened.total else "")
     feeds.source.read(feeds.rows[0])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -38,9 +38,9 @@ _FILTERS: Mapping[str, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_OVERRIDE = (
-    "override with --size, --resize, --color, --layout, --scale, --mean, --std or --preprocess FILE.yaml"
-)
+_STATED = ("size", "resize", "color", "layout", "scale", "mean", "std")
+"""What people state about their pictures; the rest are refinements with defaults."""
+_OVERRIDE = f"override with {', '.join(f'--{name}' for name in _STATED)} or --preprocess FILE.yaml"
 
 
 def _as_pair(value: Any) -> Any:
@@ -116,6 +116,9 @@ class ImagePreprocess(BaseModel):
     ) -> ImagePreprocess:
         """``base`` (or the defaults) with ``options`` laid over it, validated.
 
+        A base without a size leaves pictures as they are; where a size is given, ``resize`` and ``center_crop``
+        have their defaults again.
+
         Raises:
             FeedError: an unknown option or an illegal value; names ``where`` and the option.
         """
@@ -126,6 +129,8 @@ class ImagePreprocess(BaseModel):
                 hint = f"Did you mean {near[0]}?" if near else f"Options: {', '.join(known)}."
                 raise FeedError(f"{where}: unknown option {key!r}.", hint)
         start = base.model_dump() if base is not None else {}
+        if start.get("size") is None and (options.get("size") or options.get("resize_size")):
+            start = {name: value for name, value in start.items() if name not in ("resize", "center_crop")}
         try:
             return cls.model_validate({**start, **options})
         except ValidationError as error:
@@ -213,8 +218,9 @@ class ImagePreprocess(BaseModel):
             size = (height, width)
         return self.model_copy(update={"layout": layout, "size": size})
 
-    def describe(self, *, is_guessed: bool = False) -> str:
-        """One line for people: every step in order; where ``is_guessed``, also how to override it."""
+    def describe(self, *, stated: Collection[str] | None = None) -> str:
+        """One line for people: every step in order; where the options that were ``stated`` are given, also what was
+        guessed beside them, and how to override it."""
         target = f"{self.size[0]}x{self.size[1]}" if self.size else "the picture's own size"
         if self.resize == "none":
             steps = ["no resize"]
@@ -230,7 +236,13 @@ class ImagePreprocess(BaseModel):
         steps.append(f"{self.color} {self.layout}")
         steps.append(self._describe_values())
         line = ", ".join(steps)
-        return f"guessed: {line}; {_OVERRIDE}" if is_guessed else line
+        if stated is None:
+            return line
+        if not stated:
+            return f"guessed: {line}; {_OVERRIDE}"
+        bytes_only = ("scale", "mean", "std") if self.dtype == "uint8" else ()
+        guessed = [name for name in _STATED if name not in (*stated, *bytes_only)]
+        return f"{line}; guessed of this: {', '.join(guessed)}; {_OVERRIDE}" if guessed else line
 
     def _describe_values(self) -> str:
         if self.dtype == "uint8":
@@ -242,7 +254,11 @@ class ImagePreprocess(BaseModel):
         return f"({scaled} - mean) / std with mean {means} and std {stds}"
 
     def apply(self, image: Image.Image, where: str) -> Array:
-        """The array (channels, height, width), or (height, width, channels) for NHWC, of one 8-bit picture.
+        """``values`` of the ``pixels`` of one picture."""
+        return self.values(self.pixels(image, where))
+
+    def pixels(self, image: Image.Image, where: str) -> Array:
+        """The bytes (channels, height, width), or (height, width, channels) for NHWC, of one 8-bit picture.
 
         Args:
             image: mode RGB or L.
@@ -258,8 +274,12 @@ class ImagePreprocess(BaseModel):
             pixels = pixels[:, :, ::-1]
         if self.layout != "NHWC":
             pixels = pixels.transpose(2, 0, 1)
+        return np.ascontiguousarray(pixels)
+
+    def values(self, pixels: Array) -> Array:
+        """What the model reads instead of ``pixels``, by the module's equation; a fresh array."""
         if self.dtype == "uint8":
-            return np.ascontiguousarray(pixels)
+            return pixels.copy()
         axis = 2 if self.layout == "NHWC" else 0
         planes = [self._table[c][np.take(pixels, c, axis=axis)] for c in range(self.channels)]
         return np.stack(planes, axis=axis)
@@ -306,13 +326,15 @@ class ImagePreprocess(BaseModel):
             raise FeedError(
                 f"{where}: the picture is {image.height}x{image.width} after resizing, "
                 f"the model reads {height}x{width}.",
-                "Use center_crop: true or resize: exact.",
+                "Leave out center_crop: false, or use resize: exact (--resize exact).",
             )
         if image.height < height or image.width < width:
             raise FeedError(
                 f"{where}: the picture is {image.height}x{image.width}, "
                 f"smaller than the crop {height}x{width}.",
-                "Use resize: short_side or exact with a large enough resize_size.",
+                "Use a larger resize_size, or leave it out."
+                if self.resize_size
+                else "Use resize: short_side or exact (--resize), or larger pictures.",
             )
         top, left = round((image.height - height) / 2), round((image.width - width) / 2)
         return image.crop((left, top, left + width, top + height))

@@ -12,13 +12,15 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from onnxptq.calibrate.feeds.digests import digest
 from onnxptq.calibrate.feeds.fit import (
     check_shape,
+    check_symbols,
     check_type,
     count_rows,
     fit_values,
@@ -27,10 +29,11 @@ from onnxptq.calibrate.feeds.fit import (
     may_be_batched,
     must_be_batched,
 )
+from onnxptq.calibrate.feeds.preprocess import ImagePreprocess
 from onnxptq.calibrate.feeds.stored import StoredArray
 from onnxptq.calibrate.feeds.wording import FORMATS
 from onnxptq.errors import FeedError
-from onnxptq.types import Array, InputSpec, Sample
+from onnxptq.types import Array, InputSpec, Progress, Sample
 
 _FORMAT_VERSION = "feeds 1"
 
@@ -63,7 +66,12 @@ class RecordSet:
     notes: tuple[str, ...] = ()
     settings: str = ""
     """How the values are made from the records (preprocessing, seed), for the fingerprint."""
+    preprocess: ImagePreprocess | None = None
+    """What pixels went through, None where there were none."""
+    is_random: bool = False
+    """Whether the values are made up."""
     digests: dict[int, bytes] = field(default_factory=dict)
+    row_digests: dict[int, bytes] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -94,12 +102,18 @@ class RecordSet:
             FeedError: it cannot be read or does not fit; names the sample and the input.
         """
         record, place = self.locate(row)
-        where = self.records[record].label
-        if self.size(record) > 1:
-            where = f"{where}, sample {place}"
-        return {
+        where = self.place(row)
+        sample = {
             spec.name: fit_values(self._read_input(record, place, spec), spec, where) for spec in self.inputs
         }
+        check_symbols(sample, self.inputs, where)
+        return sample
+
+    def place(self, row: int) -> str:
+        """Where a row comes from, for errors: its record, and its number there."""
+        record, place = self.locate(row)
+        label = self.records[record].label
+        return f"{label}, sample {place}" if self.size(record) > 1 else label
 
     def digest(self, record: int) -> bytes:
         """sha256 of what a record is made of; read once."""
@@ -112,6 +126,16 @@ class RecordSet:
                     hasher.update(block)
             self.digests[record] = hasher.digest()
         return self.digests[record]
+
+    def row_digest(self, row: int) -> bytes:
+        """Digest of a single sample as ``read`` gives it; read once.
+
+        Raises:
+            FeedError: see ``read``.
+        """
+        if row not in self.row_digests:
+            self.row_digests[row] = digest(self.read(row))
+        return self.row_digests[row]
 
     def _read_input(self, record: int, place: int, spec: InputSpec) -> Array:
         array = self.records[record].arrays[spec.name]
@@ -138,6 +162,8 @@ def build_set(
     origin: str,
     notes: Sequence[str] = (),
     settings: str = "",
+    preprocess: ImagePreprocess | None = None,
+    is_random: bool = False,
 ) -> RecordSet:
     """Decide what is batched, and check every shape and type that is known without reading.
 
@@ -178,6 +204,8 @@ def build_set(
         origin=origin,
         notes=tuple(dict.fromkeys(note for note in notes if note)),
         settings=settings,
+        preprocess=preprocess,
+        is_random=is_random,
     )
 
 
@@ -212,17 +240,47 @@ class RecordFeeds:
         self.rows: Sequence[int] = range(source.total) if rows is None else tuple(rows)
         self._note = note
         self._fingerprint = ""
+        self._digests: Sequence[bytes] = ()
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.source.batch)
 
     def __iter__(self) -> Iterator[Sample]:
-        if self.source.batch == 1:
-            for row in self.rows:
-                yield self.source.read(row)
-            return
         for chunk in self._chunks():
-            yield self._group(chunk)
+            yield self._sample(chunk)
+
+    def pick(self, positions: Iterable[int]) -> Iterator[Sample]:
+        """Some of the samples, the others unread."""
+        chunks = list(self._chunks())
+        for position in positions:
+            yield self._sample(chunks[position])
+
+    def place(self, position: int) -> str:
+        """Where a sample comes from, for errors: the source, its file, and its number there."""
+        chunk = next(itertools.islice(self._chunks(), position, None))
+        first = self.source.place(chunk[0])
+        origin = self.source.origin
+        where = first if first.startswith(origin) else f"{origin}, {first}"
+        return where if len(chunk) == 1 else f"{where}, in a batch of {len(chunk)}"
+
+    def row_digests(self, progress: Progress | None = None) -> Sequence[bytes]:
+        """Digest of each single sample of ``rows``; each is read once for all feeds over its source."""
+        is_known = self.source.row_digests.keys() >= set(self.rows)
+        step = progress.start("read samples", len(self.rows)) if progress and not is_known else None
+        found = []
+        for row in self.rows:
+            found.append(self.source.row_digest(row))
+            if step is not None:
+                step()
+        return found
+
+    def sample_digests(self, progress: Progress | None = None) -> Sequence[bytes]:
+        """Digest of each sample that iteration yields; read once."""
+        if self.source.batch == 1:
+            return self.row_digests(progress)
+        if not self._digests:
+            self._digests = [digest(sample) for sample in self]
+        return self._digests
 
     @property
     def sample_ids(self) -> Sequence[str]:
@@ -278,8 +336,10 @@ class RecordFeeds:
             chunk = list(self.rows[start : start + batch])
             yield chunk + chunk[-1:] * (batch - len(chunk))
 
-    def _group(self, chunk: Sequence[int]) -> Sample:
+    def _sample(self, chunk: Sequence[int]) -> Sample:
         singles = [self.source.read(row) for row in chunk]
+        if len(chunk) == 1:
+            return singles[0]
         feed: dict[str, Array] = {}
         for spec in self.source.inputs:
             values = [single[spec.name] for single in singles]

@@ -21,6 +21,7 @@ from onnxptq.errors import FeedError
 from onnxptq.types import Array, InputSpec
 
 _CHUNK = 1 << 20
+_SHELF_BYTES = 1 << 27
 UNKNOWN = -1
 """A dimension that only reading tells (pictures without a fixed size)."""
 
@@ -164,6 +165,29 @@ class ParsedFile:
         return file_contents(self.path)
 
 
+class Shelf:
+    """Pixels of pictures that were decoded before, as many as ``room`` bytes hold.
+
+    Decoding a photograph takes longer than most networks take to run it, and samples are read again and again.
+    The first to come stay: samples are read in turn, so making room for one would take it from the next.
+    """
+
+    def __init__(self, room: int = _SHELF_BYTES) -> None:
+        self._room = room
+        self._kept: dict[Path, Array] = {}
+
+    def get(self, path: Path, decode: Callable[[], Array]) -> Array:
+        """What ``decode`` makes of the picture at ``path``, or made of it before."""
+        known = self._kept.get(path)
+        if known is not None:
+            return known
+        pixels = decode()
+        if pixels.nbytes <= self._room:
+            self._room -= pixels.nbytes
+            self._kept[path] = pixels
+        return pixels
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ImageFile:
     """One picture as an array with a batch axis of 1, decoded on demand. ``preprocess`` is resolved."""
@@ -171,6 +195,7 @@ class ImageFile:
     path: Path
     label: str
     preprocess: ImagePreprocess
+    shelf: Shelf
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -184,7 +209,10 @@ class ImageFile:
 
     def load(self) -> Array:
         """See StoredArray."""
-        return self.preprocess.apply(read_image(self.path, self.label), self.label)[None]
+        pixels = self.shelf.get(
+            self.path, lambda: self.preprocess.pixels(read_image(self.path, self.label), self.label)
+        )
+        return self.preprocess.values(pixels)[None]
 
     def read(self, start: int, stop: int) -> Array:
         """See StoredArray."""

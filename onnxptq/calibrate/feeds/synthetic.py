@@ -27,14 +27,9 @@ class RandomArray:
     key: tuple[int, ...]
 
     def load(self) -> Array:
-        """Standard normal floats, bytes over their whole range, other integers and bools in {0, 1}."""
+        """See :func:`harmless_values`."""
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.key)))
-        if self.dtype == np.uint8:
-            return generator.integers(0, 256, self.shape, dtype=np.uint8)
-        if self.dtype.kind in "iub":
-            # Integers are mostly indices; 0 and 1 are legal wherever there are two entries.
-            return generator.integers(0, 2, self.shape).astype(self.dtype)
-        return generator.standard_normal(self.shape).astype(self.dtype)
+        return harmless_values(generator, self.shape, self.dtype)
 
     def read(self, start: int, stop: int) -> Array:
         """Rows of the same values."""
@@ -43,6 +38,16 @@ class RandomArray:
     def contents(self) -> Iterator[bytes]:
         """The key tells all."""
         yield repr((self.key, self.shape)).encode()
+
+
+def harmless_values(generator: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Standard normal floats, bytes over their whole range, other integers and bools in {0, 1}."""
+    if dtype == np.uint8:
+        return generator.integers(0, 256, shape, dtype=np.uint8)
+    if dtype.kind in "iub":
+        # Integers are mostly indices; 0 and 1 are legal wherever there are two entries.
+        return generator.integers(0, 2, shape).astype(dtype)
+    return generator.standard_normal(shape).astype(dtype)
 
 
 def random_set(
@@ -76,6 +81,7 @@ def random_set(
         inputs,
         origin=f"RANDOM DATA (seed {seed}): ranges and quality numbers mean nothing for real inputs",
         settings=f"random {seed}",
+        is_random=True,
     )
 
 

@@ -134,6 +134,12 @@ def test_sizes(text: str, size: list[int]) -> None:
     assert picture_options(None, {"size": text}) == {"size": size}
 
 
+@pytest.mark.parametrize("text", ["16.7", "8,8.5", "inf", "nan"])
+def test_sizes_that_are_no_pixels(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="whole number"):
+        picture_options(None, {"size": text})
+
+
 @pytest.mark.parametrize("text", ["", "axb", "1,,2", "nan,red"])
 def test_texts_that_are_no_numbers(text: str) -> None:
     with pytest.raises(click.BadParameter, match="not a list of numbers"):

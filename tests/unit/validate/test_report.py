@@ -522,3 +522,15 @@ def test_reports_are_values() -> None:
     assert replace(report, target="tensorrt").target == "tensorrt"
     with pytest.raises(AttributeError):
         report.target = "x"  # type: ignore[misc]
+
+
+def test_the_verdict_says_that_data_were_random() -> None:
+    made_up, own = (DataFacts(description="", count=4, is_random=random) for random in (True, False))
+    plain = wording.verdict(_report(calibration=own, heldout=own))
+    calibrated = wording.verdict(_report(calibration=made_up, heldout=own))
+    assert (calibrated.level, calibrated.text) == (plain.level, f"Calibrated on random data. {plain.text}")
+    measured = wording.verdict(_report(calibration=made_up, heldout=made_up))
+    assert measured.level == "unknown"
+    assert measured.text.startswith("Random data")
+    assert measured.text.endswith(plain.text)
+    assert "random" in wording.verdict(_report(calibration=made_up, heldout=None, outputs=())).text

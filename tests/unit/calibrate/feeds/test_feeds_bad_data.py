@@ -299,3 +299,41 @@ class TestRandom:
 
     def test_a_folder_of_that_name_needs_a_path(self, folder: Path) -> None:
         refuse(folder / "random", "no such file")
+
+
+class TestSymbols:
+    """Dimensions of one name."""
+
+    A, B = spec("a", "n", "l", 2), spec("b", "n", "l")
+
+    def test_inputs_that_disagree(self) -> None:
+        data = {"a": np.zeros((3, 6, 2), np.float32), "b": np.zeros((3, 5), np.float32)}
+        refuse(
+            data, "the data, sample 0", "'l' is 6 in input 'a' and 5 in input 'b'", inputs=[self.A, self.B]
+        )
+
+    def test_the_sample_is_named(self, folder: Path) -> None:
+        for i, length in enumerate((6, 6, 5)):
+            np.savez(
+                folder / f"{i}.npz",
+                a=np.zeros((1, 6, 2), np.float32),
+                b=np.zeros((1, length), np.float32),
+            )
+        refuse(folder, "2.npz: dimension 'l'", inputs=[self.A, self.B])
+
+    def test_within_one_input(self) -> None:
+        refuse(np.zeros((2, 4, 5), np.float32), "'s' is 4", "and 5", inputs=[spec("x", "n", "s", "s")])
+
+    def test_a_batch_elsewhere_than_first_must_be_that_of_one_sample(self) -> None:
+        inputs = [spec("x", "n", 4, 3), spec("state", 2, "n")]
+        data = {"x": np.zeros((8, 4, 3), np.float32), "state": np.zeros((2, 8), np.float32)}
+        refuse(data, "'n' is 1 in input 'x' and 8 in input 'state'", inputs=inputs)
+
+    def test_lengths_may_differ_between_samples_and_between_names(self) -> None:
+        samples = [{"a": np.zeros((1, n, 2), np.float32), "b": np.zeros((1, n), np.float32)} for n in (3, 4)]
+        assert len(list(open_feeds(samples, [self.A, self.B], spool_dir=Path("unused")))) == 2
+        for unknown in (None, "?", "None", "m"):
+            data = {"a": np.zeros((3, 6, 2), np.float32), "b": np.zeros((3, 5), np.float32)}
+            first = "?" if unknown == "?" else "None" if unknown == "None" else "l"
+            specs = [spec("a", "n", first, 2), spec("b", "n", unknown)]
+            assert len(list(open_feeds(data, specs, spool_dir=Path("unused")))) == 3

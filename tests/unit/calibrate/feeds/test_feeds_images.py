@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onnxptq.calibrate.feeds import ImagePreprocess, open_feeds
+from onnxptq.calibrate.feeds import ImagePreprocess, folders, open_feeds, stored
 from onnxptq.calibrate.feeds.decode import read_image
+from onnxptq.calibrate.feeds.stored import Shelf
 from onnxptq.errors import FeedError
 from onnxptq.types import InputSpec
 
@@ -224,6 +225,39 @@ class TestPixelArrays:
         np.testing.assert_array_equal(np.concatenate([s["x"] for s in feeds]), data)
 
 
+class TestShelf:
+    def test_pictures_are_decoded_once_as_long_as_there_is_room(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for i in range(3):
+            Image.fromarray(RGB + np.uint8(i)).save(tmp_path / f"{i}.png")
+        decoded: list[str] = []
+
+        def counted(path: Path, where: str) -> Image.Image:
+            decoded.append(where)
+            return read_image(path, where)
+
+        monkeypatch.setattr(stored, "read_image", counted)
+        # The first one is also read on opening.
+        for room, expected in ((1 << 20, 3), (RGB.nbytes, 1 + 3 * 2), (0, 1 + 3 * 3)):
+            monkeypatch.setattr(folders, "Shelf", lambda room=room: Shelf(room))
+            decoded.clear()
+            feeds = open_feeds(tmp_path, [spec("b", 3, 6, 8)], spool_dir=tmp_path)
+            reads = [[sample["x"] for sample in feeds] for _ in range(3)]
+            assert len(decoded) == expected
+            for later in reads[1:]:
+                np.testing.assert_array_equal(later, reads[0])
+
+    @pytest.mark.parametrize("dtype", ["f4", "u1"])
+    def test_what_a_reader_does_to_a_sample_stays_with_it(self, tmp_path: Path, dtype: str) -> None:
+        Image.fromarray(RGB).save(tmp_path / "a.png")
+        feeds = open_feeds(tmp_path, [spec("b", 6, 8, 3, dtype=dtype)], spool_dir=tmp_path)
+        first = next(iter(feeds))["x"]
+        kept = first.copy()
+        first[:] = 0
+        np.testing.assert_array_equal(next(iter(feeds))["x"], kept)
+
+
 class TestGuess:
     @pytest.mark.parametrize(
         ("shape", "dtype", "layout", "color", "size"),
@@ -251,7 +285,7 @@ class TestGuess:
             ImagePreprocess.guess(spec(*shape))
 
     def test_description_tells_all_steps_on_one_line(self) -> None:
-        text = ImagePreprocess.guess(spec("b", 3, 224, 224)).describe(is_guessed=True)
+        text = ImagePreprocess.guess(spec("b", 3, 224, 224)).describe(stated=())
         for part in (
             "guessed:",
             "224x224",
@@ -265,6 +299,48 @@ class TestGuess:
             assert part in text
         assert "\n" not in text
         assert "raw bytes" in ImagePreprocess(dtype="uint8").describe()
+
+    def test_description_tells_what_was_guessed_beside_options(self) -> None:
+        guess = ImagePreprocess.guess(spec("b", 3, 4, 4))
+        assert "guessed" not in guess.describe()
+        assert "guessed of this: resize, color, layout, scale, std;" in guess.describe(
+            stated=("size", "mean")
+        )
+        every = ("size", "resize", "color", "layout", "scale", "mean", "std")
+        assert guess.describe(stated=every) == guess.describe()
+        raw = ImagePreprocess.guess(spec("b", 4, 4, 3, dtype="u1"))
+        assert "guessed of this: resize, color, layout;" in raw.describe(stated=("size",))
+
+    @pytest.mark.parametrize(
+        ("options", "shape"),
+        [
+            ({"size": 5}, (3, 5, 5)),
+            ({"size": [4, 6]}, (3, 4, 6)),
+            ({"size": 5, "resize": "short_side"}, (3, 5, 5)),
+            ({"size": 5, "resize": "exact"}, (3, 5, 5)),
+            ({"size": 5, "resize": "none"}, (3, 5, 5)),
+            ({"resize_size": 4}, (3, 4, 5)),
+            ({"mean": 0.5}, (3, 6, 8)),
+        ],
+    )
+    def test_a_given_size_brings_back_the_usual_steps_where_the_model_fixes_none(
+        self, options: dict[str, Any], shape: tuple[int, ...]
+    ) -> None:
+        base = ImagePreprocess.guess(spec("b", 3, "h", "w"))
+        found = ImagePreprocess.from_options(options, base=base)
+        assert found.apply(Image.fromarray(RGB), "a").shape == shape
+
+    def test_remedies_name_what_was_stated(self) -> None:
+        small = Image.new("RGB", (8, 6))
+        for options, said, unsaid in (
+            ({"size": 7, "resize": "none"}, "--resize", "resize_size"),
+            ({"size": 7, "resize_size": 6}, "resize_size", "--resize"),
+            ({"size": 7, "center_crop": False}, "center_crop", "true"),
+        ):
+            with pytest.raises(FeedError) as caught:
+                ImagePreprocess.from_options(options).apply(small, "a")
+            assert said in caught.value.remedy
+            assert unsaid not in caught.value.remedy
 
 
 class TestOptions:

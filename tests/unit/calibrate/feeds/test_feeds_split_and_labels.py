@@ -15,7 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from onnxptq.calibrate.feeds import ImagePreprocess, RecordFeeds, open_feeds, read_labels, split_holdout
+from onnxptq.calibrate.feeds import (
+    ImagePreprocess,
+    RecordFeeds,
+    open_feeds,
+    read_labels,
+    split_holdout,
+    without_shared,
+)
 from onnxptq.errors import FeedError
 from onnxptq.types import Feeds, InputSpec, Sample
 
@@ -96,6 +103,49 @@ class TestHoldout:
         for fraction in (1.0, -0.1, float("nan")):
             with pytest.raises(FeedError, match="fraction"):
                 split_holdout(feeds_of([1, 2]), fraction)
+
+
+class TestShared:
+    @settings(max_examples=100, deadline=None)
+    @given(
+        evaluation=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+        calibration=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+        is_plain=st.booleans(),
+    )
+    def test_what_calibration_holds_as_well_is_left_out(
+        self, evaluation: list[int], calibration: list[int], is_plain: bool
+    ) -> None:
+        known: Feeds = Plain(calibration) if is_plain else feeds_of(calibration)
+        kept, shared = without_shared(feeds_of(evaluation), known)
+        wanted = [value for value in evaluation if value not in calibration]
+        assert contents(kept) == wanted
+        assert shared == len(evaluation) - len(wanted)
+        assert (kept is None) == (not wanted)
+
+    def test_single_samples_count_where_the_model_has_a_fixed_batch(self) -> None:
+        kept, shared = without_shared(feeds_of([5, 1, 6, 2, 7], batch=2), feeds_of([1, 2, 3, 4], batch=2))
+        assert shared == 2
+        assert contents(kept) == [5, 6, 7, 7]
+
+    def test_contents_count_whatever_holds_them(self, tmp_path: Path) -> None:
+        pixels = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+        for i, picture in enumerate(pixels):
+            Image.fromarray(picture).save(tmp_path / f"{i}.png")
+        guess = ImagePreprocess.guess(PICTURE)
+        files, arrays = (
+            open_feeds(source, [PICTURE], preprocess=guess, spool_dir=UNUSED)
+            for source in (tmp_path, pixels[1:])
+        )
+        kept, shared = without_shared(files, arrays)
+        assert shared == 1
+        assert kept is not None
+        assert list(kept.sample_ids) == ["0.png"]
+        assert "calibration samples left out" in kept.description
+
+    def test_labels_stay_with_their_samples(self) -> None:
+        kept, _ = without_shared(feeds_of([4, 5, 6, 7]), feeds_of([4, 6]))
+        assert kept is not None
+        assert list(read_labels([40, 50, 60, 70], kept)) == [50, 70]  # type: ignore[arg-type]
 
 
 @pytest.fixture
