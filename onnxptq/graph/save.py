@@ -202,7 +202,8 @@ def _initializer(tensor: gs.Constant, sink: _Sink | None, shared: Path | None = 
 def _chunks(values: Array) -> Iterator[memoryview]:
     """The elements in C order, a few megabytes at a time."""
     if not values.flags.c_contiguous:
-        values = np.ascontiguousarray(values)
+        source, values = values, np.ascontiguousarray(values)
+        proto.release_pages(source)
     flat = values.reshape(-1).view(np.uint8)
     for start in range(0, flat.size, _CHUNK_BYTES):
         yield flat[start : start + _CHUNK_BYTES].data

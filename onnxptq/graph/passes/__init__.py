@@ -1,8 +1,8 @@
 """Rewrites of the canonical graph, one per file; each proves output equality in its test.
 
 The order matters: constants first, so that all others see them; products of equations next, which are layers and
-attention from then on; idle nodes before patterns, so that they do
-not hide one; attention scales last, when the linear layers have taken in what belongs to them.
+attention from then on; idle nodes before patterns, so that they do not hide one; constants that are only moved behind
+those, which may stand between; attention scales last, when the linear layers have taken in what belongs to them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from onnxptq.graph.passes import (
     fold_attention_scale,
     fold_batch_norm,
     fold_channel_scale,
+    fold_moved_constant,
     fuse_gelu,
     fuse_layer_norm,
     lower_einsum,
@@ -28,6 +29,7 @@ PASSES: tuple[Callable[[gs.Graph], int], ...] = (
     lower_einsum.run,
     unwrap_softmax.run,
     remove_identity.run,
+    fold_moved_constant.run,
     fold_batch_norm.run,
     fold_channel_scale.run,
     fuse_layer_norm.run,
