@@ -31,7 +31,7 @@ from onnxptq.reconstruct.branches import largest_branches
 from onnxptq.samples import Draw
 from onnxptq.solving import FOCUS_SAMPLES, Solver
 from onnxptq.targets import TARGETS
-from onnxptq.types import QParams, QuantPlan
+from onnxptq.types import CanonicalModel, QParams, QuantPlan
 
 _SLACK = 256
 """Bytes by which annotations may grow with digits."""
@@ -70,11 +70,11 @@ def survey_bits(solver: Solver) -> Survey:
     return Survey(packing=packing, costs=costs)
 
 
-def choose_bits(solver: Solver, survey: Survey, fingerprint: str) -> BitPlan:
+def choose_bits(solver: Solver, survey: Survey, source: CanonicalModel) -> BitPlan:
     """The bits of every pack within the recipe's budget.
 
     Args:
-        fingerprint: of the model that the user gave.
+        source: the model that the user gave, in canonical form.
 
     Raises:
         BudgetError: it cannot be reached.
@@ -87,7 +87,7 @@ def choose_bits(solver: Solver, survey: Survey, fingerprint: str) -> BitPlan:
             survey.packing.sensitivities,
             survey.costs.packs,
             allocation,
-            fingerprint=fingerprint,
+            source=source,
             recipe=solver.recipe,
         )
 

@@ -121,21 +121,24 @@ def build_bit_plan(
     choices: Sequence[PackChoices],
     allocation: Allocation,
     *,
-    fingerprint: str,
+    source: CanonicalModel,
     recipe: Recipe,
 ) -> BitPlan:
     """The plan of an allocation, in the user's names.
 
     Args:
-        fingerprint: of the model that the user gave.
+        model: what was packed: ``source``, maybe in another form that computes the same.
+        source: as the user gave it, in canonical form. Nodes that only the other form has (roots of softmax outputs,
+            shifts) have no bits of their own; a pack of nothing else is left out.
     """
+    known = known_nodes(source)
     scores = {s.block: s for s in sensitivities}
     by_pack = {bits.pack: bits for bits in allocation.bits}
     of_pack = {choice.pack: choice for choice in choices}
     return BitPlan(
         version=__version__,
         model=model.source.name,
-        fingerprint=fingerprint,
+        fingerprint=source.fingerprint,
         target=recipe.target,
         allocator=recipe.allocator,
         budget=recipe.bit_budget,
@@ -157,9 +160,10 @@ def build_bit_plan(
                 activations=of_pack[pack.index].activation_elements,
                 weight_loss=_losses(of_pack[pack.index].weights),
                 activation_loss=_losses(of_pack[pack.index].activations),
-                nodes=pack.nodes,
+                nodes=nodes,
             )
             for pack in packs
+            if (nodes := tuple(name for name in pack.nodes if name in known))
         ),
     )
 

@@ -92,7 +92,7 @@ def allocated(run: Run, source: CanonicalModel, form: Prepared) -> Prepared:
 
     with run.timed("allocate"):
         survey = survey_bits(form.solver)
-        chosen = choose_bits(form.solver, survey, source.fingerprint)
+        chosen = choose_bits(form.solver, survey, source)
         apply_bit_plan(run, source, chosen, Path("plan.yaml"))
         run.note(reporting.bit_plan_note(chosen))
     placed = plan(run, form.model, form.statistics)

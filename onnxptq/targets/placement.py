@@ -70,7 +70,7 @@ class Row:
 
     activations: tuple[int, ...]
     weight: int | None = None
-    weight_axis: Callable[[gs.Node], int] | None = None
+    weight_axis: Callable[[gs.Node], int | None] | None = None
     bias: int | None = None
     bias_storage: Bias = "float"
     quantize_output: bool = False
@@ -99,9 +99,13 @@ def channel_axis_of_gemm(node: gs.Node) -> int:
     return 0 if node.attrs.get("transB", 0) else 1
 
 
-def channel_axis_of_matmul(node: gs.Node) -> int:
-    """The output-channel axis of a MatMul's second input: the last."""
-    return len(node.inputs[1].shape) - 1
+def channel_axis_of_matmul(node: gs.Node) -> int | None:
+    """The output-channel axis of a MatMul's second input, the last of a matrix.
+
+    A vector has one output channel, and onnxruntime's integer kernel takes no scales per channel of a stack of
+    matrices: these have one scale.
+    """
+    return 1 if len(node.inputs[1].shape) == 2 else None
 
 
 class Placer:

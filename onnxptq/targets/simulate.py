@@ -3,7 +3,7 @@
 | operator | activations | weight | bias | output |
 |---|---|---|---|---|
 | Conv, ConvTranspose, Gemm | input 0 | per output channel | float | float |
-| MatMul | both inputs, or the one that is not constant | per output channel | float | float |
+| MatMul | both inputs, or the one that is not constant | per output channel; a stack per tensor | float | float |
 | Mul of softmax weights and values, summed | both inputs | | | float |
 
 Activation grids are unsigned and asymmetric, stored in uint8 behind a Clip where they are narrower than

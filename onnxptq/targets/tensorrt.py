@@ -5,7 +5,7 @@
 | Conv | input 0 | per output channel, axis 0 | float | float: fuses with Relu/Clip and a residual Add |
 | ConvTranspose | input 0 | per output channel, axis 1 | float | float |
 | Gemm | input 0 | per output channel | float | float |
-| MatMul | both inputs, or the one that is not constant | per output channel | float | float |
+| MatMul | both inputs, or the one that is not constant | per output channel; a stack per tensor | float | float |
 | Add behind a Conv or linear layer | the skip input | | | float |
 | MaxPool, AveragePool, GlobalAveragePool | input 0 | | | float |
 | Concat of quantized tensors | all inputs, one shared scale | | | float |

@@ -51,6 +51,16 @@ def even_attention() -> onnx.ModelProto:
     return net.proto({"x": ["n", 4, 16]}, [net.linear("y", y, 16, 8)])
 
 
+def stacked_matrices() -> onnx.ModelProto:
+    """A constant matrix for each of three experts, one for all of them, and a constant vector."""
+    net = Net(seed=8)
+    x = net.op("Relu", "r1", net.op("MatMul", "experts", "x", net.weight("experts.w", 3, 16, 16)))
+    x = net.op("Relu", "r2", net.op("MatMul", "shared", x, net.weight("shared.w", 1, 16, 16)))
+    gate = net.op("MatMul", "gate", x, net.weight("gate.w", 16))
+    gated = net.op("Mul", "gated", x, net.op("Unsqueeze", "u", gate, net.constant("last", np.array([-1]))))
+    return net.proto({"x": [1, 3, 8, 16]}, [net.linear("y", gated, 16, 8)])
+
+
 def two_inputs() -> onnx.ModelProto:
     net = Net(seed=3)
     a = net.op("Relu", "ra", net.linear("a", "left", 6, 16))
@@ -77,6 +87,7 @@ NETS: Mapping[str, tuple[Callable[[], onnx.ModelProto], Shapes]] = {
     "attention node": (attention_node, {"x": (1, 8, 32)}),
     "even attention": (even_attention, {"x": (1, 4, 16)}),
     "points, fixed batch": (max_pool_net, {"x": (1, 64, 3)}),
+    "stacked matrices": (stacked_matrices, {"x": (1, 3, 8, 16)}),
     "two inputs": (two_inputs, {"left": (5, 6), "right": (5, 4)}),
     "two outputs": (two_outputs, {"x": (2, 3, 8, 8)}),
 }

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import yaml
 
 import onnxptq
 from onnxptq import packing, solving
@@ -29,7 +30,7 @@ from onnxptq.types import CanonicalModel, Sensitivity
 from tests.e2e.command import Bench, classifier, process
 from tests.e2e.pack_nets import NETS, Shapes
 from tests.unit.reconstruct.pack_cases import case
-from tests.unit.small_nets import Net, residual_block
+from tests.unit.small_nets import Net, attention_block, residual_block
 
 SETTINGS = {
     "residual, fixed batch": ((2, 8), (4, 4)),
@@ -112,6 +113,8 @@ def test_few_bits(kind: str, place: int, tmp_path: Path) -> None:
         ("windows", "ort-cpu", "balanced"),
         ("windows", "tensorrt", "fast"),
         ("two outputs", "tensorrt", "fast"),
+        ("stacked matrices", "tensorrt", "balanced"),
+        ("stacked matrices", "simulate", "balanced"),
     ],
 )
 def test_deployment_targets(kind: str, target: str, effort: str, tmp_path: Path) -> None:
@@ -454,6 +457,30 @@ def test_effort_and_floor() -> None:
     assert [Recipe(method=m).is_solved_by_packs for m in ("auto", "rtn", "qdrop")] == [False, False, True]
     assert Recipe(weight_bits=7).is_solved_by_packs
     assert not Recipe(method="rtn", weight_bits=4).is_solved_by_packs
+
+
+def test_bits_per_pack_go_to_nodes_that_the_user_has(tmp_path: Path) -> None:
+    """Roots of softmax outputs are nodes of the written file, not of the model that a plan is for."""
+    recipe: dict[str, Any] = {"target": "simulate", "method": "auto", "softmax_root": 3}
+    found = _quantized("attention", tmp_path / "chosen", average_bits=4.0, **recipe)
+    assert {"Log", "Exp", "Pow"} & {node.op_type for node in onnx.load(str(found.output)).graph.node}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(_plan_of(found)))
+    again = _quantized("attention", tmp_path / "applied", plan=str(tmp_path / "plan.yaml"), **recipe)
+    assert [(row.tensor, row.bits) for row in again.report.quantized] == [
+        (row.tensor, row.bits) for row in found.report.quantized
+    ]
+    given = {node.name for node in attention_block().graph.node}
+    assert {name for pack in _plan_of(found)["packs"] for name in pack["nodes"]} <= given
+
+
+def _plan_of(result: onnxptq.Result) -> dict[str, Any]:
+    (text,) = [
+        prop.value
+        for prop in onnx.load(str(result.output), load_external_data=False).metadata_props
+        if prop.key == "onnxptq.plan"
+    ]
+    values: dict[str, Any] = yaml.safe_load(text)
+    return values
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def plan(model: CanonicalModel) -> BitPlan:
         scores,
         choices,
         allocate(choices, AverageBits(4.0, 8.0)),
-        fingerprint=model.fingerprint,
+        source=model,
         recipe=Recipe(target="simulate", average_bits=4.0, average_activation_bits=8.0),
     )
 
