@@ -218,7 +218,10 @@ def _batches(
     samples: Sequence[Sample],
     memory: int,
 ) -> Iterator[Mapping[str, torch.Tensor]]:
-    """``samples`` in order, concatenated along the batch axis where the model allows it."""
+    """``samples``, those of one shape concatenated along the batch axis where the model allows it."""
+    alike: dict[tuple[tuple[int, ...], ...], list[Sample]] = {}
+    for sample in samples:
+        alike.setdefault(tuple(value.shape for value in sample.values()), []).append(sample)
     size = 1
     if all(spec.shape and not isinstance(spec.shape[0], int) for spec in model.inputs):
         between = {name for block in network.blocks for name in (*block.inputs, *block.outputs)}
@@ -228,10 +231,19 @@ def _batches(
         # Float values, the changed ones behind the quantized block, and the inside of one block.
         each = 4 * (2 * sum(sizes[name] for name in between) + within)
         size = max(1, min(_LARGEST_BATCH, memory // max(1, each)))
-    if size > 1 and not _is_batchable(network, samples[:2]):
+    pair = next((group[:2] for group in alike.values() if len(group) > 1), None)
+    if size > 1 and not (pair and _is_batchable(network, pair)):
         size = 1
-    for start in range(0, len(samples), size):
-        yield _tensors(samples[start : start + size])
+    for group in alike.values():
+        # What was measured is the first sample; another may be larger.
+        grown = _elements(group[0]) / max(1, _elements(samples[0]))
+        step = max(1, int(size / max(1.0, grown)))
+        for start in range(0, len(group), step):
+            yield _tensors(group[start : start + step])
+
+
+def _elements(sample: Sample) -> int:
+    return sum(value.size for value in sample.values())
 
 
 def _is_batchable(network: BlockNetwork, pair: Sequence[Sample]) -> bool:

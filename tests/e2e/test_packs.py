@@ -483,6 +483,35 @@ def _plan_of(result: onnxptq.Result) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "pack-ptq"},
+        {"method": "auto", "effort": "balanced"},
+        {"average_bits": 4.0, "effort": "fast"},
+    ],
+    ids=["pack-ptq", "auto", "budget"],
+)
+def test_pictures_of_several_sizes(options: Mapping[str, Any], tmp_path: Path) -> None:
+    net = Net(seed=1)
+    x = net.op("Relu", "r1", net.conv("stem", "x", (8, 3, 3, 3)))
+    x = net.op("Relu", "r2", net.conv("deep", x, (8, 8, 3, 3)))
+    y = net.linear("y", net.op("Flatten", "f", net.op("GlobalAveragePool", "p", x)), 8, 4)
+    onnx.save(net.proto({"x": ["n", 3, "h", "w"]}, [y]), tmp_path / "net.onnx")
+    rng = np.random.default_rng(1)
+    sizes = [(8, 8), (8, 12), (11, 9), (8, 8)] * 5
+    recipe = {**PLAIN, "target": "simulate", "weight_bits": 4, "activation_bits": 4, **options}
+    found = onnxptq.quantize(
+        tmp_path / "net.onnx",
+        tmp_path / "out.onnx",
+        calibration=[{"x": rng.standard_normal((1, 3, *size)).astype(np.float32)} for size in sizes],
+        recipe=Recipe(**recipe),
+        work_dir=tmp_path / "work",
+    )
+    _is_proven(found)
+    assert found.report.blocks
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 
