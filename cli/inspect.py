@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from .options import MODEL, output_options, selector_options
 from .progress import TerminalProgress
@@ -18,6 +19,7 @@ from .progress import TerminalProgress
 if TYPE_CHECKING:
     from onnxptq.inspection import AttentionRow, PostNormRow
     from onnxptq.partition.describe import BlockRow
+    from onnxptq.types import UserNode
 
 
 @click.command()
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 @click.option(
     "--attention", is_flag=True, help="Also list attention, layers behind normalizations, and Gelu outputs."
 )
+@click.option(
+    "--names",
+    is_flag=True,
+    help="Also list all nodes and what they write, as selectors name them, and what they became.",
+)
 @output_options
 def inspect(
     model: Path,
@@ -34,6 +41,7 @@ def inspect(
     exclude: tuple[str, ...],
     blocks: bool,
     attention: bool,
+    names: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -79,8 +87,19 @@ def inspect(
         console.print(_attention_table(found.attention))
         console.print(_norm_table(found.post_norms))
         console.print(f"Gelu outputs: {escape(', '.join(found.gelus)) or 'none'}", soft_wrap=True)
+    if names:
+        console.print(_name_table(found.names))
     for note in (*found.notes, *(f"{s.site}: {s.reason}" for s in found.untrainable)):
         console.print(f"note: {escape(note)}", soft_wrap=True)
+
+
+def _name_table(rows: Sequence[UserNode]) -> Table:
+    table = Table("node", "operator", "writes", "became", title="Names", title_justify="left")
+    for row in rows:
+        became = "" if row.homes == (row.name,) else ", ".join(row.homes) or f"nothing: {row.reason}"
+        cells = (row.name, row.op, ", ".join(row.outputs), became)
+        table.add_row(*(Text(cell, overflow="fold") for cell in cells))
+    return table
 
 
 def _block_table(rows: Sequence[BlockRow]) -> Table:

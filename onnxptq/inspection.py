@@ -20,11 +20,11 @@ from onnxptq.graph.index import GraphIndex
 from onnxptq.lowering import check_supported
 from onnxptq.partition.blocks import find_blocks
 from onnxptq.partition.describe import BlockRow, describe_blocks
-from onnxptq.placing import placement_request
+from onnxptq.placing import placement_request, selector_notes
 from onnxptq.recipe import Recipe
 from onnxptq.runtime import Session, infer_types
 from onnxptq.targets import TARGETS, WRITTEN_OUT
-from onnxptq.types import CanonicalModel, Progress, Skip
+from onnxptq.types import CanonicalModel, Progress, Skip, UserNode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,8 @@ class Inspection:
 
     ``weight_bytes`` are those of the float initializers; ``untrainable`` names the nodes that learnt methods
     would have to leave in float, with the reason; ``blocks`` are the units that such methods work on. What
-    methods for transformers look at: ``attention``, ``post_norms`` and, by tensor, ``gelus``.
+    methods for transformers look at: ``attention``, ``post_norms`` and, by tensor, ``gelus``. ``names`` are the nodes
+    of the user's file with the tensors that they write, which selectors may name, and what became of them.
     """
 
     model: str
@@ -82,6 +83,7 @@ class Inspection:
     gelus: tuple[str, ...]
     untrainable: tuple[Skip, ...]
     notes: tuple[str, ...]
+    names: tuple[UserNode, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -139,7 +141,9 @@ def inspect(
                 *_refusal(Path(model)),
                 *canonical.notes,
                 *(f"{s.site}: {s.reason}" for s in canonical.skips),
+                *selector_notes(canonical, index, recipe, tuple(TARGETS)),
             ),
+            names=canonical.user_nodes,
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,11 @@ import numpy as np
 from onnxptq.calibrate.observers import Observer
 from onnxptq.errors import SelectorError, TargetIllegalError, UnsupportedModelError
 from onnxptq.graph.index import GraphIndex, is_constant, is_float32
+from onnxptq.graph.linear import find_linears
 from onnxptq.recipe import Recipe
-from onnxptq.selectors import compile_pattern, match_nodes, match_tensors
-from onnxptq.targets import PlacementRequest
-from onnxptq.types import CanonicalModel, QuantPlan
+from onnxptq.selectors import Catalogue, Selection, compile_pattern, listed, match_tensors, select_nodes
+from onnxptq.targets import TARGETS, PlacementRequest
+from onnxptq.types import CanonicalModel, Quantizer, QuantPlan
 
 _UNCHOSEN = ("not chosen by", "excluded by")
 _SHOWN = 3
@@ -35,25 +38,19 @@ def placement_request(
     Raises:
         SelectorError: a pattern matches nothing.
     """
-    names = {node.name: _known_names(model, node) for node in index.nodes}
-    ops = {node.name: node.op for node in index.nodes}
+    selectors = _Selectors(model, index)
     declined = _unusable_weights(model, index)
     if recipe.include:
-        chosen = frozenset().union(*(match_nodes(p, names, ops, option="--include") for p in recipe.include))
-        declined.update({name: "not chosen by --include" for name in names if name not in chosen})
+        chosen = frozenset().union(*(selectors.chosen(p, "--include") for p in recipe.include))
+        declined.update({name: "not chosen by --include" for name in index.by_name if name not in chosen})
     for pattern in recipe.exclude:
-        matched = match_nodes(pattern, names, ops, option="--exclude")
+        matched = selectors.chosen(pattern, "--exclude")
         declined.update(dict.fromkeys(matched, f"excluded by '{pattern}'"))
     bits: dict[str, tuple[int, int]] = dict(planned)
-    given = {tensor.name for tensor in model.graph.inputs}
-    readers = {
-        node.name: (*names[node.name], *(t.name for t in node.inputs if t.name in given))
-        for node in index.nodes
-    }
     for rule in recipe.rules:
         if rule.weight_bits is None and rule.activation_bits is None:
             continue
-        for name in match_nodes(rule.match, readers, ops, option="rule"):
+        for name in selectors.chosen(rule.match, "rule"):
             weight, activation = bits.get(name, (recipe.weight_bits, recipe.activation_bits))
             bits[name] = (rule.weight_bits or weight, rule.activation_bits or activation)
     return PlacementRequest(
@@ -64,6 +61,114 @@ def placement_request(
         declined=declined,
         uncalibrated=uncalibrated,
     )
+
+
+class _Selectors:
+    """The patterns of a recipe on one model."""
+
+    def __init__(self, model: CanonicalModel, index: GraphIndex) -> None:
+        names = {node.name: _known_names(model, node) for node in index.nodes}
+        given = {tensor.name for tensor in model.graph.inputs}
+        readers: dict[str, list[str]] = defaultdict(list)
+        for node in index.nodes:
+            for tensor in node.inputs:
+                if is_constant(tensor) or tensor.name in given:
+                    readers[model.user_name(tensor.name)].append(node.name)
+        self._catalogue = Catalogue(
+            names=names,
+            op_types={node.name: node.op for node in index.nodes},
+            user_nodes=model.user_nodes,
+            constants=readers,
+            source=str(model.source),
+        )
+        # A rule may name an input of the model as well: it then holds for the nodes that read it.
+        inputs = {model.user_name(name) for name in given}
+        fed = {node: [name for name in inputs if node in readers[name]] for node in names}
+        self._with_inputs = replace(
+            self._catalogue, names={node: (*known, *fed[node]) for node, known in names.items()}
+        )
+        self._layers = {
+            layer.bias_node.name: layer.node.name
+            for layer in find_linears(index)
+            if layer.bias_node is not None and layer.bias_node is not layer.node
+        }
+
+    def chosen(self, pattern: str, option: str) -> frozenset[str]:
+        """The nodes that ``pattern`` chooses. The Add of a linear layer, where it is named, stands for the layer."""
+        found = self.selection(pattern, option)
+        return found.nodes | {self._layers[node] for node in found.by_name if node in self._layers}
+
+    def selection(self, pattern: str, option: str) -> Selection:
+        """What ``pattern`` matches itself."""
+        return select_nodes(
+            pattern, self._with_inputs if option == "rule" else self._catalogue, option=option
+        )
+
+    def notes(self, pattern: str, option: str) -> Iterator[str]:
+        """Where ``pattern`` chooses other nodes than it names."""
+        found = self.selection(pattern, option)
+        parts = [f"'{user.name}' of {_quoted(user.homes)}" for user in found.moved]
+        biases = sorted(found.nodes & self._layers.keys())
+        parts += [
+            f"'{bias}' of '{self._layers[bias]}'"
+            for bias in biases
+            if bias in found.by_name and self._layers[bias] not in found.nodes
+        ]
+        if parts:
+            yield f"{option} '{pattern}' names parts of other nodes, and holds for these: {listed(parts)}."
+        left = [f"'{bias}'" for bias in biases if bias not in found.by_name]
+        if left:
+            yield (
+                f"{option} '{pattern}' does not hold for layers whose bias is a node of this type ({listed(left)}): "
+                "name these to choose the layers."
+            )
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return listed([f"'{name}'" for name in names])
+
+
+def selector_notes(
+    model: CanonicalModel, index: GraphIndex, recipe: Recipe, targets: Sequence[str]
+) -> tuple[str, ...]:
+    """What a user should know of the recipe's selectors: where they choose other nodes than they name, and where they
+    change nothing for any of ``targets``.
+
+    Raises:
+        SelectorError: a pattern matches nothing.
+    """
+    selectors = _Selectors(model, index)
+    options = [("--include", p) for p in recipe.include] + [("--exclude", p) for p in recipe.exclude]
+    rules = [rule for rule in recipe.rules if rule.weight_bits or rule.activation_bits]
+    given = [*options, *(("rule", rule.match) for rule in rules)]
+    notes = [note for option, pattern in given for note in selectors.notes(pattern, option)]
+    if not given:
+        return ()
+
+    def quantizers(changed: Recipe) -> list[tuple[Quantizer, ...]]:
+        requests = (placement_request(model, index, changed.updated(target=name), {}) for name in targets)
+        return [
+            TARGETS[name](index, request).quantizers for name, request in zip(targets, requests, strict=True)
+        ]
+
+    wanted = quantizers(recipe)
+    fewer = [
+        *(recipe.updated(include=_without(recipe.include, i)) for i in range(len(recipe.include))),
+        *(recipe.updated(exclude=_without(recipe.exclude, i)) for i in range(len(recipe.exclude))),
+        *(recipe.updated(rules=tuple(r for r in recipe.rules if r is not rule)) for rule in rules),
+    ]
+    for (option, pattern), changed in zip(given, fewer, strict=True):
+        if quantizers(changed) == wanted:
+            names = _quoted(sorted(selectors.chosen(pattern, option)))
+            notes.append(
+                f"{option} '{pattern}' changes nothing for {' or '.join(targets)}: it matches {names}, but the plan "
+                "is the same without it."
+            )
+    return tuple(notes)
+
+
+def _without(patterns: tuple[str, ...], place: int) -> tuple[str, ...]:
+    return patterns[:place] + patterns[place + 1 :]
 
 
 def _unusable_weights(model: CanonicalModel, index: GraphIndex) -> dict[str, str]:
@@ -118,8 +223,7 @@ def observer_overrides(
     """
     overrides: dict[str, Observer] = {}
     users = {model.user_name(name): name for name in tensors}
-    names = {node.name: _known_names(model, node) for node in index.nodes}
-    ops = {node.name: node.op for node in index.nodes}
+    selectors = _Selectors(model, index)
     for rule in recipe.rules:
         if rule.observer is None:
             continue
@@ -127,7 +231,7 @@ def observer_overrides(
         matches = compile_pattern(rule.match)
         matched = {tensor for name, tensor in users.items() if matches(name)}
         if not matched:
-            nodes = match_nodes(rule.match, names, ops, option="rule")
+            nodes = selectors.chosen(rule.match, "rule")
             touched = {t.name for n in nodes for t in (*index.by_name[n].inputs, *index.by_name[n].outputs)}
             matched = touched & tensors
         if not matched:

@@ -22,7 +22,9 @@ from onnxptq.comparison import missed_gate
 from onnxptq.errors import QualityGateError
 from onnxptq.forming import Prepared, apply_bit_plan, placement, plan, require_choices
 from onnxptq.graph.canonicalize import canonicalize
+from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import save_graph
+from onnxptq.placing import selector_notes
 from onnxptq.publish import write_texts
 from onnxptq.qdq import insert_quantizers
 from onnxptq.running import Checks, Data, Run, Solved
@@ -71,7 +73,8 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
         )
         # The file itself, as quality and latency will need it; better now than after calibration.
         Session(source, provider=run.recipe.provider)
-    for note in model.notes:
+    chosen = selector_notes(model, GraphIndex(model.graph), run.recipe, (run.recipe.target,))
+    for note in (*model.notes, *chosen):
         run.note(note)
     if run.recipe.needs_torch:
         from onnxptq.lowering import require_supported

@@ -335,6 +335,24 @@ class Feeds(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserNode:
+    """A node of the user's file and what became of it.
+
+    Attributes:
+        name, op: its name (of an unnamed node: the one that it is given) and operator type.
+        outputs: the tensors that it writes.
+        homes: the nodes of the canonical graph that compute what it computed; empty where nothing is left of it.
+        reason: why nothing is left.
+    """
+
+    name: str
+    op: str
+    outputs: tuple[str, ...]
+    homes: tuple[str, ...]
+    reason: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CanonicalModel:
     """A float model cleaned to the form that every later stage expects.
@@ -358,6 +376,7 @@ class CanonicalModel:
     skips: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
     half_bytes: int = 0
+    user_nodes: tuple[UserNode, ...] = ()
 
     def user_name(self, tensor: str) -> str:
         """The name that the user's own file gives to ``tensor`` (itself where it has none)."""

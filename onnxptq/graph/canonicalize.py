@@ -32,6 +32,7 @@ from onnxptq.graph.half import raise_half, uses_half
 from onnxptq.graph.load import check_model, model_bytes, read_model
 from onnxptq.graph.names import name_nodes, user_names
 from onnxptq.graph.native import NativeError, run_native
+from onnxptq.graph.origins import find_regions, inner_names, user_nodes
 from onnxptq.graph.passes import PASSES
 from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
 from onnxptq.graph.surgeon import import_graph
@@ -152,6 +153,8 @@ def canonicalize(
     # Read back, so that memory maps point at the canonical file and the graph is what later stages see.
     graph = import_graph(onnx.load(str(canonical), load_external_data=False), work_dir)
     tick()
+    names = user_names(reference, graph, draft.renamed)
+    regions = find_regions(reference, graph, names)
     return CanonicalModel(
         path=canonical,
         graph=graph,
@@ -162,11 +165,12 @@ def canonicalize(
         opset=graph.opset,
         inputs=tuple(_input_spec(tensor) for tensor in graph.inputs),
         outputs=tuple(tensor.name for tensor in graph.outputs),
-        user_names=user_names(reference, graph, draft.renamed),
+        user_names={**inner_names(regions, names), **names},
         node_metadata=node_metadata,
         model_metadata=model_metadata,
         skips=_control_flow_skips(graph),
         notes=tuple(draft.notes),
+        user_nodes=user_nodes(reference, graph, regions),
     )
 
 

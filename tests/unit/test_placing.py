@@ -11,10 +11,10 @@ import pytest
 
 from onnxptq.errors import SelectorError
 from onnxptq.graph.index import GraphIndex
-from onnxptq.placing import observer_overrides, placement_request
+from onnxptq.placing import observer_overrides, placement_request, selector_notes
 from onnxptq.recipe import Recipe
 from onnxptq.targets import PlacementRequest
-from onnxptq.types import CanonicalModel
+from onnxptq.types import CanonicalModel, UserNode
 from tests.unit.small_nets import NETS, Net, canonical
 
 
@@ -133,3 +133,70 @@ def test_later_observers_win(model: CanonicalModel) -> None:
     assert found["flat"].name == "percentile"
     assert found["flat"].percentile == 99.0
     assert found["x"].name == "minmax"
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> CanonicalModel:
+    """Two linear layers with a residual sum; the bias of each is an Add of its own."""
+    net = Net()
+    hidden = net.op("Relu", "act", net.linear("up", "x", 8, 16))
+    total = net.op("Add", "residual", net.linear("down", hidden, 16, 8), "x")
+    return canonical(net.proto({"x": [4, 8]}, [net.op("Softmax", "weights", total)]), tmp_path)
+
+
+def _notes(model: CanonicalModel, **settings: Any) -> str:
+    recipe = Recipe.create(settings)
+    return "\n".join(selector_notes(model, GraphIndex(model.graph), recipe, (recipe.target,)))
+
+
+@pytest.mark.parametrize("pattern", ["up", "re:^up$"])
+def test_the_bias_of_a_layer_by_name_is_the_layer(layers: CanonicalModel, pattern: str) -> None:
+    assert set(_request(layers, exclude=(pattern,)).declined) == {"up", "up.mm"}
+    assert {node.name for node in layers.graph.nodes} - set(
+        _request(layers, include=(pattern,)).declined
+    ) == {
+        "up",
+        "up.mm",
+    }
+    rules = [{"match": pattern, "weight_bits": 4}]
+    assert _request(layers, target="simulate", rules=rules).bits_of == {"up": (4, 8), "up.mm": (4, 8)}
+    note = _notes(layers, exclude=(pattern,))
+    assert note == f"--exclude '{pattern}' names parts of other nodes, and holds for these: 'up' of 'up.mm'."
+
+
+def test_the_type_of_a_bias_is_not_the_layer(layers: CanonicalModel) -> None:
+    assert set(_request(layers, exclude=("Add",)).declined) == {"up", "down", "residual"}
+    note = _notes(layers, exclude=("Add",))
+    assert "'Add' does not hold for layers whose bias is a node of this type ('down', 'up')" in note
+
+
+def test_patterns_that_name_layers_themselves_say_nothing(layers: CanonicalModel) -> None:
+    assert _notes(layers, exclude=("up*",), target="simulate") == ""
+    assert _notes(layers) == ""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"exclude": ("weights",)},
+        {"exclude": ("MatMul", "weights")},
+        {"include": ("MatMul", "weights")},
+        {"rules": [{"match": "weights", "weight_bits": 4}], "target": "simulate"},
+        {"rules": [{"match": "up.mm", "weight_bits": 8}, {"match": "weights", "weight_bits": 4}]},
+    ],
+)
+def test_patterns_that_change_nothing_are_told(layers: CanonicalModel, settings: dict[str, Any]) -> None:
+    told = [line for line in _notes(layers, **settings).splitlines() if "changes nothing" in line]
+    assert any("'weights' changes nothing" in line and "it matches 'weights'" in line for line in told)
+    assert not any("'MatMul' changes nothing" in line for line in told)
+
+
+def test_what_a_pattern_changes_depends_on_the_others(layers: CanonicalModel) -> None:
+    assert _notes(layers, exclude=("up.mm", "up.mm")).count("changes nothing") == 2
+
+
+def test_merged_nodes_are_noted(layers: CanonicalModel) -> None:
+    merged = UserNode(name="bn", op="BatchNormalization", outputs=("up.mm",), homes=("up.mm",))
+    model = replace(layers, user_nodes=(merged,))
+    assert set(_request(model, exclude=("BatchNormalization",)).declined) == {"up.mm"}
+    assert "'bn' of 'up.mm'" in _notes(model, exclude=("BatchNormalization",))

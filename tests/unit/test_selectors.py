@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from onnxptq.errors import SelectorError
-from onnxptq.selectors import compile_pattern, match_nodes, match_tensors
+from onnxptq.selectors import Catalogue, compile_pattern, listed, match_tensors, select_nodes
+from onnxptq.types import UserNode
 
 NAMES = {
     "/blocks.0/attn/qkv": ("/blocks.0/attn/qkv", "qkv_out"),
@@ -19,6 +20,18 @@ OPS = {
     "/head/Gemm": "Gemm",
     "Conv_1": "Conv",
 }
+CATALOGUE = Catalogue(
+    names=NAMES,
+    op_types=OPS,
+    user_nodes=[
+        UserNode(name="/head/Gemm", op="Gemm", outputs=("logits",), homes=("/head/Gemm",)),
+        UserNode(name="/stem/bn", op="BatchNormalization", outputs=("features[0]",), homes=("Conv_1",)),
+        UserNode(name="/stem/shape", op="Shape", outputs=("sizes",), homes=(), reason="folded"),
+        UserNode(name="/stem/lost", op="Odd", outputs=("odd",), homes=("rewritten since",)),
+    ],
+    constants={"w1": ["Conv_1"], "unread": []},
+    source="net.onnx",
+)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +49,37 @@ OPS = {
     ],
 )
 def test_patterns(pattern: str, wanted: set[str]) -> None:
-    assert match_nodes(pattern, NAMES, OPS, option="--exclude") == wanted
+    assert select_nodes(pattern, CATALOGUE, option="--exclude").nodes == wanted
+
+
+def test_types_and_names_of_merged_nodes_choose_what_took_them_in() -> None:
+    for pattern in ("BatchNormalization", "/stem/bn", "re:/bn$", "/stem/*"):
+        found = select_nodes(pattern, CATALOGUE, option="--exclude")
+        assert found.nodes == {"Conv_1"}
+        assert [node.name for node in found.moved] == ["/stem/bn"]
+        assert found.by_name == (frozenset() if pattern == "BatchNormalization" else {"Conv_1"})
+    assert select_nodes("/head/Gemm", CATALOGUE, option="--exclude").moved == ()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"), [("Shape", "folded"), ("sizes", "folded"), ("/stem/lost", "rewritten")]
+)
+def test_nothing_is_left_of_what_a_pattern_names(pattern: str, said: str) -> None:
+    with pytest.raises(SelectorError, match=f"'{pattern}' matches only nodes of which .* nothing: .*{said}"):
+        select_nodes(pattern, CATALOGUE, option="--exclude")
+
+
+def test_constants_are_no_nodes() -> None:
+    with pytest.raises(SelectorError, match="only what nodes read: 'w1'") as caught:
+        select_nodes("w*", CATALOGUE, option="--exclude")
+    assert "'Conv_1'" in caught.value.remedy
+    with pytest.raises(SelectorError, match="matches no operator type, no node"):
+        select_nodes("unread", CATALOGUE, option="--exclude")
+
+
+def test_long_lists_are_cut() -> None:
+    assert listed(["a", "b", "c"]) == "a, b, c"
+    assert listed(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
 
 
 @pytest.mark.parametrize(
@@ -49,15 +92,17 @@ def test_patterns(pattern: str, wanted: set[str]) -> None:
         ("qkv", "qkv_out"),
         ("re:logit$", "logits"),
         ("/blocks.3/attn/qkv", "/blocks.0/attn/qkv"),
+        ("Batchnorm", "BatchNormalization"),
+        ("/stem/size", "/stem/shape"),
     ],
 )
 def test_a_pattern_that_matches_nothing_suggests_what_might(pattern: str, near: str | None) -> None:
-    with pytest.raises(SelectorError, match="matches no operator type and no name") as caught:
-        match_nodes(pattern, NAMES, OPS, option="--include")
+    with pytest.raises(SelectorError, match="matches no operator type, no node") as caught:
+        select_nodes(pattern, CATALOGUE, option="--include")
     assert "--include" in caught.value.message
     assert pattern in caught.value.message
     if near is None:
-        assert "inspect" in caught.value.remedy
+        assert "'onnxptq inspect net.onnx --names'" in caught.value.remedy
     else:
         assert near in caught.value.remedy
 
@@ -68,7 +113,7 @@ def test_case_matters_for_names() -> None:
 
 def test_invalid_expressions_are_named() -> None:
     with pytest.raises(SelectorError, match="not a valid regular expression"):
-        match_nodes("re:(", NAMES, OPS, option="--exclude")
+        select_nodes("re:(", CATALOGUE, option="--exclude")
 
 
 def test_tensors() -> None:
