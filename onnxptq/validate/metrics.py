@@ -36,7 +36,8 @@ class OutputMetrics:
     """The distance of one output between two models.
 
     ``nonfinite`` counts the values that are NaN or Inf in either model, ``nonfinite_reference`` those that are so
-    in the reference already. The latter are left out of the float measures: nothing is to be met there. ``sqnr_db``
+    in the reference already. The latter are left out of the float measures, and their rows out of the top-1 and top-5
+    agreement: nothing is to be met there. ``sqnr_db``
     is +inf where the outputs are equal, -inf where only the reference is zero, NaN where the quantized model has NaN
     or Inf in place of a number. Float measures are None for integer
     and boolean outputs, which have ``equal_fraction``; the ones from ``top1_agreement`` on are None for
@@ -62,6 +63,11 @@ class OutputMetrics:
     def lost(self) -> int:
         """Values that are numbers in the reference, and NaN or Inf in the quantized model."""
         return self.nonfinite - self.nonfinite_reference
+
+    @property
+    def is_void(self) -> bool:
+        """Whether the reference holds no number at all, so that there is nothing to compare."""
+        return 0 < self.elements == self.nonfinite_reference
 
 
 def sqnr_db(signal: float, noise: float) -> float:
@@ -125,7 +131,7 @@ class OutputMeter:
         self._elements = self._rows = self._equal = 0
         self._nonfinite = self._nonfinite_reference = 0
         self._signal = self._noise = self._energy = self._product = self._largest = 0.0
-        self._top1 = self._top5 = self._classes = self._ranked = 0
+        self._top1 = self._top5 = self._classes = self._ranked = self._told = 0
         self._labelled = self._right_reference = self._right_quantized = 0
 
     def update(self, reference: Array, quantized: Array, labels: npt.NDArray[np.int64] | None = None) -> None:
@@ -182,11 +188,13 @@ class OutputMeter:
         rows = np.arange(len(first))
         self._classes = reference.shape[1]
         self._ranked += len(first)
-        self._top1 += int((first == other).sum())
+        told = np.isfinite(reference).all(axis=1)  # NaN has no rank
+        self._told += int(told.sum())
+        self._top1 += int((first == other)[told].sum())
         score = quantized[rows, first][:, None]
         earlier = np.arange(self._classes)[None, :] < first[:, None]
         rank = ((quantized > score) | ((quantized == score) & earlier)).sum(axis=1)
-        self._top5 += int((rank < _TOP).sum())
+        self._top5 += int((rank < _TOP)[told].sum())
         if labels is not None:
             if len(labels) != len(first):
                 raise FeedError(
@@ -215,7 +223,7 @@ class OutputMeter:
                 name=self.name, elements=self._elements, rows=self._rows, equal_fraction=fraction
             )
         norm = math.sqrt(self._signal) * math.sqrt(self._energy)
-        ranked, labelled = self._ranked, self._labelled
+        told, labelled = self._told, self._labelled
         return OutputMetrics(
             name=self.name,
             elements=self._elements,
@@ -225,8 +233,8 @@ class OutputMeter:
             sqnr_db=math.nan if self._is_spoilt else sqnr_db(self._signal, self._noise),
             cosine=self._cosine(norm),
             max_abs_error=self._largest,
-            top1_agreement=self._top1 / ranked if ranked else None,
-            top5_agreement=self._top5 / ranked if ranked and self._classes > _TOP else None,
+            top1_agreement=self._top1 / told if told else None,
+            top5_agreement=self._top5 / told if told and self._classes > _TOP else None,
             labelled=labelled,
             reference_accuracy=self._right_reference / labelled if labelled else None,
             quantized_accuracy=self._right_quantized / labelled if labelled else None,

@@ -63,8 +63,12 @@ def verdict(report: Report) -> Verdict:
 def _judged(report: Report) -> Verdict:
     if not report.outputs:
         return Verdict(level="unknown", text="The quality was not measured: no inputs were held out.")
-    levels = [_level(output) for output in report.outputs]
-    worst = min(range(len(levels)), key=lambda i: _ORDER.index(levels[i]))
+    levels = {i: _level(output) for i, output in enumerate(report.outputs) if not output.is_void}
+    if not levels:
+        return Verdict(
+            level="unknown", text="The quality cannot be told: the float model's own outputs are NaN or Inf."
+        )
+    worst = min(levels, key=lambda i: _ORDER.index(levels[i]))
     level = levels[worst]
     text = {
         "good": "Very close to the float model",
@@ -116,6 +120,8 @@ def headline(output: OutputMetrics) -> str:
     """The numbers of one output in a few words."""
     if output.lost:
         return f"{output.lost} values are NaN or Inf that are numbers in the float model"
+    if output.is_void:
+        return "all values are NaN or Inf in the float model already"
     parts = []
     if output.top1_agreement is not None:
         parts.append(f"{percent(output.top1_agreement)} same top-1 class")

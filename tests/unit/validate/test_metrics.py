@@ -133,6 +133,14 @@ def test_values_that_the_reference_itself_has_lost_are_left_out() -> None:
         assert result.cosine == pytest.approx(12.5 / math.sqrt(14 * 12.25))
     nothing = _meter([(np.full((1, 2), np.nan, np.float32), np.ones((1, 2), np.float32))])
     assert math.isnan(nothing.sqnr_db or 0.0)
+    assert nothing.is_void
+    assert nothing.top1_agreement is None
+
+
+def test_rows_without_a_rank_are_no_agreement() -> None:
+    r = np.array([[np.nan, 1.0], [0.0, 1.0], [0.0, 1.0]], np.float32)
+    q = np.array([[np.nan, 1.0], [0.0, 1.0], [1.0, 0.0]], np.float32)
+    assert _meter([(r, q)]).top1_agreement == 0.5
 
 
 @pytest.mark.parametrize(

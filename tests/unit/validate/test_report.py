@@ -485,6 +485,8 @@ def test_the_summary_does_not_read_names_as_markup() -> None:
         ((_scores(top1_agreement=None, sqnr_db=math.nan),), "poor"),
         ((_scores(nonfinite=1),), "poor"),
         ((_scores(nonfinite=16, nonfinite_reference=16),), "good"),
+        ((_scores(nonfinite=70, nonfinite_reference=70, sqnr_db=math.nan, top1_agreement=None),), "unknown"),
+        ((_scores(nonfinite=70, nonfinite_reference=70, sqnr_db=math.nan), _scores()), "good"),
         ((_scores(top1_agreement=1.0, sqnr_db=20.0),), "good"),
         ((_scores(top1_agreement=1.0, sqnr_db=19.9),), "fair"),
         ((_scores(top1_agreement=1.0, sqnr_db=9.3),), "poor"),
