@@ -22,7 +22,7 @@ from onnxptq.partition.blocks import find_blocks
 from onnxptq.partition.describe import BlockRow, describe_blocks
 from onnxptq.placing import placement_request, selector_notes
 from onnxptq.recipe import Recipe
-from onnxptq.runtime import Session, infer_types
+from onnxptq.runtime import infer_types, require_loadable
 from onnxptq.targets import TARGETS, WRITTEN_OUT
 from onnxptq.types import CanonicalModel, Progress, Skip, UserNode
 
@@ -138,7 +138,7 @@ def inspect(
                 for gap in check_supported(canonical.graph)
             ),
             notes=(
-                *_refusal(Path(model)),
+                *_refusal(canonical),
                 *canonical.notes,
                 *(f"{s.site}: {s.reason}" for s in canonical.skips),
                 *selector_notes(canonical, index, recipe, tuple(TARGETS)),
@@ -147,10 +147,10 @@ def inspect(
         )
 
 
-def _refusal(model: Path) -> tuple[str, ...]:
+def _refusal(model: CanonicalModel) -> tuple[str, ...]:
     """Why the model cannot be quantized, whatever the targets would do with it."""
     try:
-        Session(model)
+        require_loadable(model)
     except InvalidModelError as error:
         return (f"This model cannot be quantized with the CPU provider: {error.message} {error.remedy}",)
     except EnvironmentMismatchError as error:

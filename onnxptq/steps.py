@@ -28,7 +28,7 @@ from onnxptq.placing import selector_notes
 from onnxptq.publish import write_texts
 from onnxptq.qdq import insert_quantizers
 from onnxptq.running import Checks, Data, Run, Solved
-from onnxptq.runtime import Session, count_kernels, infer_types
+from onnxptq.runtime import count_kernels, infer_types, require_loadable
 from onnxptq.samples import ListFeeds, pick_samples
 from onnxptq.solving import Solver
 from onnxptq.targets import WRITTEN_OUT
@@ -71,8 +71,8 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
             infer_types=infer_types,
             progress=run.progress,
         )
-        # The file itself, as quality and latency will need it; better now than after calibration.
-        Session(source, provider=run.recipe.provider)
+        # Quality and latency will need it; better now than after calibration.
+        require_loadable(model, run.recipe.provider)
     chosen = selector_notes(model, GraphIndex(model.graph), run.recipe, (run.recipe.target,))
     for note in (*model.notes, *chosen):
         run.note(note)
@@ -202,7 +202,7 @@ def check(
     if data.heldout is not None:
         with run.timed("measure quality"):
             quality = compare(
-                source.source,
+                source.reference,
                 path,
                 data.heldout,
                 labels=data.labels,
@@ -220,7 +220,7 @@ def check(
                 save_graph(insert_quantizers(model.graph, plan, solved.nearest), baseline)
                 nearest = _layers(run, model, baseline, some)
     with run.timed("measure latency"):
-        latency = measure_latency(source.source, path, proof[0], provider=provider, progress=run.progress)
+        latency = measure_latency(source.reference, path, proof[0], provider=provider, progress=run.progress)
         branch_latency = _branch_latency(run, model, solved, path, proof[0])
         kernels = count_kernels(path, run.scratch) if provider == "cpu" else None
     return Checks(

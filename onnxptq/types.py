@@ -359,7 +359,8 @@ class CanonicalModel:
 
     ``graph`` is shared by all readers and never edited in place: writers work on ``graph.copy()``.
     ``path`` is the same graph on disk, with external data beside it where it is large. ``half_bytes`` of
-    ``source_bytes`` are constants of half precision, which take twice as much here.
+    ``source_bytes`` are constants of half precision, which take twice as much here. ``source`` is the user's file,
+    and ``renamed_source`` a copy of it that onnxruntime takes where it refuses the names of its nodes.
     """
 
     path: Path
@@ -377,6 +378,12 @@ class CanonicalModel:
     notes: tuple[str, ...] = ()
     half_bytes: int = 0
     user_nodes: tuple[UserNode, ...] = ()
+    renamed_source: Path | None = None
+
+    @property
+    def reference(self) -> Path:
+        """The user's network as a file that onnxruntime takes."""
+        return self.renamed_source or self.source
 
     def user_name(self, tensor: str) -> str:
         """The name that the user's own file gives to ``tensor`` (itself where it has none)."""

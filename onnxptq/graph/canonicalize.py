@@ -34,7 +34,7 @@ from onnxptq.graph.names import name_nodes, user_names
 from onnxptq.graph.native import NativeError, run_native
 from onnxptq.graph.origins import find_regions, inner_names, user_nodes
 from onnxptq.graph.passes import PASSES
-from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
+from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph, write_model
 from onnxptq.graph.surgeon import import_graph
 from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip
 
@@ -59,6 +59,7 @@ _SKIPPED_OPTIMIZERS = (
     "fuse_qkv",
 )
 _HASH_CHUNK = 1 << 22
+_NAMES_LISTED = 5
 _NUMPY_TYPES = frozenset(
     {
         TensorProto.FLOAT,
@@ -129,12 +130,13 @@ def canonicalize(
     held = sorted(set(expanded) & _operators(model))
     fingerprint = _fingerprint(model, path, (opset, min_opset, simplify, *held))
     tick()
+    draft = _Draft(source=path, model=model, infer_types=infer_types)
+    renamed_source = _rename_repeated(draft, work_dir)
     _drop_initializer_inputs(model)
     _require_numpy_ends(model, path)
     name_nodes(model.graph)
     half_bytes = weights.half_bytes(model)
     reference = weights.structure_only(model)
-    draft = _Draft(source=path, model=model, infer_types=infer_types)
     canonical = work_dir / "canonical.onnx"
     model_metadata = proto.metadata(model.metadata_props)
     with _scratch(work_dir) as scratch:
@@ -171,6 +173,7 @@ def canonicalize(
         skips=_control_flow_skips(graph),
         notes=tuple(draft.notes),
         user_nodes=user_nodes(reference, graph, regions),
+        renamed_source=renamed_source,
     )
 
 
@@ -211,6 +214,34 @@ def _fingerprint(model: onnx.ModelProto, path: Path, options: tuple[Any, ...]) -
                 digest.update(chunk)
         digest.update(b"\0end of file\0")
     return digest.hexdigest()
+
+
+def _rename_repeated(draft: _Draft, work_dir: Path) -> Path | None:
+    """Give nodes of one graph names of their own, which onnxruntime asks for and ONNX does not.
+
+    Returns:
+        A copy of the user's file with these names; None where none was needed.
+    """
+    model, path = draft.model, draft.source
+    repeated = [name for graph in proto.walk_graphs(model.graph) for name in name_nodes(graph, unnamed=False)]
+    if not repeated:
+        return None
+    names = [f"'{name}'" for name in dict.fromkeys(repeated)]
+    listed = ", ".join([*names[:_NAMES_LISTED], *(["..."] if len(names) > _NAMES_LISTED else [])])
+    if weights.total_weight_bytes(model, as_float=False) > LARGE_MODEL_BYTES:
+        raise UnsupportedModelError(
+            f"{path}: onnxruntime refuses nodes of one name ({listed}), and the model is too large for a copy.",
+            "Give every node a name of its own, or none.",
+        )
+    draft.notes.append(
+        f"Several nodes have one name, which onnxruntime refuses; all but the first are numbered: {listed}."
+    )
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    weights.load_inline(copy, path.parent)
+    renamed = work_dir / "renamed_source.onnx"
+    write_model(copy, renamed)
+    return renamed
 
 
 def _drop_initializer_inputs(model: onnx.ModelProto) -> None:

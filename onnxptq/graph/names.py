@@ -12,18 +12,23 @@ import onnx
 import onnx_graphsurgeon as gs
 
 
-def name_nodes(graph: onnx.GraphProto) -> None:
-    """Give every node of ``graph`` a unique name, in place.
+def name_nodes(graph: onnx.GraphProto, *, unnamed: bool = True) -> list[str]:
+    """Give every node of ``graph`` a unique name, in place; returns the names that were repeated.
 
-    Unnamed nodes become ``<OpType>_<k>``, counted per operator in the order of the file; a repeated name
-    gets the first free ``_<k>``. Names that are unique already stay.
+    Unnamed nodes become ``<OpType>_<k>``, counted per operator in the order of the file, unless ``unnamed`` is
+    False; a repeated name gets the first free ``_<k>``. Names that are unique already stay.
     """
+    repeated: dict[str, None] = {}
     taken = {node.name for node in graph.node if node.name}
     counts: dict[str, int] = defaultdict(int)
     seen: set[str] = set()
     for node in graph.node:
         if node.name and node.name not in seen:
             seen.add(node.name)
+            continue
+        if node.name:
+            repeated[node.name] = None
+        elif not unnamed:
             continue
         stem = node.name or node.op_type
         while True:
@@ -34,6 +39,7 @@ def name_nodes(graph: onnx.GraphProto) -> None:
         node.name = candidate
         taken.add(candidate)
         seen.add(candidate)
+    return list(repeated)
 
 
 @dataclass(slots=True)

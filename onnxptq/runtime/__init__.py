@@ -8,6 +8,7 @@ from onnxptq.runtime.session import (
     Session,
     count_kernels,
     installed_runtimes,
+    require_loadable,
     require_runtime,
     runtime_version,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "installed_runtimes",
     "open_exposed",
     "open_transient",
+    "require_loadable",
     "require_runtime",
     "runtime_version",
 ]

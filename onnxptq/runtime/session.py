@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import onnx
 
-from onnxptq.errors import EnvironmentMismatchError, OnnxPtqError
+from onnxptq.errors import EnvironmentMismatchError, InvalidModelError, OnnxPtqError
 from onnxptq.runtime.refusals import label, one_line, refusal
-from onnxptq.types import Array, Sample
+from onnxptq.types import Array, CanonicalModel, Sample
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -171,6 +171,19 @@ class Session:
         except Exception as error:
             raise RunError(f"onnxruntime failed while running {self._label}: {one_line(error)}") from error
         return dict(zip(names, values, strict=True))
+
+
+def require_loadable(model: CanonicalModel, provider: Provider = "cpu") -> None:
+    """Load the user's network, and forget it.
+
+    Raises:
+        InvalidModelError: onnxruntime cannot load it.
+    """
+    try:
+        Session(model.reference, provider=provider)
+    except InvalidModelError as error:
+        told = error.message.replace(str(model.reference), str(model.source))
+        raise InvalidModelError(told, error.remedy) from error
 
 
 def count_kernels(model: Path, work_dir: Path) -> Mapping[str, int]:

@@ -10,12 +10,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxptq.errors import OutputPathError, UnsupportedModelError
+from onnxptq.errors import InvalidModelError, OutputPathError, UnsupportedModelError
 from onnxptq.graph import canonicalize as module
 from onnxptq.graph.attention import find_attention
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.load import read_model
+from onnxptq.runtime import Session
 from onnxptq.types import CanonicalModel
 from tests.unit.graph.graph_helpers import assert_close, build, feed_for, node, random, run
 
@@ -104,6 +105,62 @@ def test_unnamed_and_repeated_nodes_get_stable_unique_names(tmp_path: Path) -> N
     assert names == [n.name for n in second.graph.nodes]
     assert first.fingerprint == second.fingerprint
     assert first.path.read_bytes() == second.path.read_bytes()
+
+
+def same_names() -> onnx.ModelProto:
+    """Two nodes of one name, and three more inside a branch."""
+
+    def branch(op: str) -> onnx.GraphProto:
+        nodes = [
+            helper.make_node(op, ["h"], [f"{op}_a"], name="same"),
+            helper.make_node("Relu", [f"{op}_a"], [f"{op}_b"], name="same"),
+            helper.make_node("Tanh", [f"{op}_b"], [f"{op}_y"]),
+        ]
+        output = helper.make_tensor_value_info(f"{op}_y", TensorProto.FLOAT, ["n", 3])
+        return helper.make_graph(nodes, op, [], [output])
+
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "same"),
+        helper.make_node("ReduceSum", ["h"], ["total"], "same", keepdims=0),
+        node("Cast", "total", "flag", to=TensorProto.BOOL),
+        helper.make_node(
+            "If", ["flag"], ["y"], "choice", then_branch=branch("Neg"), else_branch=branch("Abs")
+        ),
+    ]
+    model = build(nodes, {"x": ["n", 40]}, ["y"], {"w": random(40, 3)})
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3]))
+    return model
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_nodes_of_one_name_are_numbered_in_a_copy(tmp_path: Path, external: bool) -> None:
+    model = same_names()
+    source, work = tmp_path / "m.onnx", tmp_path / "work"
+    work.mkdir()
+    onnx.save(model, source, save_as_external_data=external, location="m.bin", size_threshold=0)
+    with pytest.raises(InvalidModelError, match="same node name"):
+        Session(source)
+    result = canonicalize(source, work)
+    assert result.source == source
+    assert result.reference == result.renamed_source
+    assert any("'same'" in note for note in result.notes)
+    assert {n.name for n in result.graph.nodes} >= {"same", "same_0", "choice"}
+    feed = feed_for(model)
+    assert_close(run(result.reference, feed), run(result.path, feed), 0)
+    hidden = feed["x"] @ random(40, 3)
+    chosen = np.negative if hidden.sum() else np.abs
+    # One float32 matrix product in two summation orders.
+    np.testing.assert_allclose(
+        run(result.reference, feed)["y"], np.tanh(np.maximum(chosen(hidden), 0)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_nodes_of_one_name_in_a_model_too_large_for_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LARGE_MODEL_BYTES", 100)
+    with pytest.raises(UnsupportedModelError, match="one name \\('same'\\)"):
+        canonical(tmp_path, same_names())
 
 
 def test_the_fingerprint_covers_weights_external_data_and_options(tmp_path: Path) -> None:

@@ -65,7 +65,9 @@ def test_node_names() -> None:
     for n, name in zip(graph.node, ["", "Relu_0", "Relu_0", ""], strict=True):
         n.name = name
     graph.node[3].op_type = "Relu"
-    name_nodes(graph)
+    assert name_nodes(graph, unnamed=False) == ["Relu_0"]
+    assert [n.name for n in graph.node] == ["", "Relu_0", "Relu_0_0", ""]
+    assert name_nodes(graph) == []
     assert [n.name for n in graph.node] == ["MatMul_0", "Relu_0", "Relu_0_0", "Relu_1"]
     before = [n.name for n in graph.node]
     name_nodes(graph)

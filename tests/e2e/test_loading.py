@@ -1,4 +1,4 @@
-"""Operators of other domains: those of onnxruntime are quantized around, others are refused before any work."""
+"""What onnxruntime says of a model on loading: operators of other domains, and nodes of one name."""
 
 from __future__ import annotations
 
@@ -93,3 +93,27 @@ def test_what_onnxruntime_cannot_load_is_refused_at_once(tmp_path: Path, domain:
     assert not (tmp_path / "q.onnx").exists()
     notes = onnxptq.inspect(source).notes
     assert any("cannot be quantized" in note and "node 'inner'" in note for note in notes)
+
+
+def test_nodes_of_one_name_are_no_obstacle(tmp_path: Path) -> None:
+    source, output = tmp_path / "m.onnx", tmp_path / "q.onnx"
+    model = _network("FastGelu", MICROSOFT)
+    for twin in model.graph.node:
+        twin.name = "same"
+    onnx.save(model, source)
+    result = onnxptq.quantize(source, output, calibration=_samples(), recipe=Recipe(holdout=0.25))
+    assert result.report.model.path == str(source)
+    assert any("'same'" in note for note in result.report.notes)
+    assert result.report.outputs
+    assert len({n.name for n in onnx.load(output).graph.node}) == len(onnx.load(output).graph.node)
+
+
+def test_a_renamed_model_that_cannot_be_loaded_is_called_by_its_name(tmp_path: Path) -> None:
+    source = tmp_path / "m.onnx"
+    model = _network("Foo", "my.ops")
+    model.graph.node[0].name = "inner"
+    onnx.save(model, source)
+    with pytest.raises(UnsupportedModelError, match=r"my\.ops:Foo") as refused:
+        onnxptq.quantize(source, tmp_path / "q.onnx", calibration=_unread())
+    assert str(source) in refused.value.message
+    assert "renamed_source" not in refused.value.message
