@@ -36,7 +36,8 @@ from .progress import TerminalProgress
     "--eval",
     "evaluation",
     metavar="DATA",
-    help="Inputs for the quality numbers. [default: a fifth of --calib is held out]",
+    help="Inputs for the quality numbers; calibration samples among them are left out. "
+    "[default: a fifth of --calib is held out]",
 )
 @click.option(
     "--labels",

@@ -71,7 +71,7 @@ def validate(
             limit=limit,
         )
         try:
-            with blamed(float_path, [feeds], provider):
+            with blamed(float_path, [feeds], provider, progress):
                 found = compare(
                     float_path,
                     other_path,
@@ -88,8 +88,9 @@ def validate(
             # Nothing was written here, so nothing failed its own checks: the two files do not belong together.
             raise UsageError(f"{reference} and {quantized}: {error.message}", _SAME_NETWORK) from error
     require_gates(found.outputs, min_sqnr=min_sqnr, min_agreement=min_agreement, min_accuracy=min_accuracy)
-    note = data_note(feeds, options)
-    return found if note is None else replace(found, notes=(note, *found.notes))
+    random = "The data are random: what was measured says nothing of real inputs."
+    notes = (random if feeds.source.is_random else None, pictures_note(feeds, options))
+    return replace(found, notes=(*(note for note in notes if note is not None), *found.notes))
 
 
 _SAME_NETWORK = "Compare two files of the same network."
@@ -148,15 +149,12 @@ def resolve_preprocess(specs: Sequence[InputSpec], options: Mapping[str, Any]) -
     return ImagePreprocess.from_options(options, base=guess) if options else guess
 
 
-def data_note(feeds: RecordFeeds, options: Mapping[str, Any]) -> str | None:
-    """What pixels go through and what of it was guessed, that data were made up, or that picture ``options`` went
-    unused; None where there is nothing to say."""
+def pictures_note(feeds: RecordFeeds, options: Mapping[str, Any]) -> str | None:
+    """What pixels go through and what of it was guessed, or that ``options`` went unused; None for neither."""
     used = feeds.source.preprocess
     if used is not None:
         return f"Pictures: {used.describe(stated=options.keys())}"
-    if feeds.source.is_random:
-        return "The data are random: what was measured says nothing of real inputs."
-    if options:
+    if options and not feeds.source.is_random:
         return f"The picture options were not used for {feeds.source.origin}, which holds the model's own values."
     return None
 

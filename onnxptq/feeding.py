@@ -18,7 +18,7 @@ from onnxptq.calibrate.feeds import (
     split_holdout,
     without_shared,
 )
-from onnxptq.comparison import data_note, resolve_preprocess
+from onnxptq.comparison import pictures_note, resolve_preprocess
 from onnxptq.errors import FeedError
 from onnxptq.running import Data, Run
 from onnxptq.solving import draw_samples
@@ -46,7 +46,7 @@ def open_data(
             # Another seed, for random samples must differ as well.
             given = open_feeds(evaluation, model.inputs, seed=recipe.seed + 1, **options)
         for opened in (feeds, given):
-            note = None if opened is None else data_note(opened, recipe.preprocess)
+            note = None if opened is None else pictures_note(opened, recipe.preprocess)
             if note is not None:
                 run.note(note)
         calibrating, heldout = _apart(run, feeds, given)
@@ -100,14 +100,16 @@ def _apart(run: Run, feeds: RecordFeeds, evaluation: RecordFeeds | None) -> tupl
     calibrating, kept_out = split_holdout(feeds, run.recipe.holdout, progress=run.progress)
     if kept_out is None:
         count = len(feeds.rows)
-        why = "there is only one" if count == 1 else f"all {count} are identical"
-        run.note(
-            f"No sample was held out, as {why}, so no quality is reported; give --eval or samples that differ."
+        why, remedy = (
+            ("there is only one", "more samples")
+            if count == 1
+            else (f"all {count} are identical", "samples that differ")
         )
+        run.note(f"No sample was held out, as {why}, so no quality is reported; give --eval or {remedy}.")
     return calibrating, kept_out
 
 
 def blaming(run: Run, model: CanonicalModel, data: Data) -> AbstractContextManager[None]:
     """Within it, a failed run that is a sample's fault becomes an error that names the sample."""
     sources = [data.calibration, *([] if data.heldout is None else [data.heldout])]
-    return blamed(model.path, sources, run.recipe.provider)
+    return blamed(model.path, sources, run.recipe.provider, run.progress)

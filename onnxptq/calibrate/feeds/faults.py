@@ -17,7 +17,7 @@ from onnxptq.calibrate.feeds.records import RecordFeeds
 from onnxptq.calibrate.feeds.synthetic import harmless_values
 from onnxptq.errors import FeedError
 from onnxptq.runtime import Provider, RunError, Session
-from onnxptq.types import Feeds, InputSpec, Sample
+from onnxptq.types import Feeds, InputSpec, Progress, Sample
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Open dimensions of the inputs that are tried, all of one size."""
@@ -28,7 +28,9 @@ _REMEDY = (
 
 
 @contextmanager
-def blamed(model: Path, sources: Sequence[Feeds], provider: Provider) -> Iterator[None]:
+def blamed(
+    model: Path, sources: Sequence[Feeds], provider: Provider, progress: Progress | None = None
+) -> Iterator[None]:
     """Turn a failed run into an error that names the sample which the float ``model`` cannot be run on.
 
     Raises:
@@ -41,14 +43,15 @@ def blamed(model: Path, sources: Sequence[Feeds], provider: Provider) -> Iterato
         session = Session(model, provider=provider)
         for feeds in sources:
             if isinstance(feeds, RecordFeeds):
-                _require_runs(session, feeds, error)
+                _require_runs(session, feeds, error, progress)
         raise
 
 
-def _require_runs(session: Session, feeds: RecordFeeds, error: RunError) -> None:
+def _require_runs(session: Session, feeds: RecordFeeds, error: RunError, progress: Progress | None) -> None:
     """Raise FeedError for the first sample that ``session`` cannot run although it can run something."""
     first: tuple[int, Sample, RunError] | None = None
     runs = 0
+    step = progress.start("find what failed", len(feeds)) if progress else None
     for position, sample in enumerate(feeds):
         try:
             session.run(sample)
@@ -57,6 +60,8 @@ def _require_runs(session: Session, feeds: RecordFeeds, error: RunError) -> None
             first = first or (position, sample, failure)
         if first and runs:
             break
+        if step is not None:
+            step()
     if first is None:
         return
     position, sample, failed = first

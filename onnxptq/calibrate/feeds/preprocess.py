@@ -240,8 +240,9 @@ class ImagePreprocess(BaseModel):
             return line
         if not stated:
             return f"guessed: {line}; {_OVERRIDE}"
-        bytes_only = ("scale", "mean", "std") if self.dtype == "uint8" else ()
-        guessed = [name for name in _STATED if name not in (*stated, *bytes_only)]
+        # The size is the model's own, and raw bytes have no scale.
+        certain = {"size", *stated, *(("scale", "mean", "std") if self.dtype == "uint8" else ())}
+        guessed = [name for name in _STATED if name not in certain]
         return f"{line}; guessed of this: {', '.join(guessed)}; {_OVERRIDE}" if guessed else line
 
     def _describe_values(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,23 @@ def test_slow_models_are_run_less_often(clock: _Clock) -> None:
 def test_one_pair_has_no_quartiles(clock: _Clock) -> None:
     with pytest.raises(ValueError, match="two pairs"):
         measure_latency(Path("a"), Path("b"), FEED, pairs=1)
+
+
+def test_progress_reaches_its_total_although_time_runs_out(clock: _Clock) -> None:
+    left = {}
+
+    class Heard:
+        def start(self, title: str, total: int) -> Callable[[], None]:
+            left[title] = total
+
+            def step() -> None:
+                left[title] -= 1
+
+            return step
+
+        def message(self, text: str) -> None:
+            raise AssertionError(text)
+
+    found = measure_latency(Path("a"), Path("b"), FEED, pairs=20, seconds=0.01, progress=Heard())
+    assert found.pairs == 5
+    assert left == {"measure latency": 0}

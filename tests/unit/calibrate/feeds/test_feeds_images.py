@@ -306,7 +306,7 @@ class TestGuess:
         assert "guessed of this: resize, color, layout, scale, std;" in guess.describe(
             stated=("size", "mean")
         )
-        every = ("size", "resize", "color", "layout", "scale", "mean", "std")
+        every = ("resize", "color", "layout", "scale", "mean", "std")
         assert guess.describe(stated=every) == guess.describe()
         raw = ImagePreprocess.guess(spec("b", 4, 4, 3, dtype="u1"))
         assert "guessed of this: resize, color, layout;" in raw.describe(stated=("size",))
