@@ -109,6 +109,9 @@ def learning(recipe: Recipe) -> Learning:
     if recipe.loss == "fisher":
         found = replace(found, weighting=FISHER_EXPONENT)
     found = replace(found, **_METHODS.get(recipe.method, {}))
+    if recipe.reconstruction_effort == "paper" and found.weights == "adaround":
+        # A few hundred steps need larger ones than the 20 000 that were published.
+        found = replace(found, latent_rate=PAPER.latent_rate)
     if recipe.merges_low_rank:
         found = replace(found, weights="low-rank", **_LOW_RANK[recipe.reconstruction_effort])
     return replace(
@@ -139,7 +142,7 @@ def find_packing(
 ) -> Packing:
     """Blocks, their scores, and packs that follow from them.
 
-    Packs are single blocks, unscored, where nothing is learnt or the method has it so.
+    Packs are single blocks, unscored, where nothing is learnt, the method has it so, or ``auto`` cannot score them.
     """
     if recipe.method == "adaround":
         blocks = find_blocks(model.graph, max_linears=1, max_live=_ANY, join=False)
@@ -147,6 +150,8 @@ def find_packing(
         blocks = find_blocks(model.graph)
     packing = Packing(blocks=blocks, sensitivities=(), packs=_singles(blocks))
     if recipe.method in _METHODS or recipe.reconstruction_effort == "fast":
+        return packing
+    if recipe.method == "auto" and not _has_floats(model):
         return packing
     packing = scored(
         packing, model, plan, start, samples, recipe, device=device, progress=progress, ranks=ranks
@@ -225,6 +230,8 @@ def solve_by_packs(
     together = [_together((spare - need.parameters) // max(1, need.activations)) for need in needs]
     whole = whole_network(packing.packs) if settings.is_tuned else None
     tuned_together, untuned = 0, ""
+    if whole is not None and not _has_floats(model):
+        whole, untuned = None, "Scales and biases were not learnt on the outputs: none of them holds floats."
     if whole is not None:
         need = pack_memory(whole, plan, *sizes, samples=len(samples), batch=1, keeps_integers=True)
         tuned_together = _together((spare - need.parameters) // max(1, need.activations))
@@ -259,6 +266,11 @@ def solve_by_packs(
         tuning=found.tuning,
         untuned=untuned,
     )
+
+
+def _has_floats(model: CanonicalModel) -> bool:
+    """Whether an output holds floats, on which alternatives can be compared."""
+    return any(np.issubdtype(tensor.dtype, np.floating) for tensor in model.graph.outputs)
 
 
 def _unfit(need: PackMemory, spare: int) -> str:

@@ -23,6 +23,8 @@ Allocator = Literal["exact", "greedy"]
 LowRank = Literal["off", "merge", "branch", "auto"]
 
 _FLOOR_DB = 20.0
+_ROUNDING: tuple[Method, ...] = ("brecq", "qdrop", "adaround")
+_LEARNT: tuple[Method, ...] = (*_ROUNDING, "aiqvit")
 
 
 class TensorRule(BaseModel):
@@ -170,6 +172,12 @@ class Recipe(BaseModel):
                 f"low_rank {self.low_rank} needs method auto or pack-ptq, effort fast or balanced, and packs, which "
                 "auto solves below 8 bits or where an effort is given"
             )
+        if self.effort == "fast" and self.method in _LEARNT:
+            raise ValueError(f"method {self.method} is learnt: it needs effort balanced or paper")
+        if self.loss != "plain" and not self.learns:
+            raise ValueError(
+                f"loss {self.loss} is made small by gradient steps: it needs effort balanced or paper"
+            )
         if self.easy_first and not self.learns:
             raise ValueError("easy_first orders gradient steps: it needs effort balanced or paper")
         if self.tune and not self.learns:
@@ -228,7 +236,7 @@ class Recipe(BaseModel):
 
     @property
     def _can_merge(self) -> bool:
-        return self.learns and self.method not in ("brecq", "qdrop", "adaround")
+        return self.learns and self.method not in _ROUNDING
 
     @property
     def _can_branch(self) -> bool:
@@ -288,6 +296,11 @@ class Recipe(BaseModel):
             raise ValueError("average_activation_bits goes with average_bits")
         if self.allocator == "greedy" and self.average_bits is None:
             raise ValueError("the greedy allocator needs average_bits")
+        if self.allocator == "greedy" and self.average_activation_bits is not None:
+            raise ValueError(
+                "the greedy allocator gives weights and activations of a pack the same bits, so it takes "
+                "no average_activation_bits"
+            )
         return self
 
     @model_validator(mode="after")

@@ -73,12 +73,14 @@ def _clipped(candidates: Sequence[int], largest: int) -> list[int]:
 def _searched(
     learned: PackQuantizers, data: PackData, settings: Learning, generator: torch.Generator
 ) -> Mapping[str, tuple[float, ...]]:
-    """The final share of every candidate, by weight tensor."""
+    """The final share of every candidate, by weight tensor; none where the pack writes integers only."""
     weights = {name: w for name, w in learned.weights.items() if isinstance(w, LowRankWeight)}
     order = torch.randperm(len(data), generator=generator).tolist()
     middle = -(-len(order) // 2)
     pupils, judges = order[:middle], order[middle:] or order
     norms = norms_of(data, order)
+    if not norms.variance:
+        return {}
     inner = torch.optim.Adam([p for w in weights.values() for p in w.latents], settings.latent_rate)
     outer = torch.optim.Adam([w.alpha for w in weights.values()], ALPHA_RATE)
     lessons = draws(pupils, settings.batch, settings.search_steps, generator)

@@ -51,13 +51,15 @@ def train(
         tick: called after every step.
 
     Returns:
-        The local loss before and after, and the steps that were taken.
+        The local loss before and after, and the steps that were taken: none where the pack writes integers only.
     """
     if order is None:
         order = torch.randperm(len(data), generator=generator).tolist()
     held_out = math.ceil(settings.held_out * len(data)) if len(data) > 1 else 0
     judges, pupils = order[:held_out], order[held_out:]
     norms = norms_of(data, judges or pupils)
+    if not norms.variance:
+        return 0.0, 0.0, 0
     objective = Objective(data, norms, suffix)
     # An undecided AdaRound weight is closer to the float one than what would be hardened now.
     with learned.hard():

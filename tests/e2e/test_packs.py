@@ -429,7 +429,16 @@ def test_options_of_learning_are_refused_where_nothing_is_learnt() -> None:
     assert Recipe(weight_bits=4, low_rank="branch").low_rank_choices == ("branch",)
     chosen = [{"method": "aiqvit"}, {"method": "aiqvit", "low_rank": "off"}, {"method": "pack-ptq"}, {}]
     assert [Recipe.create(values).merges_low_rank for values in chosen] == [True, False, False, False]
-    assert not Recipe(method="aiqvit", effort="fast").merges_low_rank
+    for method in ("brecq", "qdrop", "adaround", "aiqvit"):
+        with pytest.raises(
+            RecipeError, match=f"method {method} is learnt: it needs effort balanced or paper"
+        ):
+            Recipe.create({"method": method, "effort": "fast"})
+    for values in ({}, {"method": "rtn"}, {"weight_bits": 4}, {"method": "pack-ptq", "effort": "fast"}):
+        with pytest.raises(RecipeError, match="loss fisher is made small by gradient steps"):
+            Recipe.create({"loss": "fisher", **values})
+    with pytest.raises(RecipeError, match="takes no average_activation_bits"):
+        Recipe.create({"allocator": "greedy", "average_bits": 4.0, "average_activation_bits": 6.0})
 
 
 def test_units_of_adaround_hold_one_layer_each(tmp_path: Path) -> None:
@@ -481,6 +490,46 @@ def _plan_of(result: onnxptq.Result) -> dict[str, Any]:
     ]
     values: dict[str, Any] = yaml.safe_load(text)
     return values
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "qdrop"},
+        {"method": "aiqvit", "tune": True},
+        {"method": "brecq", "loss": "global-local"},
+        {"method": "auto", "effort": "balanced"},
+    ],
+    ids=str,
+)
+def test_nothing_is_learnt_from_integers(options: Mapping[str, Any], tmp_path: Path) -> None:
+    """A segmentation that ends in ArgMax: the last block writes integers only."""
+    net = Net(seed=1)
+    x = net.op("Relu", "r1", net.conv("stem", "x", (8, 3, 3, 3)))
+    x = net.op("Relu", "r2", net.conv("deep", x, (8, 8, 3, 3)))
+    proto = net.proto({"x": ["n", 3, 8, 8]}, [net.conv("head", x, (4, 8, 3, 3))])
+    scores = proto.graph.output.pop().name
+    proto.graph.node.append(onnx.helper.make_node("ArgMax", [scores], ["classes"], "choose", axis=1))
+    proto.graph.output.append(
+        onnx.helper.make_tensor_value_info("classes", onnx.TensorProto.INT64, ["n", 1, 8, 8])
+    )
+    onnx.save(proto, tmp_path / "net.onnx")
+    recipe = {**PLAIN, "target": "simulate", "weight_bits": 4, "activation_bits": 4, **options}
+    found = onnxptq.quantize(
+        tmp_path / "net.onnx",
+        tmp_path / "out.onnx",
+        calibration=_feeds({"x": (1, 3, 8, 8)}),
+        recipe=Recipe(**recipe),
+        work_dir=tmp_path / "work",
+    )
+    _is_proven(found)
+    if found.report.packs:
+        assert found.report.packs[-1].steps == 0
+        assert any(pack.steps for pack in found.report.packs)
+    assert found.report.tuning is None
+    assert (options["method"] in ("aiqvit", "auto")) == any(
+        "none of them holds floats" in note for note in found.report.notes
+    )
 
 
 @pytest.mark.parametrize(
