@@ -53,7 +53,7 @@ def survey_bits(solver: Solver) -> Survey:
         UsageError: no samples, or no output to compare.
     """
     recipe = solver.recipe
-    device = torch_device(recipe)
+    device = torch_device()
     (samples,) = Draw(solver.everything).take((0, SCORING_SAMPLES))
     model, plan, start = solver.model, solver.plan, solver.start
     options: dict[str, Any] = {"device": device, "progress": solver.progress, "ranks": solver.ranks}

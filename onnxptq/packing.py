@@ -124,9 +124,9 @@ def learning(recipe: Recipe) -> Learning:
     )
 
 
-def torch_device(recipe: Recipe) -> str:
-    """Where torch runs the network."""
-    return "cuda" if torch.cuda.is_available() and recipe.provider != "cpu" else "cpu"
+def torch_device() -> str:
+    """Where torch runs the network: on a GPU where it has one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def find_packing(
@@ -214,7 +214,7 @@ def solve_by_packs(
         UnsupportedOperatorError: a node cannot be lowered; raised before any long work.
         MemoryBudgetError: a single block needs more than ``recipe.max_memory``.
     """
-    device = torch_device(recipe)
+    device = torch_device()
     if packing is None:
         packing = find_packing(
             model, plan, start, samples, recipe, device=device, progress=progress, ranks=ranks

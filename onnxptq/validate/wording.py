@@ -68,7 +68,7 @@ def _judged(report: Report) -> Verdict:
         return Verdict(
             level="unknown", text="The quality cannot be told: the float model's own outputs are NaN or Inf."
         )
-    worst = min(levels, key=lambda i: _ORDER.index(levels[i]))
+    worst = min(levels, key=lambda i: (_ORDER.index(levels[i]), _decibels_of(report.outputs[i])))
     level = levels[worst]
     text = {
         "good": "Very close to the float model",
@@ -79,6 +79,11 @@ def _judged(report: Report) -> Verdict:
     count = 0 if report.heldout is None else report.heldout.count
     basis = f", on only {count} {'input' if count == 1 else 'inputs'}" if 0 < count < _FEW else ""
     return Verdict(level=level, text=f"{text}: {headline(report.outputs[worst])}{where}{basis}.")
+
+
+def _decibels_of(output: OutputMetrics) -> float:
+    """What tells outputs of one level apart."""
+    return math.inf if output.sqnr_db is None or math.isnan(output.sqnr_db) else output.sqnr_db
 
 
 def _level(output: OutputMetrics) -> Rank:

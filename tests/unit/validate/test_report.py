@@ -526,6 +526,15 @@ def test_reports_are_values() -> None:
         report.target = "x"  # type: ignore[misc]
 
 
+def test_of_outputs_of_one_level_the_worst_is_named() -> None:
+    outputs = tuple(
+        _scores(name=name, sqnr_db=db, top1_agreement=None, top5_agreement=None)
+        for name, db in (("first", 18.9), ("last", 15.9), ("good", 40.0))
+    )
+    assert "SQNR 15.9 dB" in wording.verdict(_report(outputs=outputs)).text
+    assert "(output last)" in wording.verdict(_report(outputs=outputs)).text
+
+
 def test_the_verdict_says_that_data_were_random() -> None:
     made_up, own = (DataFacts(description="", count=4, is_random=random) for random in (True, False))
     plain = wording.verdict(_report(calibration=own, heldout=own))
