@@ -7,6 +7,7 @@ applied; everything else says why they were chosen and may be left out.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -211,6 +212,58 @@ def _pack_label(entry: Any, position: int) -> str:
     nodes = entry.get("nodes") if isinstance(entry, dict) else None
     first = f" (from node '{nodes[0]}')" if isinstance(nodes, list) and nodes else ""
     return f"pack {index}{first}"
+
+
+def executed(plan: BitPlan, activation_bits: int | None) -> BitPlan:
+    """The plan with the figures of the bits that it has now: somebody may have edited them, or the target may execute
+    its activations at ``activation_bits`` throughout (None: at those of the plan).
+
+    A figure that does not follow from the file is left out, and so is a budget that the bits were not chosen for.
+    """
+    packs = tuple(
+        pack.model_copy(update={"activation_bits": activation_bits})
+        if activation_bits is not None and pack.activation_bits is not None
+        else pack
+        for pack in plan.packs
+    )
+    figures = {
+        "average_weight_bits": _average([(p.weights, p.weight_bits) for p in packs]),
+        "average_activation_bits": _average([(p.activations, p.activation_bits) for p in packs]),
+        "expected_loss": _expected_loss(packs),
+    }
+    if packs == plan.packs and all(_is_near(getattr(plan, name), value) for name, value in figures.items()):
+        return plan
+    changed: dict[str, Any] = {"packs": packs, "weight_bytes": None, "budget": {}, "allocator": ""}
+    return plan.model_copy(update={**changed, **figures})
+
+
+def _average(entries: Sequence[tuple[int | None, int | None]]) -> float | None:
+    known = [(n, bits) for n, bits in entries if n is not None and bits is not None]
+    total = sum(n for n, _ in known)
+    if not total or len(known) < sum(bits is not None for _, bits in entries):
+        return None
+    return _round(sum(n * bits for n, bits in known) / total)
+
+
+def _expected_loss(packs: Sequence[PackEntry]) -> float | None:
+    costs = [
+        losses.get(bits)
+        for pack in packs
+        for losses, bits in (
+            (pack.weight_loss, pack.weight_bits),
+            (pack.activation_loss, pack.activation_bits),
+        )
+        if bits is not None
+    ]
+    known = [cost for cost in costs if cost is not None]
+    return _round(sum(known)) if len(known) == len(costs) else None
+
+
+def _is_near(stated: float | None, found: float | None) -> bool:
+    # What was stated was added up before the parts were rounded for the file.
+    return stated == found or (
+        None not in (stated, found) and math.isclose(stated or 0.0, found or 0.0, rel_tol=1e-3)
+    )
 
 
 def known_nodes(model: CanonicalModel) -> dict[str, str]:

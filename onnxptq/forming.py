@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from onnxptq.bit_plan import BitPlan, planned_bits
+from onnxptq.bit_plan import BitPlan, executed, planned_bits
 from onnxptq.calibrate import cache
 from onnxptq.calibrate.products import HELD_BYTES, choose_root
 from onnxptq.calibrate.run import Calibration, calibrate
@@ -40,6 +40,9 @@ FORM_MARGIN_DB = 0.5
 LEAST_TELLING_DB = -6.0
 """With few bits a form below this is not taken: outputs with four times as much noise as signal tell nothing about
 the network once its packs are solved."""
+
+_DEPLOYED_BITS = 8
+"""Of activations on targets that integer kernels run."""
 
 ROOT_SAMPLES = 8
 """Calibration samples whose attention chooses the root of softmax weights: the gaps between orders are wide."""
@@ -314,4 +317,4 @@ def apply_bit_plan(run: Run, model: CanonicalModel, plan: BitPlan, path: Path) -
         RecipeError: the plan is not for this model.
     """
     run.bits = planned_bits(plan, model, path, (run.recipe.weight_bits, run.recipe.activation_bits))
-    run.bit_plan = plan
+    run.bit_plan = executed(plan, None if run.recipe.target == "simulate" else _DEPLOYED_BITS)

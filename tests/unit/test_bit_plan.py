@@ -12,7 +12,7 @@ import yaml
 
 from onnxptq.allocate.choices import AverageBits, Choice, PackChoices
 from onnxptq.allocate.exact import allocate
-from onnxptq.bit_plan import BitPlan, build_bit_plan, planned_bits, read_bit_plan
+from onnxptq.bit_plan import BitPlan, build_bit_plan, executed, planned_bits, read_bit_plan
 from onnxptq.errors import RecipeError
 from onnxptq.partition.blocks import find_blocks
 from onnxptq.partition.pack import pack_blocks
@@ -72,6 +72,38 @@ def written(plan: BitPlan, folder: Path, **changes: Any) -> Path:
     path = folder / "plan.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
+
+
+def test_figures_are_those_of_the_bits_that_a_plan_has_now(plan: BitPlan) -> None:
+    assert executed(plan, None) is plan
+    eights = plan.model_copy(
+        update={"packs": tuple(p.model_copy(update={"weight_bits": 8}) for p in plan.packs)}
+    )
+    found = executed(eights, None)
+    assert (found.average_weight_bits, found.average_activation_bits) == (8.0, plan.average_activation_bits)
+    assert (found.budget, found.allocator, found.weight_bytes) == ({}, "", None)
+    costs = [p.weight_loss[8] for p in plan.packs]
+    costs += [p.activation_loss[p.activation_bits] for p in plan.packs if p.activation_bits is not None]
+    assert found.expected_loss == pytest.approx(sum(costs), rel=1e-5)
+    # Bits that nothing was measured at.
+    five = eights.model_copy(
+        update={"packs": (plan.packs[0].model_copy(update={"weight_bits": 5}), *eights.packs[1:])}
+    )
+    assert executed(five, None).expected_loss is None
+
+
+def test_deploy_targets_execute_activations_at_their_own_bits(plan: BitPlan) -> None:
+    low = plan.model_copy(
+        update={
+            "packs": tuple(
+                p.model_copy(update={"activation_bits": None if p.activation_bits is None else 4})
+                for p in plan.packs
+            )
+        }
+    )
+    found = executed(low, 8)
+    assert found.average_activation_bits == 8.0
+    assert [p.activation_bits for p in found.packs] == [p.activation_bits and 8 for p in low.packs]
 
 
 def test_what_is_written_is_read(plan: BitPlan, model: CanonicalModel, tmp_path: Path) -> None:
