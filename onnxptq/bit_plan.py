@@ -139,7 +139,7 @@ def build_bit_plan(
     return BitPlan(
         version=__version__,
         model=model.source.name,
-        fingerprint=source.fingerprint,
+        fingerprint=source.source_sha256,
         target=recipe.target,
         allocator=recipe.allocator,
         budget=recipe.bit_budget,
@@ -287,11 +287,11 @@ def planned_bits(
         RecipeError: the plan is for another model, names a node that the model lacks (with near matches),
             or names a node twice.
     """
-    if plan.fingerprint and plan.fingerprint != model.fingerprint:
+    if plan.fingerprint and plan.fingerprint != model.source_sha256:
         made_for = f" ('{plan.model}')" if plan.model else ""
         raise RecipeError(
             f"The plan '{path}' was made for another model{made_for}: its fingerprint {plan.fingerprint[:12]}... "
-            f"is not that of '{model.source}', {model.fingerprint[:12]}...",
+            f"is not that of '{model.source}', {model.source_sha256[:12]}...",
             "Make a plan for this model, or remove 'fingerprint' from the file if its nodes are the same.",
         )
     known = known_nodes(model)

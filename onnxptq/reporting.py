@@ -343,7 +343,7 @@ def model_annotations(
         "onnxptq.version": __version__,
         "onnxptq.target": plan.target,
         "onnxptq.method": recipe.method,
-        "onnxptq.source_sha256": model.fingerprint,
+        "onnxptq.source_sha256": model.source_sha256,
         "onnxptq.recipe": text,
         "onnxptq.recipe_sha256": _sha256(text),
     }

@@ -288,7 +288,7 @@ def report(
     return Report(
         model=ModelFacts(
             path=str(model.source),
-            fingerprint=model.fingerprint,
+            fingerprint=model.source_sha256,
             opset=model.opset,
             parameters=reporting.parameters(model),
             bytes=model.source_bytes,

@@ -61,7 +61,7 @@ def sensitivity(
             survey = survey_bits(form.solver)
         report = SensitivityReport(
             model=str(model),
-            fingerprint=source.fingerprint,
+            fingerprint=source.source_sha256,
             target=wanted.target,
             loss=survey.costs.loss,
             weight_bits=wanted.weight_bits,

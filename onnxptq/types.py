@@ -360,6 +360,7 @@ class CanonicalModel:
     ``graph`` is shared by all readers and never edited in place: writers work on ``graph.copy()``.
     ``path`` is the same graph on disk, with external data beside it where it is large. ``half_bytes`` of
     ``source_bytes`` are constants of half precision, which take twice as much here. ``source`` is the user's file,
+    ``source_sha256`` the digest of its contents (``fingerprint`` tells forms of it apart as well),
     and ``renamed_source`` a copy of it that onnxruntime takes where it refuses the names of its nodes.
     """
 
@@ -379,6 +380,7 @@ class CanonicalModel:
     half_bytes: int = 0
     user_nodes: tuple[UserNode, ...] = ()
     renamed_source: Path | None = None
+    source_sha256: str = ""
 
     @property
     def reference(self) -> Path:

@@ -128,7 +128,8 @@ def canonicalize(
     source_bytes = model_bytes(model, path)
     # Of no effect on a model without such nodes: its form stays the same for all targets.
     held = sorted(set(expanded) & _operators(model))
-    fingerprint = _fingerprint(model, path, (opset, min_opset, simplify, *held))
+    contents = _sha256(model, path)
+    fingerprint = _fingerprint(contents, (opset, min_opset, simplify, *held))
     tick()
     draft = _Draft(source=path, model=model, infer_types=infer_types)
     renamed_source = _rename_repeated(draft, work_dir)
@@ -163,6 +164,7 @@ def canonicalize(
         source=path,
         source_bytes=source_bytes,
         half_bytes=half_bytes,
+        source_sha256=contents,
         fingerprint=fingerprint,
         opset=graph.opset,
         inputs=tuple(_input_spec(tensor) for tensor in graph.inputs),
@@ -199,20 +201,24 @@ def _operators(model: onnx.ModelProto) -> set[str]:
     return {node.op_type for holder in (model.graph, *model.functions) for node in holder.node}
 
 
-def _fingerprint(model: onnx.ModelProto, path: Path, options: tuple[Any, ...]) -> str:
-    """SHA-256 of the model file, the external files it uses, the canonical form's version and the options."""
+def _fingerprint(contents: str, options: tuple[Any, ...]) -> str:
+    """SHA-256 of the model's contents, the canonical form's version and the options."""
     versions = tuple(importlib.metadata.version(name) for name in ("onnx", "onnxsim", "onnx-graphsurgeon"))
-    digest = hashlib.sha256(repr((FORM, versions, options)).encode())
-    files = {path.name: path}
-    for tensor in proto.walk_tensors(model):
-        if proto.is_external(tensor):
-            location = proto.external_ref(tensor).location
-            files[location] = path.parent / location
-    for _, file in sorted(files.items(), key=lambda item: (item[1] != path, item[0])):
+    return hashlib.sha256(repr((FORM, versions, options, contents)).encode()).hexdigest()
+
+
+def _sha256(model: onnx.ModelProto, path: Path) -> str:
+    """SHA-256 of the model file, with the external files that it uses behind it in the order of their names."""
+    digest = hashlib.sha256()
+    locations = {
+        proto.external_ref(tensor).location
+        for tensor in proto.walk_tensors(model)
+        if proto.is_external(tensor)
+    }
+    for file in (path, *(path.parent / location for location in sorted(locations))):
         with file.open("rb") as stream:
             while chunk := stream.read(_HASH_CHUNK):
                 digest.update(chunk)
-        digest.update(b"\0end of file\0")
     return digest.hexdigest()
 
 

@@ -25,7 +25,7 @@ from tests.unit.small_nets import canonical, residual_block
 def model(tmp_path: Path) -> CanonicalModel:
     built = canonical(residual_block(), tmp_path)
     return replace(
-        built, fingerprint="0123456789abcdef", user_names={"relu1": "layer1/act", "head": "logits"}
+        built, source_sha256="0123456789abcdef", user_names={"relu1": "layer1/act", "head": "logits"}
     )
 
 
@@ -112,7 +112,7 @@ def test_what_is_written_is_read(plan: BitPlan, model: CanonicalModel, tmp_path:
     assert read_bit_plan(path) == plan
     values = yaml.safe_load(plan.to_yaml())
     assert values["budget"] == {"average_bits": 4.0, "average_activation_bits": 8.0}
-    assert values["fingerprint"] == model.fingerprint
+    assert values["fingerprint"] == model.source_sha256
     assert values["packs"][1]["sensitivity"] == [math.inf]
     # Names are the user's.
     assert [p["to"] for p in values["packs"]][-1] == ["logits"]
@@ -160,7 +160,7 @@ def test_errors_of_the_whole_file(tmp_path: Path) -> None:
 
 
 def test_plans_of_other_models(plan: BitPlan, model: CanonicalModel, tmp_path: Path) -> None:
-    other = replace(model, fingerprint="fedcba9876543210")
+    other = replace(model, source_sha256="fedcba9876543210")
     path = written(plan, tmp_path)
     with pytest.raises(RecipeError, match=r"another model \('model.onnx'\).*0123456789ab.*fedcba987654"):
         planned_bits(read_bit_plan(path), other, path, (8, 8))

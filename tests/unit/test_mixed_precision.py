@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,7 +111,10 @@ def test_nodes_and_model_are_annotated(average: Result) -> None:
     assert "onnxptq.pack" not in nodes["sum0"]  # nothing of it is quantized
     about = {p.key: p.value for p in file.metadata_props}
     assert about["onnxptq.method"] == "auto"
-    assert about["onnxptq.source_sha256"] == plan.fingerprint
+    source = Path(average.report.model.path)
+    assert (
+        about["onnxptq.source_sha256"] == plan.fingerprint == hashlib.sha256(source.read_bytes()).hexdigest()
+    )
     assert BitPlan.model_validate(yaml.safe_load(about["onnxptq.plan"])) == plan
     assert len(about["onnxptq.plan_sha256"]) == len(about["onnxptq.recipe_sha256"]) == 64
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 
@@ -168,8 +169,12 @@ def test_the_fingerprint_covers_weights_external_data_and_options(tmp_path: Path
     onnx.save(network(), path, save_as_external_data=True, location=data.name, size_threshold=100)
 
     def fingerprint(*options: object) -> str:
-        return module._fingerprint(read_model(path), path, options)
+        return module._fingerprint(module._sha256(read_model(path), path), options)
 
+    def contents() -> str:
+        return hashlib.sha256(path.read_bytes() + data.read_bytes()).hexdigest()
+
+    assert canonicalize(path, tmp_path).source_sha256 == contents()
     base = fingerprint(None, 13, True)
     assert fingerprint(None, 13, True) == base
     assert fingerprint(None, 13, False) != base
