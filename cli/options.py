@@ -38,6 +38,13 @@ samples_option = click.option(
     "--samples", type=int, help="At most this many calibration samples. [default: 256]"
 )
 
+output_loss_option = click.option(
+    "--output-loss",
+    type=choices("output_loss"),
+    help="How the network's outputs are compared where blocks are scored, bits chosen and scales tuned. "
+    "[default: auto]",
+)
+
 max_pack_blocks_option = click.option(
     "--max-pack-blocks", type=int, help="Blocks in a pack, at most. [default: 4]"
 )

@@ -20,6 +20,7 @@ from .options import (
     given,
     image_options,
     max_pack_blocks_option,
+    output_loss_option,
     output_options,
     picture_options,
     samples_option,
@@ -102,6 +103,7 @@ from .progress import TerminalProgress
     "measures best with method auto, else 1.",
 )
 @max_pack_blocks_option
+@output_loss_option
 @click.option("-w", "--weight-bits", type=int, help="2 to 8. [default: 8]")
 @click.option("-a", "--activation-bits", type=int, help="2 to 8. [default: 8]")
 @click.option(

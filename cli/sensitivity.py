@@ -22,6 +22,7 @@ from .options import (
     given,
     image_options,
     max_pack_blocks_option,
+    output_loss_option,
     output_options,
     picture_options,
     samples_option,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 @click.option("-w", "--weight-bits", type=int, help="Of the network whose blocks are scored. [default: 4]")
 @click.option("-a", "--activation-bits", type=int, help="Of its activations. [default: 4]")
 @max_pack_blocks_option
+@output_loss_option
 @selector_options
 @samples_option
 @work_dir_option

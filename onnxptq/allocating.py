@@ -65,6 +65,7 @@ def survey_bits(solver: Solver) -> Survey:
         packing.sensitivities,
         _placing(solver),
         solver.samples.trial,
+        loss=recipe.output_loss,
         **options,
     )
     return Survey(packing=packing, costs=costs)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import onnx_graphsurgeon as gs
 
 from onnxptq.allocate.choices import Choice, PackChoices
+from onnxptq.lowering.output_loss import LossChoice
 from onnxptq.partition.score import Scorer
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.reconstruct.initial import initial_solution
@@ -66,6 +67,7 @@ def measure_costs(
     samples: Sequence[Sample],
     *,
     candidates: Sequence[int] = CANDIDATES,
+    loss: LossChoice = "auto",
     device: str = "cpu",
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
@@ -74,6 +76,7 @@ def measure_costs(
 
     Args:
         sensitivities: one per block of ``packs``; their mean Omega ranks packs.
+        loss: as for :func:`onnxptq.partition.score.score_blocks`.
         ranks: processes that share the samples.
 
     Raises:
@@ -96,8 +99,8 @@ def measure_costs(
             ranges = placing.ranges(part) if role == "activation" else {}
             parts.append((bits, found, part, initial_solution(model.graph, part, ranges)))
     networks = [(part, solution) for _, _, part, solution in parts]
-    given = (model, tuple(packs), tuple(samples), device, networks)
-    scored, sizes, loss = ranks.run(_scored, *given, progress=progress)
+    given = (model, tuple(packs), tuple(samples), loss, device, networks)
+    scored, sizes, kind = ranks.run(_scored, *given, progress=progress)
     for (bits, found, part, _), scores in zip(parts, scored, strict=True):
         for i, pack in enumerate(packs):
             own = quantizers_of(pack, part)
@@ -117,7 +120,7 @@ def measure_costs(
         )
         for i, pack in enumerate(packs)
     )
-    return Costs(packs=offered, loss=loss)
+    return Costs(packs=offered, loss=kind)
 
 
 def _scored(
@@ -125,13 +128,14 @@ def _scored(
     model: CanonicalModel,
     packs: Sequence[Pack],
     samples: Sequence[Sample],
+    loss: LossChoice,
     device: str,
     networks: Sequence[tuple[QuantPlan, Solution]],
     *,
     progress: Progress | None = None,
 ) -> tuple[list[tuple[Sensitivity, ...]], Mapping[str, int], str]:
     """The scores of every pack of every network, the sizes of tensors, and the kind of loss."""
-    scorer = Scorer(model, packs, samples, device=device, ranks=ranks)
+    scorer = Scorer(model, packs, samples, loss=loss, device=device, ranks=ranks)
     tick = progress.start("measure bits", len(networks)) if progress else None
     scores = []
     for plan, solution in networks:

@@ -117,6 +117,7 @@ def learning(recipe: Recipe) -> Learning:
     return replace(
         found,
         is_global=recipe.loss == "global-local",
+        output_loss=recipe.output_loss,
         is_tuned=recipe.tunes,
         adds_branches=recipe.low_rank == "branch",
         is_easy_first=recipe.is_easy_first,
@@ -180,6 +181,7 @@ def scored(
         plan,
         start,
         samples[:SCORING_SAMPLES],
+        loss=recipe.output_loss,
         memory=_memory(recipe) // 2,
         device=device,
         progress=progress,

@@ -51,6 +51,8 @@ class Recipe(BaseModel):
         effort: how packs are solved. ``fast`` takes no gradient step, ``balanced`` a few hundred per pack,
             ``paper`` 20 000. None is ``fast`` for ``auto`` and ``balanced`` for the other methods.
         max_pack_blocks: blocks in a pack at most.
+        output_loss: how the network's outputs are compared where blocks are scored, bits chosen and scales tuned:
+            ``kl`` divergence of class scores, ``relative`` squared error, or ``auto`` by their shapes.
         loss: what gradient steps make small: ``plain`` noise over signal of a pack's outputs, or with ``fisher``
             the same with each channel weighed by how much it moves the network's output.
         low_rank: ``merge`` learns weights through low-rank corrections, of ranks that are searched for, and merges
@@ -105,6 +107,7 @@ class Recipe(BaseModel):
     effort: Effort | None = None
     max_pack_blocks: int | None = Field(default=4, ge=1)
     loss: Literal["plain", "fisher", "global-local"] = "plain"
+    output_loss: Literal["auto", "kl", "relative"] = "auto"
     low_rank: LowRank | None = None
     easy_first: bool | None = None
     focus: bool | None = None

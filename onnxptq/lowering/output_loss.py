@@ -18,12 +18,26 @@ from onnxptq.errors import UsageError
 from onnxptq.ranks import Ranks
 
 LossKind = Literal["kl", "relative"]
+LossChoice = Literal["auto", "kl", "relative"]
 
 
-def choose_loss(outputs: Mapping[str, torch.Tensor]) -> LossKind:
-    """``kl`` if every float output is a matrix of at least two columns, as class logits are; else ``relative``."""
-    floats = [value for value in outputs.values() if value.is_floating_point()]
-    return "kl" if floats and all(v.ndim == 2 and v.shape[1] > 1 for v in floats) else "relative"
+def choose_loss(outputs: Mapping[str, torch.Tensor], asked: LossChoice = "auto") -> LossKind:
+    """The loss that is ``asked`` for; ``auto`` is ``kl`` if every float output is a matrix of at least two columns,
+    as class logits are, else ``relative``.
+
+    Raises:
+        UsageError: ``kl`` is asked for and an output is no such matrix.
+    """
+    floats = {name: value for name, value in outputs.items() if value.is_floating_point()}
+    others = [name for name, value in floats.items() if value.ndim != 2 or value.shape[1] < 2]
+    if asked == "kl" and others:
+        raise UsageError(
+            f"Output '{others[0]}' has shape {list(floats[others[0]].shape)}: kl compares matrices of class scores.",
+            "Ask for output_loss relative, or leave it out.",
+        )
+    if asked != "auto":
+        return asked
+    return "kl" if floats and not others else "relative"
 
 
 class OutputLoss:

@@ -28,7 +28,7 @@ import torch
 from onnxptq.errors import UsageError
 from onnxptq.graph.index import probability_outputs
 from onnxptq.lowering.network import BlockNetwork, Values
-from onnxptq.lowering.output_loss import LossKind, OutputLoss, choose_loss
+from onnxptq.lowering.output_loss import LossChoice, LossKind, OutputLoss, choose_loss
 from onnxptq.lowering.quantized import Hooks, quantizing_hooks, set_hooks
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.types import (
@@ -78,7 +78,7 @@ def score_blocks(
     solution: Solution,
     samples: Sequence[Sample],
     *,
-    loss: Literal["auto"] | LossKind = "auto",
+    loss: LossChoice = "auto",
     normalize: Literal["element", "sample"] = "element",
     memory: int = MEMORY,
     device: str = "cpu",
@@ -99,7 +99,7 @@ def score_blocks(
 
     Raises:
         UnsupportedOperatorError: a node cannot be lowered; raised before anything runs.
-        UsageError: no samples, or no output to compare.
+        UsageError: no samples, or no output to compare, or not by this loss.
     """
     options = {"loss": loss, "normalize": normalize, "memory": memory, "device": device}
     given = (model, tuple(blocks), tuple(samples), options, plan, solution)
@@ -133,7 +133,7 @@ class Scorer:
         blocks: Sequence[Block | Pack],
         samples: Sequence[Sample],
         *,
-        loss: Literal["auto"] | LossKind = "auto",
+        loss: LossChoice = "auto",
         normalize: Literal["element", "sample"] = "element",
         memory: int = MEMORY,
         device: str = "cpu",
@@ -150,7 +150,7 @@ class Scorer:
         self.sizes = self._network.measure(first)
         found = self._network.run(first, keep=self._network.outputs)
         floats = {name: found[name] for name in self._network.outputs if found[name].is_floating_point()}
-        self.loss: LossKind = choose_loss(floats) if loss == "auto" else loss
+        self.loss: LossKind = choose_loss(floats, loss)
         self._outputs = tuple(floats)
         own = [samples[i] for i in ranks.share(len(samples))]
         self._batches = list(_batches(model, self._network, self.sizes, own, memory))

@@ -37,6 +37,7 @@ class Learning:
         weighting: exponent of the Fisher weights of a pack's outputs (:mod:`onnxptq.reconstruct.fisher`); 0 weighs
             all elements alike.
         is_global: whether the loss at the network's outputs counts as well (:mod:`onnxptq.reconstruct.suffix`).
+        output_loss: how outputs of the network are compared there and in the end.
         is_tuned: whether scales and biases of the whole network are learnt on its outputs once all packs are solved
             (:mod:`onnxptq.reconstruct.tuning`).
         warm_up: share of the steps before AdaRound's indecision counts.
@@ -63,6 +64,7 @@ class Learning:
     bias_rate: float = 1e-3
     weighting: float = 0.0
     is_global: bool = False
+    output_loss: Literal["auto", "kl", "relative"] = "auto"
     is_tuned: bool = False
     warm_up: float = 0.2
     decision: float = 0.01

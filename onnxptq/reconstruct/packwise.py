@@ -137,7 +137,9 @@ def _reconstructed(
         importance = {name: value.pow(settings.weighting) for name, value in weights.items()}
     wanted = None
     if settings.steps and settings.is_global:
-        wanted = wanted_outputs(network, floats, probability_outputs(model.graph), vault.keep, ranks)
+        wanted = wanted_outputs(
+            network, floats, probability_outputs(model.graph), vault.keep, ranks, settings.output_loss
+        )
     # The same samples judge everywhere: at the end no gradient has seen them.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     start, state = solution, Finished(solution=solution, settled=frozenset(), outcome=None)

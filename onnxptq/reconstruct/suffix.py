@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from onnxptq.lowering.network import BlockNetwork, Values
-from onnxptq.lowering.output_loss import LossKind, choose_loss, divergence
+from onnxptq.lowering.output_loss import LossChoice, LossKind, choose_loss, divergence
 from onnxptq.ranks import Ranks
 from onnxptq.reconstruct.pack_data import Keep, PackData, can_be_joined, joined
 
@@ -36,7 +36,12 @@ class Wanted:
 
 
 def wanted_outputs(
-    network: BlockNetwork, samples: Sequence[Values], probabilities: Collection[str], keep: Keep, ranks: Ranks
+    network: BlockNetwork,
+    samples: Sequence[Values],
+    probabilities: Collection[str],
+    keep: Keep,
+    ranks: Ranks,
+    asked: LossChoice = "auto",
 ) -> Wanted:
     """What the float network computes for the samples of every rank."""
     outputs: list[Values] = []
@@ -55,7 +60,7 @@ def wanted_outputs(
             known = total.setdefault(name, [0.0, 0.0])
             known[0], known[1] = known[0] + part[0], known[1] + part[1]
     # The first rank always has samples.
-    kind: LossKind = ranks.broadcast(choose_loss(outputs[0]) if outputs else "kl")
+    kind: LossKind = ranks.broadcast(choose_loss(outputs[0], asked) if outputs else "kl")
     return Wanted(
         outputs=outputs,
         kind=kind,

@@ -61,7 +61,7 @@ def tune(
     together = most_together(network, 0, inputs, limit, ranks)
     outputs = run_all(network, 0, inputs, together, keep)
     # The first rank always has samples.
-    kind = ranks.broadcast(choose_loss(outputs[0]) if outputs else "kl")
+    kind = ranks.broadcast(choose_loss(outputs[0], settings.output_loss) if outputs else "kl")
     probabilities = probability_outputs(model.graph)
     scores = {name: name in probabilities for name in network.outputs} if kind == "kl" else {}
     data = PackData(

@@ -294,6 +294,13 @@ def test_progress_and_refusals() -> None:
 )
 def test_the_loss_follows_the_outputs(outputs: Mapping[str, torch.Tensor], kind: str) -> None:
     assert choose_loss(outputs) == kind
+    assert choose_loss(outputs, "relative") == "relative"
+
+
+def test_divergence_is_of_matrices() -> None:
+    assert choose_loss({"y": torch.zeros(2, 5)}, "kl") == "kl"
+    with pytest.raises(UsageError, match=r"Output 'y' has shape \[2, 5, 4\]: kl compares"):
+        choose_loss({"x": torch.zeros(2, 5), "y": torch.zeros(2, 5, 4)}, "kl")
 
 
 def test_relative_loss_of_missing_and_silent_outputs() -> None:
