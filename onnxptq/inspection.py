@@ -22,6 +22,7 @@ from onnxptq.partition.blocks import find_blocks
 from onnxptq.partition.describe import BlockRow, describe_blocks
 from onnxptq.placing import placement_request, selector_notes
 from onnxptq.recipe import Recipe
+from onnxptq.reporting import labelled
 from onnxptq.runtime import infer_types, require_loadable
 from onnxptq.targets import TARGETS, WRITTEN_OUT
 from onnxptq.types import CanonicalModel, Progress, Skip, UserNode
@@ -177,5 +178,5 @@ def _view(name: str, model: CanonicalModel, index: GraphIndex, recipe: Recipe) -
         quantized=dict(Counter(index.by_name[node].op for node in sorted(nodes)).most_common()),
         activations=sum(q.role == "activation" for q in plan.quantizers),
         weights=sum(q.role == "weight" for q in plan.quantizers),
-        skips=plan.skips,
+        skips=labelled(model, plan.skips),
     )

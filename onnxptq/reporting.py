@@ -62,10 +62,13 @@ _HISTOGRAM_BINS = 64
 
 def quantized_rows(model: CanonicalModel, plan: QuantPlan, solution: Solution) -> tuple[QuantizedRow, ...]:
     """One row per quantizer."""
-    return tuple(_row(model, q, solution.qparams[q.quantizer_id]) for q in plan.quantizers)
+    labels = model.node_labels()
+    return tuple(_row(model, q, solution.qparams[q.quantizer_id], labels) for q in plan.quantizers)
 
 
-def _row(model: CanonicalModel, quantizer: Quantizer, qparams: QParams) -> QuantizedRow:
+def _row(
+    model: CanonicalModel, quantizer: Quantizer, qparams: QParams, labels: Mapping[str, str]
+) -> QuantizedRow:
     return QuantizedRow(
         quantizer_id=quantizer.quantizer_id,
         tensor=model.user_name(quantizer.tensor),
@@ -76,7 +79,7 @@ def _row(model: CanonicalModel, quantizer: Quantizer, qparams: QParams) -> Quant
         symmetric=quantizer.symmetric,
         scale=(float(qparams.scale.min()), float(qparams.scale.max())),
         zero_point=(int(qparams.zero_point.min()), int(qparams.zero_point.max())),
-        readers=tuple(dict.fromkeys(site.consumer for site in quantizer.sites)),
+        readers=tuple(dict.fromkeys(labels.get(site.consumer, site.consumer) for site in quantizer.sites)),
     )
 
 
@@ -422,7 +425,13 @@ def parameters(model: CanonicalModel) -> int:
 
 def user_skips(model: CanonicalModel, plan: QuantPlan, statistics: Calibration) -> tuple[Skip, ...]:
     """Everything that was declined, by anyone."""
-    return tuple(dict.fromkeys((*model.skips, *statistics.skips, *plan.skips)))
+    return labelled(model, (*model.skips, *statistics.skips, *plan.skips))
+
+
+def labelled(model: CanonicalModel, skips: Sequence[Skip]) -> tuple[Skip, ...]:
+    """``skips``, each once, with the nodes that preparation made named by the user's as well."""
+    labels = model.node_labels()
+    return tuple(dict.fromkeys(replace(skip, site=labels.get(skip.site, skip.site)) for skip in skips))
 
 
 def larger_note(model: CanonicalModel, output_bytes: int, rows: tuple[SizeRow, ...]) -> str:

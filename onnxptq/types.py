@@ -391,6 +391,16 @@ class CanonicalModel:
         """The name that the user's own file gives to ``tensor`` (itself where it has none)."""
         return self.user_names.get(tensor, tensor)
 
+    def node_labels(self) -> Mapping[str, str]:
+        """What reports call the nodes that preparation made: by the user's node that they are part of, too."""
+        own = {node.name for node in self.user_nodes}
+        return {
+            home: f"{home} (part of {node.name})"
+            for node in self.user_nodes
+            for home in node.homes
+            if home not in own
+        }
+
 
 class Progress(Protocol):
     """Where a stage tells how far it is. The command line draws bars; the default draws nothing."""

@@ -43,9 +43,9 @@ def _rows(report: Report, page: PurePath | None) -> list[tuple[str, str]]:
     if len(report.outputs) > _OUTPUTS:
         rows.append(("", f"… and {len(report.outputs) - _OUTPUTS} more outputs"))
     if report.heldout is not None:
-        rows.append(
-            ("", f"on {report.heldout.count} held-out inputs, calibrated on {report.calibration.count}")
-        )
+        count = report.heldout.count
+        plural = "" if count == 1 else "s"
+        rows.append(("", f"on {count} held-out input{plural}, calibrated on {report.calibration.count}"))
     rows.append(("size", _size(report)))
     if report.output.note:
         rows.append(("", report.output.note))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.e2e.command import Bench, here
 from tests.unit.small_nets import Net
@@ -93,3 +94,32 @@ def test_inspect_lists_what_became_of_each_node(bench: Bench) -> None:
     for name, row in found.items():
         done = here(bench.capsys, "inspect", bench.model, "--exclude", name, "-q")
         assert done.code == (0 if row["homes"] else 2), name
+
+
+def test_reports_name_the_users_nodes(bench: Bench) -> None:
+    block = helper.make_function(
+        "own",
+        "Block",
+        ["i", "w"],
+        ["o"],
+        [helper.make_node("MatMul", ["i", "w"], ["t"]), helper.make_node("Relu", ["t"], ["o"])],
+        [helper.make_opsetid("", 17)],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Block", [a, "w"], [b], f"block_{b}", domain="own") for a, b in ("xh", "hy")],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 32])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 32])],
+        [numpy_helper.from_array(np.eye(32, dtype=np.float32), "w")],
+    )
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    bench.write(helper.make_model(graph, opset_imports=domains, functions=[block], ir_version=8))
+    np.savez(bench.data, x=np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32))
+    report = _report(bench, "--exclude", "block_y")
+    (reader,) = _weights(report)
+    assert reader.endswith(" (part of block_h)")
+    assert {skip["site"].partition(" ")[2] for skip in report["skips"]} == {"(part of block_y)"}
+    assert {"h", "y", "part 1 of h"} <= {row["tensor"] for row in report["tensors"]}
+    command = ("inspect", bench.model, "--exclude", "block_y", "--json")
+    view = json.loads(here(bench.capsys, *command).out)["targets"]["simulate"]
+    assert {skip["site"].partition(" ")[2] for skip in view["skips"]} == {"(part of block_y)"}

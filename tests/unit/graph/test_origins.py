@@ -72,6 +72,7 @@ def test_fused_nodes_are_parts_of_what_they_were_fused_into(tmp_path: Path) -> N
     (gelu,) = (n.name for n in result.graph.nodes if n.op == "Gelu")
     homes = _homes(result)
     assert [homes[n.name] for n in nodes] == [(gelu,)] * 5 + [(nodes[5].name,)]
+    assert nodes[5].name not in result.node_labels()
 
 
 def _with_a_function() -> onnx.ModelProto:
@@ -109,3 +110,7 @@ def test_a_function_is_all_that_it_holds_and_its_inner_tensors_are_parts_of_its_
     inner = [n.outputs[0].name for n in result.graph.nodes if n.op == "MatMul"]
     assert [result.user_name(name) for name in inner] == ["part 1 of h", "part 1 of y"]
     assert result.user_name("h") == "h"
+    labels = result.node_labels()
+    assert set(labels) == {n.name for n in result.graph.nodes}
+    assert labels[first[0].name] == f"{first[0].name} (part of first)"
+    assert labels[second[1].name].endswith(" (part of second)")
