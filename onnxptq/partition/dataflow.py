@@ -159,7 +159,9 @@ def _schedule(
 
     Among the nodes that can run, the one after which the fewest tensors are alive goes first. Where that
     is not more than before, the one that reads the newest tensor (it continues a path); where it is more,
-    the one that reads the oldest (it starts the path that has waited longest). Of the readers of one tensor
+    the one that reads the oldest (it starts the path that has waited longest). Products of one tensor whose results
+    are needed one after the other, as the keys and values of all layers of a decoder are, wait until nothing else can
+    run, and then go in that order: the tensor takes less than all of them. Of the readers of one tensor
     products go last: a pooled skip then takes the tensor's place early. Free tensors come first of all.
     """
     writers = {t.name: i for i, node in enumerate(nodes) for t in node.outputs if t.name}
@@ -175,18 +177,20 @@ def _schedule(
             dependents.setdefault(j, []).append(i)
     born: dict[str, int] = {}
     comes_back = _returns(reads, dependents)
+    waits = _waits(nodes, reads, dependents, free)
 
-    def priority(i: int) -> tuple[int, int, bool, bool, int]:
+    def priority(i: int) -> tuple[int, int, int, int, bool, bool, int]:
         names = [name for name in reads[i] if name not in free]
         if not names:
-            return -len(nodes), 0, False, False, i
+            return -len(nodes), 0, 0, 0, False, False, i
         freed = sum(pending[name] == 1 and name in born for name in names)
         # An input of the graph becomes alive when it is first read, if it will be read again.
         taken = sum(pending[name] > 1 and name not in born for name in names)
         made = sum(pending.get(t.name, 0) > 0 for t in nodes[i].outputs if t.name)
         growth = made + taken - freed
         newest = max(born.get(name, -1) for name in names)
-        return growth, (newest if growth > 0 else -newest), comes_back[i], is_product(nodes[i]), i
+        wait, more, age = (waits[i], growth, newest) if growth > 0 else (0, 0, -newest)
+        return min(growth, 1), wait, more, age, comes_back[i], is_product(nodes[i]), i
 
     ready = [i for i, count in enumerate(waiting) if count == 0]
     order: list[int] = []
@@ -216,3 +220,45 @@ def _returns(reads: Sequence[tuple[str, ...]], dependents: Mapping[int, Sequence
         for j in dependents.get(i, ()):
             behind[i] |= behind[j] | 1 << j
     return [any(behind[i] & readers[name] for name in names) for i, names in enumerate(reads)]
+
+
+def _waits(
+    nodes: Sequence[gs.Node],
+    reads: Sequence[tuple[str, ...]],
+    dependents: Mapping[int, Sequence[int]],
+    free: frozenset[str],
+) -> Sequence[int]:
+    """Per node, the turn of a product whose tensor has at least two products that are needed later than its first
+    one; 0 for the others."""
+    meetings = _meetings(reads, dependents, free)
+    products: dict[str, list[int]] = {}
+    for i, names in enumerate(reads):
+        if is_product(nodes[i]):
+            for name in names:
+                products.setdefault(name, []).append(meetings[i])
+    queued = {name for name, found in products.items() if sum(turn > min(found) for turn in found) > 1}
+    return [
+        meetings[i] if is_product(nodes[i]) and not queued.isdisjoint(names) else 0
+        for i, names in enumerate(reads)
+    ]
+
+
+def _meetings(
+    reads: Sequence[tuple[str, ...]], dependents: Mapping[int, Sequence[int]], free: frozenset[str]
+) -> Sequence[int]:
+    """Per node, how deep the first node lies in which its result meets another tensor, as the most nodes on a path to
+    it; that of the result's end where there is none. Nodes are sorted."""
+    depth = [0] * len(reads)
+    for i in range(len(reads)):
+        for j in dependents.get(i, ()):
+            depth[j] = max(depth[j], depth[i] + 1)
+    found = list(depth)
+    for i in reversed(range(len(reads))):
+        found[i] = min(
+            (
+                depth[j] if sum(name not in free for name in reads[j]) > 1 else found[j]
+                for j in dependents.get(i, ())
+            ),
+            default=depth[i],
+        )
+    return found

@@ -453,4 +453,27 @@ def two_towers() -> gs.Graph:
     return net.built(net.op("MatMul", towers[0], net.op("Transpose", towers[1], perm=[1, 0])))[0]
 
 
-OTHERS: Mapping[str, Callable[[], gs.Graph]] = {"unet": unet, "detector": detector, "two_towers": two_towers}
+def decoder(depth: int = 5) -> gs.Graph:
+    """Layers of self-attention, attention over one memory, and MLP; nothing is shared but the memory."""
+    net = Net({"x": ["n", 6, 8], "memory": ["n", 10, 4]})
+
+    def attend(query: str, read: str, width: int) -> str:
+        q, k, v = net.linear(query, 8, 8), net.linear(read, width, 8), net.linear(read, width, 8)
+        scores = net.op("MatMul", q, net.op("Transpose", k, perm=[0, 2, 1]))
+        return net.linear(net.op("MatMul", net.op("Softmax", scores, axis=-1), v), 8, 8)
+
+    x, memory = "x", net.op("Relu", net.linear("memory", 4, 4))
+    for _ in range(depth):
+        y = net.norm(x, 8)
+        x = net.op("Add", x, attend(y, y, 8))
+        x = net.op("Add", x, attend(net.norm(x, 8), memory, 4))
+        x = net.op("Add", x, mlp(net, net.norm(x, 8), 8))
+    return net.built(net.linear(x, 8, 5))[0]
+
+
+OTHERS: Mapping[str, Callable[[], gs.Graph]] = {
+    "decoder": decoder,
+    "unet": unet,
+    "detector": detector,
+    "two_towers": two_towers,
+}

@@ -200,6 +200,14 @@ def test_the_shape_of_a_tensor_inside_an_earlier_block_is_known() -> None:
     assert_composition_equals_network(graph, blocks)
 
 
+def test_keys_and_values_of_a_memory_are_computed_in_the_layer_that_reads_them() -> None:
+    blocks = find_blocks(small_networks.decoder())
+    # Four of the five layers are blocks; in the last one keys may take the place of the memory, which ends there.
+    assert [block.kind for block in blocks[1:5]] == ["joined"] * 4
+    assert [block.inputs[1:] for block in blocks[1:5]] == [("Relu_2",)] * 4
+    assert [len(block.outputs) for block in blocks] == [1] * len(blocks)
+
+
 def test_a_residual_unit_is_the_last_use_of_its_input() -> None:
     """Else the input would stay alive behind the unit, and a cut inside it would look as good as one behind."""
     net = image_net()
