@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,6 +69,10 @@ class Learning:
     is_tuned: bool = False
     warm_up: float = 0.2
     decision: float = 0.01
+
+    def judges(self, samples: int) -> int:
+        """How many of ``samples`` judge, and are not learnt from."""
+        return math.ceil(self.held_out * samples) if samples > 1 else 0
 
 
 FAST = Learning(steps=0)

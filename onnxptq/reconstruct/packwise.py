@@ -28,6 +28,7 @@ from onnxptq.reconstruct.initial import with_bias_grids
 from onnxptq.reconstruct.layer_noise import layer_noise
 from onnxptq.reconstruct.learning import Learning
 from onnxptq.reconstruct.low_rank import correct_pack
+from onnxptq.reconstruct.objective import Objective, norms_of
 from onnxptq.reconstruct.pack_data import UNIT, PackData, most_together, run_all
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 from onnxptq.reconstruct.rank_search import RankChoice, choose_ranks
@@ -255,6 +256,10 @@ def _solved(
             device=data.network.device,
         )
 
+    def noise(solution: Solution) -> float | None:
+        return _noise(index, pack, plan, solution, data, order, settings)
+
+    before = noise(solution)
     choices: Mapping[str, RankChoice] = {}
     if settings.weights == "low-rank":
         solution, corrections = correct_pack(
@@ -274,13 +279,18 @@ def _solved(
             has_floats=settings.adds_branches,
         )
     learned = quantizers({name: (choice.factors,) for name, choice in choices.items()})
-    outcome = None
+    ids, steps = learned.learned_ids(), 0
+    noises: Mapping[str, tuple[float, float]] = {}
     if settings.steps and not learned.is_empty:
-        before, after, steps = train(data, learned, settings, generator, suffix, order=order)
+        _, after, steps = train(data, learned, settings, generator, suffix, order=order)
         # Other processors may have rounded otherwise.
         learned.restore(data.ranks.broadcast(learned.state()))
         solution = learned.hardened()
-        noise = layer_noise(index, pack, plan, data, choices, start=start, solution=solution)
+        noises = layer_noise(index, pack, plan, data, choices, start=start, solution=solution)
+    else:
+        after = noise(solution) or 0.0
+    outcome = None
+    if before is not None and not learned.is_empty:
         outcome = PackOutcome(
             pack=pack.index,
             blocks=len(pack.blocks),
@@ -293,12 +303,32 @@ def _solved(
                     rank=choice.factors.rank,
                     candidates=choice.candidates,
                     shares=choice.shares,
-                    before=noise[name][0],
-                    after=noise[name][1],
+                    before=noises[name][0],
+                    after=noises[name][1],
                 )
                 for name, choice in choices.items()
-                if name in noise
+                if name in noises
             ),
         )
     data.module.clear_hooks()
-    return Finished(solution=solution, settled=state.settled | learned.learned_ids(), outcome=outcome)
+    return Finished(solution=solution, settled=state.settled | ids, outcome=outcome)
+
+
+def _noise(
+    index: GraphIndex,
+    pack: Pack,
+    plan: QuantPlan,
+    solution: Solution,
+    data: PackData,
+    order: Sequence[int],
+    settings: Learning,
+) -> float | None:
+    """Noise over signal of the pack's outputs on the samples that judge, or on all; None if it writes no floats."""
+    judges = order[: settings.judges(len(data))] or order
+    norms = norms_of(data, judges)
+    if not norms.variance:
+        return None
+    set_hooks(data.module, quantizing_hooks(index.graph, pack, plan, solution))
+    found, _ = Objective(data, norms).measured(judges)
+    data.module.clear_hooks()
+    return found

@@ -55,7 +55,7 @@ def train(
     """
     if order is None:
         order = torch.randperm(len(data), generator=generator).tolist()
-    held_out = math.ceil(settings.held_out * len(data)) if len(data) > 1 else 0
+    held_out = settings.judges(len(data))
     judges, pupils = order[:held_out], order[held_out:]
     norms = norms_of(data, judges or pupils)
     if not norms.variance:
