@@ -86,7 +86,7 @@ def compile_program(graph: gs.Graph, *, inputs: Sequence[str], outputs: Sequence
     if refused:
         raise UnsupportedOperatorError(
             "These operators cannot be turned into torch: " + "; ".join(str(u) for u in refused[:8]),
-            "Leave the region around them in float, or choose a method that needs no gradients.",
+            "Choose method auto, which then rounds layers one by one, or rtn.",
         )
     return _Layout(inputs).build(prepared, outputs, _constants_of(graph))
 
