@@ -134,21 +134,24 @@ class Session:
             options.optimized_model_filepath = str(optimized_path)
         self.provider = provider
         self._label = label(model)
-        self._session = self._load(ort, model, options)
+        self._session = self._load(ort, model, options, exact=exact)
         self.input_names = tuple(i.name for i in self._session.get_inputs())
         self.outputs: Sequence[tuple[str, str, Sequence[int | str | None]]] = tuple(
             (o.name, o.type, tuple(o.shape)) for o in self._session.get_outputs()
         )
         self.output_names = tuple(name for name, _, _ in self.outputs)
 
-    def _load(self, ort: Any, model: Path | bytes, options: ort.SessionOptions) -> Any:
+    def _load(self, ort: Any, model: Path | bytes, options: ort.SessionOptions, *, exact: bool) -> Any:
         wanted = _PROVIDERS[self.provider]
         if wanted not in ort.get_available_providers():
             raise EnvironmentMismatchError(
                 f"onnxruntime offers no {wanted} (it has {', '.join(ort.get_available_providers())}).",
                 "Install onnxptq[gpu] on a machine with an NVIDIA GPU, or ask for --provider cpu.",
             )
-        providers = [wanted] if self.provider == "cpu" else [wanted, _PROVIDERS["cpu"]]
+        providers: list[Any] = [wanted] if self.provider == "cpu" else [wanted, _PROVIDERS["cpu"]]
+        if exact and self.provider == "cuda":
+            # By default products of float32 are taken with 10 bits of mantissa.
+            providers[0] = (wanted, {"use_tf32": "0"})
         source = str(model) if isinstance(model, Path) else model
         try:
             session = ort.InferenceSession(source, options, providers=providers)
