@@ -85,6 +85,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(tool=OURS, name="rtn", beds=ALL, recipe={"method": "rtn"}),
     Setting(tool=OURS, name="simulate", beds=("resnet20", "vit"), recipe={"target": "simulate"}),
     Setting(
+        tool=OURS, name="simulate-residuals", beds=("vit",), recipe={"target": "simulate", "residuals": True}
+    ),
+    Setting(
         tool=OURS, name="simulate-rtn", beds=("resnet20",), recipe={"target": "simulate", "method": "rtn"}
     ),
     Setting(tool=OURS, name="tensorrt", beds=("vit", "swin", "points"), recipe={"target": "tensorrt"}),
@@ -140,6 +143,7 @@ FLOORS: Mapping[tuple[str, str], Floor] = {
     ("resnet20", "onnxptq:simulate"): Floor(sqnr_db=31.5),
     ("vit", "onnxptq:default"): Floor(agreement=0.995, sqnr_db=33.0),
     ("vit", "onnxptq:simulate"): Floor(agreement=0.995, sqnr_db=30.0),
+    ("vit", "onnxptq:simulate-residuals"): Floor(agreement=0.995, sqnr_db=30.0),
     ("vit", "onnxptq:tensorrt"): Floor(agreement=0.99, sqnr_db=24.5),
     ("pointnet", "onnxptq:default"): Floor(agreement=0.97),
     ("fastestdet", "onnxptq:default"): Floor(sqnr_db=20.0, map50_loss=1.0),

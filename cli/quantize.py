@@ -107,6 +107,11 @@ from .progress import TerminalProgress
 @click.option("-w", "--weight-bits", type=int, help="2 to 8. [default: 8]")
 @click.option("-a", "--activation-bits", type=int, help="2 to 8. [default: 8]")
 @click.option(
+    "--residuals/--no-residuals",
+    default=None,
+    help="simulate: quantize the sums of residual connections as well. [default: no]",
+)
+@click.option(
     "--average-bits",
     type=float,
     help="Choose bits per pack: this many on average over weights, and over activations.",

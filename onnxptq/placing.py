@@ -57,6 +57,7 @@ def placement_request(
         weight_bits=recipe.weight_bits,
         activation_bits=recipe.activation_bits,
         weight_storage="int4" if model.opset >= 21 and recipe.target == "simulate" else "int8",
+        residuals=recipe.residuals,
         bits_of=bits,
         declined=declined,
         uncalibrated=uncalibrated,

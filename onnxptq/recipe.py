@@ -69,6 +69,7 @@ class Recipe(BaseModel):
             what leaves least noise there for ``auto``, and 1 for other methods and targets.
         weight_bits, activation_bits: grid sizes, 2 to 8. A deployment target maps what it cannot run to 8.
             Where bits are chosen per pack, the analysis starts from these (default: nearest to the average).
+        residuals: whether ``simulate`` quantizes the sums of residual connections as well.
         observer: how activation ranges are chosen; ``auto`` measures several on calibration samples.
         percentile: percent of values kept by the percentile observer.
         include, exclude: node selectors, a list or a single one; with ``include`` only matching nodes are quantized.
@@ -115,6 +116,7 @@ class Recipe(BaseModel):
     softmax_root: int | None = Field(default=None, ge=1, le=8)
     weight_bits: int = Field(default=8, ge=2, le=8)
     activation_bits: int = Field(default=8, ge=2, le=8)
+    residuals: bool = False
     observer: ObserverChoice = "auto"
     percentile: float = Field(default=99.999, gt=50.0, le=100.0)
     include: tuple[str, ...] = ()
@@ -158,7 +160,12 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _roots_are_simulated(self) -> Self:
+    def _only_simulated(self) -> Self:
+        if self.residuals and self.target != "simulate":
+            raise ValueError(
+                "residuals is for target simulate: tensorrt quantizes sums of residual connections in any case, "
+                "ort-cpu adds them faster in float"
+            )
         if (self.softmax_root or 1) > 1 and self.target != "simulate":
             raise ValueError(f"softmax_root is for target simulate: no kernel of {self.target} takes powers")
         return self

@@ -83,12 +83,14 @@ class PlacementRequest:
     """What the user asked for, already resolved to node names.
 
     ``weight_bits`` and ``activation_bits`` are defaults; ``bits_of`` overrides them per node as
-    (weight, activation). ``declined`` maps a node to the reason why it must stay in float.
+    (weight, activation). ``residuals`` asks for sums of residual connections where a target has the choice.
+    ``declined`` maps a node to the reason why it must stay in float.
     """
 
     weight_bits: int = 8
     activation_bits: int = 8
     weight_storage: Literal["int8", "int4"] = "int8"
+    residuals: bool = False
     bits_of: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     declined: Mapping[str, str] = field(default_factory=dict)
     uncalibrated: Mapping[str, str] = field(default_factory=dict)

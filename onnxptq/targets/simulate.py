@@ -5,6 +5,7 @@
 | Conv, ConvTranspose, Gemm | input 0 | per output channel | float | float |
 | MatMul | both inputs, or the one that is not constant | per output channel; a stack per tensor | float | float |
 | Mul of softmax weights and values, summed | both inputs | | | float |
+| with `residuals`: Add behind a product | the skip input | | | float |
 
 Activation grids are unsigned and asymmetric, stored in uint8 behind a Clip where they are narrower than
 8 bits; weight grids are signed and symmetric. This is the placement of the quantization literature: the
@@ -25,6 +26,7 @@ from onnxptq.targets.placement import (
     channel_axis_of_matmul,
     tie_movements,
 )
+from onnxptq.targets.residuals import place_residual_sums
 from onnxptq.types import QType, QuantPlan
 
 NAME = "simulate"
@@ -48,4 +50,6 @@ def place(index: GraphIndex, request: PlacementRequest) -> QuantPlan:
             placer.apply_row(found.product, _WEIGHTED_SUM)
         if found.root and placer.is_quantized_edge(found.weights, found.product):
             placer.move_edge(found.product, found.weights_index, found.softmax, 0)
+    if request.residuals:
+        place_residual_sums(placer, tuple(TABLE))
     return placer.finish(NAME, tie_movements(placer))

@@ -35,6 +35,7 @@ from onnxptq.targets.placement import (
     channel_axis_of_matmul,
     tie_movements,
 )
+from onnxptq.targets.residuals import place_residual_sums
 from onnxptq.types import QType, QuantPlan, Skip
 
 NAME = "tensorrt"
@@ -80,47 +81,9 @@ def place(index: GraphIndex, request: PlacementRequest) -> QuantPlan:
     """Quantizers where TensorRT's INT8 kernels fuse them. Activation grids are int8; weights may be narrower."""
     placer = Placer(index, request, activation=lambda bits: QType.signed(8), symmetric=True)
     placer.apply(TABLE)
-    _place_residual_sums(placer)
+    place_residual_sums(placer, _PRODUCTS)
     groups = _place_pools_and_concats(placer)
     return placer.finish(NAME, tie_movements(placer, groups))
-
-
-def _place_residual_sums(placer: Placer) -> None:
-    """Quantize the skip input of a sum, so that the product on the other input fuses the sum into its kernel."""
-    position = {node.name: i for i, node in enumerate(placer.index.nodes)}
-    for node in placer.index.nodes:
-        if (
-            node.op != "Add"
-            or any(is_constant(t) for t in node.inputs)
-            or node.name in placer.request.declined
-        ):
-            continue
-        products = [i for i in (0, 1) if _is_product_output(placer, node.inputs[i].name, node)]
-        if not products:
-            continue
-        # With a product on both sides the later one fuses; the other is then the skip input.
-        fused = max(products, key=lambda i: position[_producer_name(placer, node.inputs[i].name)])
-        skip = 1 - fused
-        if node.inputs[skip].name not in placer.request.uncalibrated:
-            placer.add_edge(node, skip)
-            placer.quantized_nodes.add(node.name)
-
-
-def _producer_name(placer: Placer, tensor: str) -> str:
-    producer = placer.index.producer(tensor)
-    assert producer is not None
-    return str(producer.name)
-
-
-def _is_product_output(placer: Placer, tensor: str, reader: gs.Node) -> bool:
-    """Whether ``tensor`` is a quantized product (with its bias Add) that only ``reader`` reads."""
-    producer = placer.index.producer(tensor)
-    if producer is None or placer.index.sole_user(tensor) is not reader:
-        return False
-    if producer.op == "Add" and sum(is_constant(t) for t in producer.inputs) == 1:
-        bias = next(i for i, t in enumerate(producer.inputs) if is_constant(t))
-        return _is_product_output(placer, producer.inputs[1 - bias].name, producer)
-    return producer.op in _PRODUCTS and producer.name in placer.quantized_nodes
 
 
 def _place_pools_and_concats(placer: Placer) -> ScaleGroups:

@@ -193,6 +193,19 @@ def test_tensorrt_quantizes_the_skip_input_of_a_residual_sum(tmp_path: Path) -> 
     assert ("sum", 1) not in edges
 
 
+@pytest.mark.parametrize("residuals", [False, True])
+def test_simulation_quantizes_sums_of_residual_connections_where_asked(
+    residuals: bool, tmp_path: Path
+) -> None:
+    edges = _edges(
+        _place(NETS["residual_block"](), tmp_path, "simulate", residuals=residuals, activation_bits=5)
+    )
+    assert (("sum", 1) in edges) == residuals
+    if residuals:
+        assert edges["sum", 1].qtype.bits == 5
+    assert ("sum", 0) not in edges
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 def test_of_two_products_in_a_sum_the_later_one_fuses(swapped: bool, tmp_path: Path) -> None:
     net = Net()
