@@ -80,6 +80,11 @@ from .progress import TerminalProgress
     "spoilt beside layers, in float, where that pays. auto: measure them. Left out: merge for aiqvit, else off.",
 )
 @click.option(
+    "--low-rank-candidates",
+    metavar="R,R,...",
+    help="Ranks that merge chooses from, as far as a layer goes. Left out: 10,20,50,100,150.",
+)
+@click.option(
     "--easy-first/--no-easy-first",
     default=None,
     help="Gradient steps see the samples with the lowest loss first. Left out: with aiqvit.",

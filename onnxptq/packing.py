@@ -114,6 +114,8 @@ def learning(recipe: Recipe) -> Learning:
         found = replace(found, latent_rate=PAPER.latent_rate)
     if recipe.merges_low_rank:
         found = replace(found, weights="low-rank", **_LOW_RANK[recipe.reconstruction_effort])
+        if recipe.low_rank_candidates:
+            found = replace(found, ranks=recipe.low_rank_candidates)
     return replace(
         found,
         is_global=recipe.loss == "global-local",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -59,6 +59,8 @@ class Recipe(BaseModel):
             these before rounding; ``off`` learns the weights themselves; ``branch`` puts what rounding has spoilt
             beside the layers where that pays, in float and of low rank; ``auto`` measures all of these that go with
             method and effort. None is ``merge`` for ``aiqvit`` and ``off`` for the other methods.
+        low_rank_candidates: ranks that ``merge`` chooses from, as far as a layer goes; None is 10, 20, 50, 100
+            and 150.
         easy_first: whether gradient steps see the samples with the lowest loss first. None does so for ``aiqvit``.
         focus: whether gradient steps learn both ends of softmax ranges, instead of their scale. None does so for
             ``aiqvit``.
@@ -110,6 +112,7 @@ class Recipe(BaseModel):
     loss: Literal["plain", "fisher", "global-local"] = "plain"
     output_loss: Literal["auto", "kl", "relative"] = "auto"
     low_rank: LowRank | None = None
+    low_rank_candidates: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     easy_first: bool | None = None
     focus: bool | None = None
     tune: bool | None = None
@@ -145,6 +148,12 @@ class Recipe(BaseModel):
     max_loss: float | None = Field(default=None, ge=0.0)
     allocator: Allocator = "exact"
     plan: str | None = None
+
+    @field_validator("low_rank_candidates", mode="before")
+    @classmethod
+    def _numbers_in_a_text(cls, value: object) -> object:
+        """As the command line gives them, between commas."""
+        return value.split(",") if isinstance(value, str) else value
 
     @field_validator("include", "exclude", mode="before")
     @classmethod
@@ -188,6 +197,10 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"loss {self.loss} is made small by gradient steps: it needs effort balanced or paper"
             )
+        if self.low_rank_candidates == ():
+            raise ValueError("low_rank_candidates holds no rank")
+        if self.low_rank_candidates and self.low_rank is None and "merge" not in self.low_rank_choices:
+            raise ValueError("low_rank_candidates are ranks of low_rank merge")
         if self.easy_first and not self.learns:
             raise ValueError("easy_first orders gradient steps: it needs effort balanced or paper")
         if self.tune and not self.learns:

@@ -201,6 +201,23 @@ def test_low_rank_corrections_are_merged(kind: str, method: str, tmp_path: Path)
     assert again.output.read_bytes() == first
 
 
+def test_the_ranks_to_choose_from_are_the_users(tmp_path: Path) -> None:
+    options = {"weight_bits": 3, "activation_bits": 4, "method": "aiqvit", "low_rank_candidates": (2, 5, 99)}
+    found = _quantized("two inputs", tmp_path, target="simulate", **options)
+    ranks = [rank for pack in found.report.packs for rank in pack.ranks]
+    assert ranks
+    assert {rank.candidates for rank in ranks} <= {(2, 4), (2, 5, 6), (2, 5, 8), (2, 5, 16)}
+    assert all(rank.rank in rank.candidates for rank in ranks)
+    assert Recipe.create({"method": "aiqvit", "low_rank_candidates": "2,5"}).low_rank_candidates == (2, 5)
+    for values, said in (
+        ({"low_rank_candidates": (4,)}, "are ranks of low_rank merge"),
+        ({"low_rank_candidates": (), "method": "aiqvit"}, "holds no rank"),
+        ({"low_rank_candidates": "4,0", "method": "aiqvit"}, "greater than or equal to 1"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            Recipe.create(values)
+
+
 @pytest.fixture
 def free_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Branches for small layers, whatever they cost."""
