@@ -151,7 +151,7 @@ from .progress import TerminalProgress
     "--shift/--no-shift",
     default=None,
     help="Try channels shifted to the middle of their ranges, exact as well. Left out: behind "
-    "activations for tensorrt, and in attention at 8 bits.",
+    "activations for tensorrt, in attention at 8 bits, and everywhere with aiqvit.",
 )
 @click.option(
     "--compensate/--no-compensate", default=None, help="Try error-compensated rounding. [default: yes]"

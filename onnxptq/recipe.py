@@ -79,7 +79,7 @@ class Recipe(BaseModel):
         equalize, rotate, compensate, correct_bias: parts of ``auto`` that can be turned off.
         shift: whether channels shifted to the middle of their ranges are tried. None does so behind activations
             only, by subtractions, for a target whose activations are symmetric about 0, and at 8 bits shifts the
-            values of attention against the noise of quantized attention weights.
+            values of attention against the noise of quantized attention weights; with ``aiqvit`` it tries all.
         samples: at most this many calibration samples, spread evenly over the data.
         holdout: share of the samples kept out of calibration for the quality numbers, where no evaluation
             data is given.
@@ -228,8 +228,9 @@ class Recipe(BaseModel):
 
     @property
     def tries_shift(self) -> bool:
-        """Whether shifted channels are tried between layers."""
-        return self.method != "rtn" and bool(self.shift)
+        """Whether shifted channels are tried between layers; AIQViT makes the offsets of channels behind a LayerNorm
+        alike, as it does their scales."""
+        return self.method != "rtn" and (self.method == "aiqvit" if self.shift is None else self.shift)
 
     @property
     def tries_subtraction(self) -> bool:

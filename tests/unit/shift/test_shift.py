@@ -246,10 +246,15 @@ def test_a_form_that_computes_something_else_is_dropped(
 
 
 def test_shifts_are_tried_when_asked_for() -> None:
-    tried = [{"shift": True}, {"shift": True, "weight_bits": 4}]
+    tried = [{"shift": True}, {"shift": True, "weight_bits": 4}, {"method": "aiqvit"}]
     for values in tried:
         assert Recipe.create(values).tries_shift
-    for values in ({}, {"weight_bits": 4}, {"shift": True, "method": "rtn"}):
+    for values in (
+        {},
+        {"weight_bits": 4},
+        {"shift": True, "method": "rtn"},
+        {"shift": False, "method": "aiqvit"},
+    ):
         assert not Recipe.create(values).tries_shift
 
 
