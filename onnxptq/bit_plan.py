@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from onnxptq.allocate.choices import Allocation, Choice, PackChoices
+from onnxptq.allocate.choices import Allocation, Choice, PackChoices, average_bits
 from onnxptq.errors import RecipeError
 from onnxptq.recipe import Recipe, read_yaml_mapping
 from onnxptq.types import CanonicalModel, Pack, Sensitivity
@@ -239,10 +239,9 @@ def executed(plan: BitPlan, activation_bits: int | None) -> BitPlan:
 
 def _average(entries: Sequence[tuple[int | None, int | None]]) -> float | None:
     known = [(n, bits) for n, bits in entries if n is not None and bits is not None]
-    total = sum(n for n, _ in known)
-    if not total or len(known) < sum(bits is not None for _, bits in entries):
+    if not any(n for n, _ in known) or len(known) < sum(bits is not None for _, bits in entries):
         return None
-    return _round(sum(n * bits for n, bits in known) / total)
+    return _round(average_bits(known))
 
 
 def _expected_loss(packs: Sequence[PackEntry]) -> float | None:

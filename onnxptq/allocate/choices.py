@@ -112,6 +112,10 @@ def _bits(choice: Choice | None) -> int | None:
 
 
 def _average(elements: Sequence[int], chosen: Sequence[Choice | None]) -> float:
-    taken = [(n, c.bits) for n, c in zip(elements, chosen, strict=True) if c is not None]
-    total = sum(n for n, _ in taken)
-    return sum(n * bits for n, bits in taken) / total if total else 0.0
+    return average_bits([(n, c.bits) for n, c in zip(elements, chosen, strict=True) if c is not None])
+
+
+def average_bits(entries: Sequence[tuple[int, int]]) -> float:
+    """The average over all elements, of numbers of elements and their bits; 0 for no element."""
+    total = sum(n for n, _ in entries)
+    return sum(n * bits for n, bits in entries) / total if total else 0.0

@@ -9,7 +9,7 @@ on the network's outputs (:mod:`onnxptq.reconstruct.tuning`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,11 +131,8 @@ def _reconstructed(
     inputs = [{n: vault.keep(v.detach()) for n, v in values.items()} for values in floats if whole]
     importance: Mapping[str, torch.Tensor] = {}
     if settings.steps and settings.weighting > 0.0:
-        own = {
-            number: values for number, values in zip(numbers, floats, strict=True) if number < FISHER_SAMPLES
-        }
-        weights = fisher_weights(network, own, probability_outputs(model.graph), seed, ranks)
-        importance = {name: value.pow(settings.weighting) for name, value in weights.items()}
+        own = dict(zip(numbers, floats, strict=True))
+        importance = _importance(model, network, own, settings, seed, ranks)
     wanted = None
     if settings.steps and settings.is_global:
         wanted = wanted_outputs(
@@ -168,11 +165,8 @@ def _reconstructed(
         return_memory()
         network.modules[position].clear_hooks()
         later = network.read_behind(position)
-        for values, new in ((floats, after), (quants, moved)):
-            for held, found in zip(values, new, strict=True):
-                held.update(found)
-                for name in [name for name in held if name not in later]:
-                    vault.forget(held.pop(name))
+        _move_on(floats, after, later, vault)
+        _move_on(quants, moved, later, vault)
         if tick is not None:
             tick()
     tuning = None
@@ -198,6 +192,28 @@ def _reconstructed(
         tuning = state.outcome
     solution = with_bias_grids(model.graph, plan, state.solution)
     return Reconstruction(solution=solution, outcomes=tuple(outcomes), tuning=tuning)
+
+
+def _move_on(values: Sequence[Values], found: Sequence[Values], later: Collection[str], vault: Vault) -> None:
+    """Take in what a pack has written for each sample, and forget what no later one reads."""
+    for held, new in zip(values, found, strict=True):
+        held.update(new)
+        for name in [name for name in held if name not in later]:
+            vault.forget(held.pop(name))
+
+
+def _importance(
+    model: CanonicalModel,
+    network: BlockNetwork,
+    samples: Mapping[int, Values],
+    settings: Learning,
+    seed: int,
+    ranks: Ranks,
+) -> Mapping[str, torch.Tensor]:
+    """How much the elements of outputs count, from the first of this rank's ``samples``, by number."""
+    few = {number: values for number, values in samples.items() if number < FISHER_SAMPLES}
+    weights = fisher_weights(network, few, probability_outputs(model.graph), seed, ranks)
+    return {name: value.pow(settings.weighting) for name, value in weights.items()}
 
 
 def _handed_out(ranks: Ranks, samples: Sequence[Sample], count: int, inputs: Sequence[str]) -> list[Values]:
@@ -256,10 +272,18 @@ def _solved(
             device=data.network.device,
         )
 
-    def noise(solution: Solution) -> float | None:
-        return _noise(index, pack, plan, solution, data, order, settings)
+    judges = order[: settings.judges(len(data))] or order
+    objective = Objective(data, norms_of(data, judges))
 
-    before = noise(solution)
+    def noise(solution: Solution) -> float:
+        """Noise over signal of the pack's outputs on the samples that judge, or on all."""
+        set_hooks(data.module, quantizing_hooks(index.graph, pack, plan, solution))
+        found, _ = objective.measured(judges)
+        data.module.clear_hooks()
+        return found
+
+    writes_floats = bool(objective.norms.variance)
+    before = after = noise(solution) if writes_floats else 0.0
     choices: Mapping[str, RankChoice] = {}
     if settings.weights == "low-rank":
         solution, corrections = correct_pack(
@@ -287,48 +311,35 @@ def _solved(
         learned.restore(data.ranks.broadcast(learned.state()))
         solution = learned.hardened()
         noises = layer_noise(index, pack, plan, data, choices, start=start, solution=solution)
-    else:
-        after = noise(solution) or 0.0
+    elif writes_floats:
+        after = noise(solution)
     outcome = None
-    if before is not None and not learned.is_empty:
+    if writes_floats and not learned.is_empty:
         outcome = PackOutcome(
             pack=pack.index,
             blocks=len(pack.blocks),
             before=before,
             after=after,
             steps=steps,
-            ranks=tuple(
-                LayerRank(
-                    weight=name,
-                    rank=choice.factors.rank,
-                    candidates=choice.candidates,
-                    shares=choice.shares,
-                    before=noises[name][0],
-                    after=noises[name][1],
-                )
-                for name, choice in choices.items()
-                if name in noises
-            ),
+            ranks=_layer_ranks(choices, noises),
         )
     data.module.clear_hooks()
     return Finished(solution=solution, settled=state.settled | ids, outcome=outcome)
 
 
-def _noise(
-    index: GraphIndex,
-    pack: Pack,
-    plan: QuantPlan,
-    solution: Solution,
-    data: PackData,
-    order: Sequence[int],
-    settings: Learning,
-) -> float | None:
-    """Noise over signal of the pack's outputs on the samples that judge, or on all; None if it writes no floats."""
-    judges = order[: settings.judges(len(data))] or order
-    norms = norms_of(data, judges)
-    if not norms.variance:
-        return None
-    set_hooks(data.module, quantizing_hooks(index.graph, pack, plan, solution))
-    found, _ = Objective(data, norms).measured(judges)
-    data.module.clear_hooks()
-    return found
+def _layer_ranks(
+    choices: Mapping[str, RankChoice], noises: Mapping[str, tuple[float, float]]
+) -> tuple[LayerRank, ...]:
+    """What was chosen for each weight, and its layer's noise before and after."""
+    return tuple(
+        LayerRank(
+            weight=name,
+            rank=choice.factors.rank,
+            candidates=choice.candidates,
+            shares=choice.shares,
+            before=noises[name][0],
+            after=noises[name][1],
+        )
+        for name, choice in choices.items()
+        if name in noises
+    )

@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.e2e.command import Bench, here
+from tests.unit.graph.graph_helpers import block_function
 from tests.unit.small_nets import Net
 
 
@@ -97,14 +98,6 @@ def test_inspect_lists_what_became_of_each_node(bench: Bench) -> None:
 
 
 def test_reports_name_the_users_nodes(bench: Bench) -> None:
-    block = helper.make_function(
-        "own",
-        "Block",
-        ["i", "w"],
-        ["o"],
-        [helper.make_node("MatMul", ["i", "w"], ["t"]), helper.make_node("Relu", ["t"], ["o"])],
-        [helper.make_opsetid("", 17)],
-    )
     graph = helper.make_graph(
         [helper.make_node("Block", [a, "w"], [b], f"block_{b}", domain="own") for a, b in ("xh", "hy")],
         "net",
@@ -113,7 +106,7 @@ def test_reports_name_the_users_nodes(bench: Bench) -> None:
         [numpy_helper.from_array(np.eye(32, dtype=np.float32), "w")],
     )
     domains = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
-    bench.write(helper.make_model(graph, opset_imports=domains, functions=[block], ir_version=8))
+    bench.write(helper.make_model(graph, opset_imports=domains, functions=[block_function()], ir_version=8))
     np.savez(bench.data, x=np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32))
     report = _report(bench, "--exclude", "block_y")
     (reader,) = _weights(report)

@@ -103,3 +103,15 @@ def assert_close(
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
     return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(np.float32)
+
+
+def block_function() -> onnx.FunctionProto:
+    """``own.Block(i, w)``: the Relu of a product."""
+    return helper.make_function(
+        "own",
+        "Block",
+        ["i", "w"],
+        ["o"],
+        [helper.make_node("MatMul", ["i", "w"], ["t"]), helper.make_node("Relu", ["t"], ["o"])],
+        [helper.make_opsetid("", 17)],
+    )

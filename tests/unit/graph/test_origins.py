@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.origins import FOLDED, PASSIVE, UNUSED
 from onnxptq.types import CanonicalModel, UserNode
-from tests.unit.graph.graph_helpers import build, node, random
+from tests.unit.graph.graph_helpers import block_function, build, node, random
 
 
 def canonical(folder: Path, model: onnx.ModelProto) -> CanonicalModel:
@@ -76,14 +76,6 @@ def test_fused_nodes_are_parts_of_what_they_were_fused_into(tmp_path: Path) -> N
 
 
 def _with_a_function() -> onnx.ModelProto:
-    block = helper.make_function(
-        "own",
-        "Block",
-        ["i", "w"],
-        ["o"],
-        [helper.make_node("MatMul", ["i", "w"], ["t"]), helper.make_node("Relu", ["t"], ["o"])],
-        [helper.make_opsetid("", 17)],
-    )
     graph = helper.make_graph(
         [
             helper.make_node("Block", ["x", "w"], ["h"], "first", domain="own"),
@@ -95,7 +87,7 @@ def _with_a_function() -> onnx.ModelProto:
         [onnx.numpy_helper.from_array(random(4, 4), "w")],
     )
     domains = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
-    return helper.make_model(graph, opset_imports=domains, functions=[block], ir_version=8)
+    return helper.make_model(graph, opset_imports=domains, functions=[block_function()], ir_version=8)
 
 
 def test_a_function_is_all_that_it_holds_and_its_inner_tensors_are_parts_of_its_output(
