@@ -45,6 +45,13 @@ output_loss_option = click.option(
     "[default: auto]",
 )
 
+unknown_operators_option = click.option(
+    "--unknown-operators",
+    type=choices("unknown_operators"),
+    help="Operators that packs cannot learn through (inspect names them): left in float inside the network that is "
+    "learnt, or refused. [default: float]",
+)
+
 max_pack_blocks_option = click.option(
     "--max-pack-blocks", type=int, help="Blocks in a pack, at most. [default: 4]"
 )

@@ -25,6 +25,7 @@ from .options import (
     picture_options,
     samples_option,
     selector_options,
+    unknown_operators_option,
     work_dir_option,
 )
 from .progress import TerminalProgress
@@ -109,6 +110,7 @@ from .progress import TerminalProgress
 )
 @max_pack_blocks_option
 @output_loss_option
+@unknown_operators_option
 @click.option("-w", "--weight-bits", type=int, help="2 to 8. [default: 8]")
 @click.option("-a", "--activation-bits", type=int, help="2 to 8. [default: 8]")
 @click.option(

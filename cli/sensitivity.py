@@ -27,6 +27,7 @@ from .options import (
     picture_options,
     samples_option,
     selector_options,
+    unknown_operators_option,
     work_dir_option,
 )
 from .progress import TerminalProgress
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 @click.option("-a", "--activation-bits", type=int, help="Of its activations. [default: 4]")
 @max_pack_blocks_option
 @output_loss_option
+@unknown_operators_option
 @selector_options
 @samples_option
 @work_dir_option

@@ -17,6 +17,7 @@ import torch
 
 from onnxptq.errors import MemoryBudgetError
 from onnxptq.graph.index import is_constant
+from onnxptq.lowering import check_supported
 from onnxptq.lowering.network import BlockNetwork
 from onnxptq.partition.blocks import find_blocks
 from onnxptq.partition.pack import PackMemory, pack_blocks, pack_memory, whole_network
@@ -80,11 +81,15 @@ _ANY = 1_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """How the network was packed: ``sensitivities`` are empty where packs were not chosen by them."""
+    """How the network was packed: ``sensitivities`` are empty where packs were not chosen by them.
+
+    ``alone`` are blocks that are packs of their own whatever their scores.
+    """
 
     blocks: tuple[Block, ...]
     sensitivities: tuple[Sensitivity, ...]
     packs: tuple[Pack, ...]
+    alone: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +156,9 @@ def find_packing(
         blocks = find_blocks(model.graph, max_linears=1, max_live=_ANY, join=False)
     else:
         blocks = find_blocks(model.graph)
-    packing = Packing(blocks=blocks, sensitivities=(), packs=_singles(blocks))
+    packing = Packing(
+        blocks=blocks, sensitivities=(), packs=_singles(blocks), alone=_standing_alone(model, blocks)
+    )
     if recipe.method in _METHODS or recipe.reconstruction_effort == "fast":
         return packing
     if recipe.method == "auto" and not _has_floats(model):
@@ -350,10 +357,17 @@ def _within(
 
 
 def _packs(packing: Packing, most: int | None) -> tuple[Pack, ...]:
-    """Packs of at most ``most`` blocks by the scores; the first and the last block stay alone."""
-    blocks = packing.blocks
-    ends = (0, len(blocks) - 1) if len(blocks) > 2 else ()
-    return pack_blocks(blocks, packing.sensitivities, max_pack_blocks=most, alone=ends)
+    """Packs of at most ``most`` blocks by the scores."""
+    return pack_blocks(packing.blocks, packing.sensitivities, max_pack_blocks=most, alone=packing.alone)
+
+
+def _standing_alone(model: CanonicalModel, blocks: Sequence[Block]) -> tuple[int, ...]:
+    """The first and the last block, and those with an operator that no gradient passes: what is in front of it would
+    learn nothing beside it."""
+    foreign = {gap.node for gap in check_supported(model.graph)}
+    stopping = [block.index for block in blocks if not foreign.isdisjoint(block.nodes)]
+    ends = [0, len(blocks) - 1] if len(blocks) > 2 else []
+    return tuple(sorted({*ends, *stopping}))
 
 
 def _key(

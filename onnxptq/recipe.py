@@ -55,6 +55,9 @@ class Recipe(BaseModel):
             ``kl`` divergence of class scores, ``relative`` squared error, or ``auto`` by their shapes.
         loss: what gradient steps make small: ``plain`` noise over signal of a pack's outputs, or with ``fisher``
             the same with each channel weighed by how much it moves the network's output.
+        unknown_operators: what becomes of operators that have no torch form where packs are solved: ``float`` lets
+            onnxruntime run them in between, unquantized, and nothing is learnt through them; ``refuse`` stops methods
+            that need torch, and has ``auto`` round layers one by one.
         low_rank: ``merge`` learns weights through low-rank corrections, of ranks that are searched for, and merges
             these before rounding; ``off`` learns the weights themselves; ``branch`` puts what rounding has spoilt
             beside the layers where that pays, in float and of low rank; ``auto`` measures all of these that go with
@@ -111,6 +114,7 @@ class Recipe(BaseModel):
     max_pack_blocks: int | None = Field(default=4, ge=1)
     loss: Literal["plain", "fisher", "global-local"] = "plain"
     output_loss: Literal["auto", "kl", "relative"] = "auto"
+    unknown_operators: Literal["float", "refuse"] = "float"
     low_rank: LowRank | None = None
     low_rank_candidates: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     easy_first: bool | None = None
@@ -295,7 +299,7 @@ class Recipe(BaseModel):
 
     @property
     def needs_torch(self) -> bool:
-        """Whether nothing can be done without a differentiable form of every operator."""
+        """Whether nothing can be done unless torch runs the network."""
         return bool(self.bit_budget) or self.method not in ("auto", "rtn")
 
     @property

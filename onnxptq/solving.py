@@ -80,6 +80,7 @@ BRANCH_MARGIN_DB = 0.5
 """By how much branches must be better than the alternatives to be worth the time that they take whenever the network
 runs."""
 
+_LISTED = 5
 _PLAIN = "nearest rounding"
 _COMPENSATED = "compensated rounding"
 _PACKS = "packs"
@@ -318,14 +319,20 @@ class Solver:
     def _can_be_lowered(self) -> bool:
         """Whether torch can run the network; only ``auto`` has another way where it cannot."""
         # Importing torch takes longer than quantizing a small network without it.
-        from onnxptq.lowering import check_supported
+        from onnxptq.lowering import check_supported, unsupported_nodes
 
-        gaps = check_supported(self.model.graph)
-        if gaps and self.recipe.method == "auto":
+        may_run_foreign = self.recipe.unknown_operators == "float"
+        refused = unsupported_nodes(self.model.graph, may_run_foreign=may_run_foreign)
+        if refused and self.recipe.method == "auto":
             self.notes.append(
-                f"Layers are rounded one by one and not pack by pack: {gaps[0].node}: {gaps[0].reason}"
+                f"Layers are rounded one by one and not pack by pack: {refused[0].node}: {refused[0].reason}"
             )
             return False
+        gaps = check_supported(self.model.graph)
+        if gaps:
+            listed = ", ".join(f"{gap.node} ({gap.op})" for gap in gaps[:_LISTED])
+            more = f" and {len(gaps) - _LISTED} more" if len(gaps) > _LISTED else ""
+            self.notes.append(f"Nothing is learnt through what has no torch form: {listed}{more}.")
         return True
 
     def _by_packs(self, low_rank: LowRank, packed: dict[str, PackSolution]) -> Solution:

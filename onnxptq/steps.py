@@ -79,7 +79,7 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
     if run.recipe.needs_torch:
         from onnxptq.lowering import require_supported
 
-        require_supported(model.graph)
+        require_supported(model.graph, may_run_foreign=run.recipe.unknown_operators == "float")
     if run.recipe.plan is not None:
         apply_bit_plan(run, model, read_bit_plan(Path(run.recipe.plan)), Path(run.recipe.plan))
     require_choices(run, model)

@@ -207,7 +207,7 @@ class Skip:
 ShiftedPlace = Literal["between layers", "behind activations", "in attention"]
 """Where channels are shifted: wherever biases place them, by a subtraction, or in the values of attention alone."""
 
-BlockKind = Literal["plain", "fork", "region", "joined"]
+BlockKind = Literal["plain", "fork", "region", "joined", "float"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +218,8 @@ class Block:
         index: position among the blocks of the network, which run in this order.
         kind: ``plain`` is a chain of layers; ``fork`` runs from one tensor over several paths to one tensor
             (a residual unit, an attention or MLP half); ``region`` likewise from or to several tensors;
-            ``joined`` is attention and MLP halves taken together.
+            ``joined`` is attention and MLP halves taken together; ``float`` holds an operator that has no torch
+            form and no other layer.
         nodes: names of its data nodes, in topological order. Nodes that compute with shapes and constants
             alone belong to no block; every block that needs them computes them again.
         inputs: tensors that it reads from other blocks or from the caller.

@@ -5,7 +5,7 @@ The index is a snapshot: build a new one after an edit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,3 +94,15 @@ def constant_value(tensor: gs.Tensor) -> Array | None:
         return None
     value: Array = tensor.values
     return value
+
+
+def read_tensors(node: gs.Node) -> Iterator[gs.Tensor]:
+    """The inputs of ``node`` that exist, and what its subgraphs read from outside."""
+    yield from (t for t in node.inputs if t.name)
+    for attribute in node.attrs.values():
+        if isinstance(attribute, gs.Graph):
+            own = {t.name for inner in attribute.nodes for t in inner.outputs} | {
+                t.name for t in attribute.inputs
+            }
+            captured = [t for inner in attribute.nodes for t in read_tensors(inner)]
+            yield from (t for t in (*captured, *attribute.outputs) if t.name not in own)

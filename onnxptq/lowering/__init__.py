@@ -1,6 +1,7 @@
 """ONNX sub-graphs as differentiable torch modules."""
 
 from onnxptq.lowering import ops as _ops  # noqa: F401 - importing it fills the registry
+from onnxptq.lowering.foreign import require_supported, unsupported_nodes
 from onnxptq.lowering.module import LoweredModule, lower
 from onnxptq.lowering.program import needed_nodes
 from onnxptq.lowering.registry import (
@@ -12,7 +13,6 @@ from onnxptq.lowering.registry import (
     entries,
     lookup,
     register,
-    require_supported,
 )
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "needed_nodes",
     "register",
     "require_supported",
+    "unsupported_nodes",
 ]

@@ -14,7 +14,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 
-from onnxptq.errors import UnsupportedOperatorError
+from onnxptq.graph.index import read_tensors
+from onnxptq.lowering.foreign import prepare_foreign, refusal
 from onnxptq.lowering.registry import (
     Kernel,
     Prepared,
@@ -70,7 +71,7 @@ def compile_program(graph: gs.Graph, *, inputs: Sequence[str], outputs: Sequence
     """Select the nodes between ``inputs`` and ``outputs`` and give every tensor a slot.
 
     Raises:
-        UnsupportedOperatorError: a needed node cannot be lowered; every such node is named.
+        UnsupportedOperatorError: neither torch nor onnxruntime can run a needed node here; every such node is named.
         ValueError: an output does not exist, or needs a graph input that is not among ``inputs``.
     """
     needed = needed_nodes(graph, inputs=inputs, outputs=outputs)
@@ -80,14 +81,13 @@ def compile_program(graph: gs.Graph, *, inputs: Sequence[str], outputs: Sequence
     for node in needed:
         result = prepare(node, opsets)
         if isinstance(result, Unsupported):
+            result = prepare_foreign(node, opsets, result)
+        if isinstance(result, Unsupported):
             refused.append(result)
         else:
             prepared.append(result)
     if refused:
-        raise UnsupportedOperatorError(
-            "These operators cannot be turned into torch: " + "; ".join(str(u) for u in refused[:8]),
-            "Choose method auto, which then rounds layers one by one, or rtn.",
-        )
+        raise refusal(refused)
     return _Layout(inputs).build(prepared, outputs, _constants_of(graph))
 
 
@@ -114,7 +114,7 @@ def needed_nodes(graph: gs.Graph, *, inputs: Sequence[str], outputs: Sequence[st
             missing[name] = "is no tensor of the graph" if name in outputs else "must be among the inputs"
             continue
         chosen.add(id(node))
-        wanted.extend(t.name for t in node.inputs if t.name)
+        wanted.extend(t.name for t in read_tensors(node) if t.name)
     if missing:
         raise ValueError("; ".join(f"tensor {name!r} {why}" for name, why in sorted(missing.items())))
     nodes = tuple(node for node in graph.nodes if id(node) in chosen)
@@ -124,7 +124,7 @@ def needed_nodes(graph: gs.Graph, *, inputs: Sequence[str], outputs: Sequence[st
 
 def _check_sorted(nodes: Sequence[gs.Node], known: set[str]) -> None:
     for node in nodes:
-        for tensor in node.inputs:
+        for tensor in read_tensors(node):
             if tensor.name and tensor.name not in known:
                 raise ValueError(
                     f"node {node.name!r} reads {tensor.name!r} before it is computed: sort the graph"
@@ -140,7 +140,7 @@ def _constants_of(graph: gs.Graph) -> dict[str, gs.Constant]:
             value = constant_node_value(node)
             if value is not None:
                 found[node.outputs[0].name] = value
-        for tensor in node.inputs:
+        for tensor in read_tensors(node):
             if isinstance(tensor, gs.Constant):
                 found[tensor.name] = tensor
     for tensor in graph.outputs:
@@ -191,7 +191,7 @@ class _Layout:
 
     def _step(self, prepared: Prepared, constants: Mapping[str, gs.Constant]) -> Step:
         node, entry = prepared.node, prepared.entry
-        names = [t.name for t in node.inputs]
+        names = [*(t.name for t in node.inputs), *prepared.captured]
         data = [name for i, name in enumerate(names) if name and i not in entry.host_inputs]
         is_host = self._runs_on_host(data, constants)
         reads, to_device, to_host = [], [], []

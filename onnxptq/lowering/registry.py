@@ -20,7 +20,6 @@ import onnx
 import onnx_graphsurgeon as gs
 import torch
 
-from onnxptq.errors import UnsupportedOperatorError
 from onnxptq.types import Array
 
 MIN_OPSET = 7
@@ -39,9 +38,6 @@ with one entry per node output. Never writes to its arguments."""
 
 class Declined(Exception):  # noqa: N818 - a decision with a reason, caught in this package
     """A builder cannot express this node; the text is the reason."""
-
-
-_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,12 +259,13 @@ def lookup(domain: str, op: str, opset: int) -> Entry | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """A node ready to run."""
+    """A node ready to run. ``captured`` are tensors that it reads behind its inputs, for its subgraphs."""
 
     node: gs.Node
     entry: Entry
     kernel: Kernel
     static_inputs: frozenset[int]
+    captured: tuple[str, ...] = ()
 
 
 def prepare(node: gs.Node, opsets: Mapping[str, int]) -> Prepared | Unsupported:
@@ -306,7 +303,7 @@ def opsets_of(graph: gs.Graph) -> Mapping[str, int]:
 
 
 def check_supported(graph: gs.Graph, nodes: Iterable[gs.Node] | None = None) -> tuple[Unsupported, ...]:
-    """Every node that ``lower`` would refuse, in graph order. Cheap; loads no weights.
+    """Every node that has no torch form, in graph order. Cheap; loads no weights.
 
     Args:
         graph: where the opsets come from.
@@ -321,20 +318,6 @@ def check_supported(graph: gs.Graph, nodes: Iterable[gs.Node] | None = None) -> 
         if isinstance(prepared, Unsupported):
             found.append(prepared)
     return tuple(found)
-
-
-def require_supported(graph: gs.Graph) -> None:
-    """Refuse a graph that ``lower`` would refuse as a whole; cheap.
-
-    Raises:
-        UnsupportedOperatorError: names the operators, their versions and their nodes.
-    """
-    refused = check_supported(graph)
-    if refused:
-        raise UnsupportedOperatorError(
-            "These operators cannot be turned into torch: " + "; ".join(str(u) for u in refused[:_SHOWN]),
-            "Choose method auto or rtn and equal bits, which need no torch.",
-        )
 
 
 def _plain(domain: str | None) -> str:

@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.graph.attention import is_mixing
 from onnxptq.graph.index import is_constant
+from onnxptq.lowering import check_supported
 from onnxptq.partition.dataflow import Dataflow
 from onnxptq.partition.operators import is_linear
 from onnxptq.partition.units import Limits, Span, Sweep
@@ -48,7 +49,9 @@ def find_blocks(
         raise ValueError(f"max_live and max_linears start at 1, got {max_live} and {max_linears}")
     flow = Dataflow(graph)
     limits = Limits(max_live=max_live, max_linears=max_linears, max_weights=max_weights)
-    blocks = tuple(_block_of_span(flow, i, span) for i, span in enumerate(Sweep(flow, limits).spans()))
+    foreign = {gap.node for gap in check_supported(graph)}
+    spans = Sweep(flow, limits, foreign).spans()
+    blocks = tuple(_block_of_span(flow, i, span) for i, span in enumerate(spans))
     return join_halves(graph, blocks) if join else blocks
 
 
@@ -150,7 +153,7 @@ def merge_blocks(members: Sequence[Block], others: Sequence[Block], *, index: in
 
 def _letter(block: Block, nodes: Sequence[gs.Node]) -> str:
     """A for an attention half, M for what may be an MLP half, - for anything else."""
-    if block.kind == "plain":
+    if block.kind in ("plain", "float"):
         return "-"
     if any(is_mixing(node) for node in nodes):
         return "A"
@@ -159,9 +162,9 @@ def _letter(block: Block, nodes: Sequence[gs.Node]) -> str:
 
 def _block_of_span(flow: Dataflow, index: int, span: Span) -> Block:
     positions = range(span.start, span.stop)
-    block = _block(flow, index, positions, "plain" if span.is_plain else "fork")
+    block = _block(flow, index, positions, span.kind)
     is_single = len(block.inputs) <= 1 and len(block.outputs) <= 1
-    return block if is_single else replace(block, kind="region")
+    return block if is_single or span.kind == "float" else replace(block, kind="region")
 
 
 def _block(flow: Dataflow, index: int, positions: Sequence[int], kind: BlockKind) -> Block:

@@ -7,23 +7,12 @@ is transparent: it is recomputed where it is read and never separates or connect
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_graphsurgeon as gs
 
+from onnxptq.graph.index import read_tensors
 from onnxptq.partition.operators import SHAPE_READERS, is_parametrised, is_product
-
-
-def read_tensors(node: gs.Node) -> Iterator[gs.Tensor]:
-    """The inputs of ``node`` that exist, and what its subgraphs read from outside."""
-    yield from (t for t in node.inputs if t.name)
-    for attribute in node.attrs.values():
-        if isinstance(attribute, gs.Graph):
-            own = {t.name for inner in attribute.nodes for t in inner.outputs} | {
-                t.name for t in attribute.inputs
-            }
-            captured = [t for inner in attribute.nodes for t in read_tensors(inner)]
-            yield from (t for t in (*captured, *attribute.outputs) if t.name not in own)
 
 
 class Dataflow:

@@ -27,6 +27,7 @@ import torch
 
 from onnxptq.errors import UsageError
 from onnxptq.graph.index import probability_outputs
+from onnxptq.lowering.joining import can_be_joined
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.output_loss import LossChoice, LossKind, OutputLoss, choose_loss
 from onnxptq.lowering.quantized import Hooks, quantizing_hooks, set_hooks
@@ -247,11 +248,13 @@ def _elements(sample: Sample) -> int:
 
 
 def _is_batchable(network: BlockNetwork, pair: Sequence[Sample]) -> bool:
-    """Whether every output grows with the batch: then rows of a batch are samples."""
-    feed = _tensors(pair)
-    found = network.run(feed, keep=network.outputs)
+    """Whether rows of a batch are samples: every output grows with it, and is what they give one by one."""
+    found = network.run(_tensors(pair), keep=network.outputs)
     rows = {found[name].shape[0] if found[name].ndim else 0 for name in network.outputs}
-    return rows == {_rows(feed)}
+    apart = [_tensors([sample]) for sample in pair]
+    return rows == {_rows(_tensors(pair))} and can_be_joined(
+        lambda feed: network.run(feed, keep=network.outputs), apart
+    )
 
 
 def _rows(feed: Mapping[str, torch.Tensor]) -> int:

@@ -6,16 +6,19 @@ one tensor is alive; the pieces (*units*) are then
     layer   a single product                                    Conv, Gemm, MatMul, ...
     fork    several nodes with a product, from one tensor over several paths to one tensor
     gate    a fork that multiplies its own input                squeeze-and-excitation, x * sigmoid(x)
+    float   operators that no gradient passes                   LSTM, NonMaxSuppression, control flow
     rest    anything without a product                          norms, pools, data movement, activations
 
-A fork is a block, a layer starts one. A fork with more layers than the size cap (a dense block, a decoder
-with long skips, parallel resolutions) is swept again with one more tensor allowed. Tensors that are only
-read by the same concatenations from here on count as one: together they are the concatenated tensor.
+A fork is a block, a layer starts one; a float unit is a block of its own, so that what lies in front of it is
+compared before it. A fork with more layers than the size cap (a dense block, a decoder with long skips, parallel
+resolutions), or with layers beside an operator that no gradient passes, is swept again with one more tensor allowed.
+Tensors that are only read by the same concatenations from here on count as one: together they are the concatenated
+tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -31,7 +34,7 @@ from onnxptq.partition.operators import (
     weight_count,
 )
 
-Role = Literal["layer", "fork", "elementwise", "rest"]
+Role = Literal["layer", "fork", "float", "elementwise", "rest"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +49,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Scheduled nodes ``start`` to ``stop`` (excluded); ``is_plain`` unless it holds a fork."""
+    """Scheduled nodes ``start`` to ``stop`` (excluded)."""
 
     start: int
     stop: int
-    is_plain: bool
+    kind: Literal["plain", "fork", "float"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,13 +69,21 @@ class _Group:
     def is_layer(self) -> bool:
         return self.role == "layer"
 
+    @property
+    def kind(self) -> Literal["plain", "fork", "float"]:
+        return self.role if self.role == "fork" or self.role == "float" else "plain"
+
 
 class Sweep:
-    """Counts of live tensors over the schedule of ``flow``, and the cuts that they allow."""
+    """Counts of live tensors over the schedule of ``flow``, and the cuts that they allow.
 
-    def __init__(self, flow: Dataflow, limits: Limits) -> None:
+    ``foreign`` names the nodes that no gradient passes.
+    """
+
+    def __init__(self, flow: Dataflow, limits: Limits, foreign: Collection[str] = ()) -> None:
         self._flow = flow
         self._limits = limits
+        self._is_foreign = [node.name in foreign for node in flow.nodes]
         live = flow.live()
         tensors = [len(names) for names in live]
         bundles = [len({self._future(name, i) for name in names}) for i, names in enumerate(live)]
@@ -99,14 +110,13 @@ class Sweep:
         result: list[Span] = []
         for group in self._join_depthwise(self._groups(units)):
             if group.role != "fork" or not self._is_large(*group.core) or level + 1 == len(self._levels):
-                result.append(Span(start=group.start, stop=group.stop, is_plain=group.role != "fork"))
+                result.append(Span(start=group.start, stop=group.stop, kind=group.kind))
                 continue
             inner = self._split(*group.core, level=level + 1)
             starts = [group.start, *(span.start for span in inner[1:])]
             stops = [*(span.stop for span in inner[:-1]), group.stop]
             result.extend(
-                Span(start=a, stop=b, is_plain=span.is_plain)
-                for a, b, span in zip(starts, stops, inner, strict=True)
+                Span(start=a, stop=b, kind=span.kind) for a, b, span in zip(starts, stops, inner, strict=True)
             )
         return tuple(result)
 
@@ -122,9 +132,9 @@ class Sweep:
         loose: list[tuple[int, int]] = []
         for unit in units:
             role = self._role(*unit)
-            if role in ("layer", "fork"):
+            if role in ("layer", "fork", "float"):
                 start = loose[0][0] if loose else unit[0]
-                if loose and groups and role == "fork":
+                if loose and groups and role != "layer":
                     groups[-1].stop = start = unit[0]
                 loose = []
                 groups.append(_Group(start=start, stop=unit[1], core=unit, role=role))
@@ -137,6 +147,8 @@ class Sweep:
         return groups or [_Group(start=units[0][0], stop=units[-1][1], core=units[0], role="rest")]
 
     def _belongs_to(self, group: _Group, unit: tuple[int, int], role: Role) -> bool:
+        if group.role == "float":
+            return False
         if group.is_layer or role == "elementwise":
             return True
         inside = self._flow.nodes[group.start : group.stop]
@@ -170,6 +182,11 @@ class Sweep:
 
     def _role(self, start: int, stop: int) -> Role:
         nodes = self._flow.nodes[start:stop]
+        is_foreign = self._is_foreign[start:stop]
+        if any(is_foreign) and all(
+            of_its_own or not is_product(node) for node, of_its_own in zip(nodes, is_foreign, strict=True)
+        ):
+            return "float"
         if not any(is_product(node) for node in nodes):
             return "elementwise" if all(is_elementwise(node) for node in nodes) else "rest"
         if len(nodes) == 1:
@@ -186,6 +203,8 @@ class Sweep:
         nodes = self._flow.nodes[start:stop]
         linears = sum(is_linear(node) for node in nodes)
         weights = self._limits.max_weights
+        if linears and any(self._is_foreign[start:stop]):
+            return True
         return linears > 1 and (
             linears > self._limits.max_linears
             or (weights is not None and sum(map(weight_count, nodes)) > weights)

@@ -9,15 +9,12 @@ from typing import NamedTuple
 import torch
 
 from onnxptq.lowering import LoweredModule
+from onnxptq.lowering.joining import can_be_joined, joined
 from onnxptq.lowering.module import Walk
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.quantized import Hooks, set_hooks
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.reconstruct.vault import SLACK, return_memory
-
-_SAME = 1e-3
-"""By how much, relative to the largest value, running samples together may change a result: summation order
-changes the last digits, a mix-up of samples changes everything."""
 
 UNIT = 16
 """Consecutive samples that one process takes as a whole: the rows that a layer is solved on are picked from passes,
@@ -187,13 +184,6 @@ def _owner(number: int, ranks: Ranks) -> int:
     return number // UNIT % ranks.size
 
 
-def joined(parts: Sequence[Values], names: Sequence[str]) -> Values:
-    """Values of several samples along the first axis."""
-    if len(parts) == 1:
-        return {name: parts[0][name] for name in names}
-    return {name: torch.cat([part[name] for part in parts]) for name in names}
-
-
 def most_together(
     network: BlockNetwork, position: int, values: Sequence[Values], limit: int, ranks: Ranks = ALONE
 ) -> int:
@@ -211,26 +201,6 @@ def most_together(
         is_same = can_be_joined(lambda feed: network.run_block(position, _on(network.device, feed)), pair)
         found = limit if is_same else 1
     return ranks.broadcast(found)
-
-
-def can_be_joined(run: Callable[[Values], Values], pair: Sequence[Values]) -> bool:
-    """Whether running two samples together is the same as running them one after the other."""
-    names = list(pair[0])
-    if any(part[name].ndim == 0 for part in pair for name in names):
-        return False
-    try:
-        apart = [run(part) for part in pair]
-        at_once = run(joined(pair, names))
-    except RuntimeError:
-        # Shapes that hold for one sample only, such as a Reshape to [1, 3, ...].
-        return False
-    for name, value in at_once.items():
-        if any(part[name].ndim == 0 for part in apart):
-            return False
-        expected = torch.cat([part[name] for part in apart])
-        if expected.shape != value.shape or not _is_close(expected, value):
-            return False
-    return True
 
 
 def run_all(
@@ -268,10 +238,3 @@ def _kept(value: torch.Tensor, keep: Keep, *, is_part: bool = False) -> torch.Te
 
 def _on(device: torch.device, values: Values) -> Values:
     return values if device.type == "cpu" else {name: value.to(device) for name, value in values.items()}
-
-
-def _is_close(expected: torch.Tensor, value: torch.Tensor) -> bool:
-    if not value.is_floating_point():
-        return bool(torch.equal(expected, value))
-    largest = float(expected.abs().max()) if expected.numel() else 0.0
-    return bool(torch.allclose(expected, value, rtol=0.0, atol=_SAME * max(largest, 1e-30)))

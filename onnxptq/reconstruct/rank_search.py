@@ -101,6 +101,7 @@ def _step(optimizer: torch.optim.Optimizer, data: PackData, chosen: Sequence[int
     for part in data.chunks(chosen):
         found = data.module(data.quantized(part))
         loss = noise_over_signal(found, data.targets(part), norms) * (len(part) / len(chosen))
-        loss.backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
     data.ranks.sum_gradients(parameters_of(optimizer))
     optimizer.step()

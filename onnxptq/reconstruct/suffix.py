@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
+from onnxptq.lowering.joining import can_be_joined, joined
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.output_loss import LossChoice, LossKind, choose_loss, divergence
 from onnxptq.ranks import Ranks
-from onnxptq.reconstruct.pack_data import Keep, PackData, can_be_joined, joined
+from onnxptq.reconstruct.pack_data import Keep, PackData
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -51,7 +51,8 @@ def train(
         tick: called after every step.
 
     Returns:
-        The local loss before and after, and the steps that were taken: none where the pack writes integers only.
+        The local loss before and after, and the steps that were taken: none where the pack writes integers only, or
+        no gradient reaches what could learn.
     """
     if order is None:
         order = torch.randperm(len(data), generator=generator).tolist()
@@ -75,8 +76,12 @@ def train(
         for part in data.chunks(chosen):
             found = data.module(_mixed(data, part, settings.mixing, masks))
             loss = objective(found, part) * (len(part) / len(chosen))
-            loss.backward()  # type: ignore[no-untyped-call]
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
         data.ranks.sum_gradients(parameters_of(optimizer))
+        if not any(parameter.grad is not None for parameter in parameters_of(optimizer)):
+            # Operators that no gradient passes stand between all that could learn and what is compared.
+            break
         beta = _sharpness(done / settings.steps, settings)
         if beta is not None:
             undecided = learned.indecision(beta) * (settings.decision / norms.positions)

@@ -218,7 +218,7 @@ def test_what_torch_cannot_run_is_refused_before_any_work(
     x = net.op("Unique", "unique", net.op("Relu", "relu", stem))
     onnx.save(net.proto({"x": [1, 3, 8, 8]}, [stem, x]), str(tmp_path / "net.onnx"))
     with pytest.raises(UnsupportedOperatorError, match=r"Unique version 11 \(node 'unique'\)") as caught:
-        quantized(tmp_path / "net.onnx", samples, tmp_path, **settings)
+        quantized(tmp_path / "net.onnx", samples, tmp_path, **settings, unknown_operators="refuse")
     assert caught.value.exit_code == 3
     assert not list((tmp_path / "work").glob("calibration-*"))
 

@@ -304,3 +304,36 @@ def test_rows_of_the_table() -> None:
     assert rows[1].weights == (8 + 2) + (36 + 2) + (16 + 8) + (32 + 8)
     assert rows[0].inputs == ("user's x",)
     assert dict(rows[1].operators) == {"Conv": 4, "Relu": 3, "Add": 1}
+
+
+def _recurrent(net: Net, x: str) -> str:
+    weights = net.const(net.rng.normal(size=(1, 64, 16))), net.const(net.rng.normal(size=(1, 64, 16)))
+    y = net.op("LSTM", x, *weights, hidden_size=16)
+    return net.op("Squeeze", y, net.ints(1))
+
+
+def test_what_has_no_torch_form_is_a_block_of_its_own() -> None:
+    net = Net({"x": ["t", 1, 8]})
+    first = net.op("Relu", net.op("MatMul", "x", net.const(net.rng.normal(size=(8, 16)))))
+    last = net.op("MatMul", _recurrent(net, first), net.const(net.rng.normal(size=(16, 4))))
+    graph, _ = net.built(last)
+    blocks = find_blocks(graph)
+    verify_blocks(graph, blocks)
+    assert [block.kind for block in blocks] == ["plain", "float", "plain"]
+    assert blocks[0].outputs == (first,)
+    assert len(blocks[1].nodes) == 1
+    assert_composition_equals_network(graph, blocks)
+
+
+def test_a_fork_is_cut_around_what_has_no_torch_form() -> None:
+    """Both layers of the longer path would otherwise be learnt together, the first one through the recurrent node."""
+    net = Net({"x": ["t", 1, 8]})
+    stem = net.op("Relu", net.op("MatMul", "x", net.const(net.rng.normal(size=(8, 16)))))
+    first = net.op("Relu", net.op("MatMul", stem, net.const(net.rng.normal(size=(16, 16)))))
+    second = net.op("MatMul", _recurrent(net, first), net.const(net.rng.normal(size=(16, 16))))
+    graph, _ = net.built(net.op("Add", stem, second))
+    blocks = find_blocks(graph)
+    verify_blocks(graph, blocks)
+    assert [block.kind for block in blocks] == ["plain", "plain", "float", "region"]
+    assert first in blocks[1].outputs
+    assert_composition_equals_network(graph, blocks)
