@@ -79,6 +79,39 @@ def two_outputs() -> onnx.ModelProto:
     return net.proto({"x": ["n", 3, 8, 8]}, [first, net.linear("scores", y, 16, 10)])
 
 
+def chain(size: int) -> onnx.ModelProto:
+    """Four blocks with skip connections, between two convolutions."""
+    net = Net(seed=5)
+    x = net.op("Relu", "stem_relu", net.conv("stem", "x", (16, 3, 3, 3)))
+    for i in range(4):
+        y = net.op("Relu", f"r{i}", net.conv(f"a{i}", x, (16, 16, 3, 3)))
+        x = net.op("Add", f"s{i}", net.conv(f"b{i}", y, (16, 16, 3, 3)), x)
+    return net.proto({"x": ["n", 3, size, size]}, [net.conv("last", x, (4, 16, 1, 1))])
+
+
+def segmentation() -> onnx.ModelProto:
+    """Ends in ArgMax: the last block writes integers only."""
+    net = Net(seed=1)
+    x = net.op("Relu", "r1", net.conv("stem", "x", (8, 3, 3, 3)))
+    x = net.op("Relu", "r2", net.conv("deep", x, (8, 8, 3, 3)))
+    proto = net.proto({"x": ["n", 3, 8, 8]}, [net.conv("head", x, (4, 8, 3, 3))])
+    scores = proto.graph.output.pop().name
+    proto.graph.node.append(onnx.helper.make_node("ArgMax", [scores], ["classes"], "choose", axis=1))
+    proto.graph.output.append(
+        onnx.helper.make_tensor_value_info("classes", onnx.TensorProto.INT64, ["n", 1, 8, 8])
+    )
+    return proto
+
+
+def of_any_size() -> onnx.ModelProto:
+    """Pictures of any height and width."""
+    net = Net(seed=1)
+    x = net.op("Relu", "r1", net.conv("stem", "x", (8, 3, 3, 3)))
+    x = net.op("Relu", "r2", net.conv("deep", x, (8, 8, 3, 3)))
+    y = net.linear("y", net.op("Flatten", "f", net.op("GlobalAveragePool", "p", x)), 8, 4)
+    return net.proto({"x": ["n", 3, "h", "w"]}, [y])
+
+
 NETS: Mapping[str, tuple[Callable[[], onnx.ModelProto], Shapes]] = {
     "residual, fixed batch": (residual_block, ONE),
     "windows": (windows, ONE),

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from onnxptq.errors import INTERRUPTED
-from tests.e2e.command import Bench, process, snapshot
+from tests.e2e.command import Bench, pictures, process, snapshot
 
 SLOW = """
 import importlib, signal, sys, time
@@ -31,6 +33,21 @@ setattr(module, name, slow)
 main(sys.argv[3:])
 """
 
+AFTER_PACKS = """
+import sys, time
+from onnxptq.reconstruct.checkpoint import Checkpoints
+from onnxptq.cli.main import main
+count, ready = int(sys.argv[1]), sys.argv[2]
+real, done = Checkpoints.save, []
+def slow(*arguments):
+    real(*arguments)
+    done.append(1)
+    if len(done) == count:
+        open(ready, "w").close()
+        time.sleep(120)
+Checkpoints.save = slow
+main(sys.argv[3:])
+"""
 
 WHILE_IMPORTING = """
 import runpy, sys
@@ -72,16 +89,21 @@ def test_interrupted_while_importing(start: str, failure: str) -> None:
 
 def _stop(bench: Bench, step: str, number: int) -> tuple[int, str]:
     """Send a signal to a run that is inside ``step``; its exit code and what it said."""
-    ready = bench.work.parent / "ready"
+    return _stop_inside(SLOW, step, number, bench.work.parent / "ready", bench.arguments())
+
+
+def _stop_inside(
+    program: str, step: str, number: int, ready: Path, arguments: Iterable[object]
+) -> tuple[int, str]:
     running = subprocess.Popen(
-        [sys.executable, "-c", SLOW, step, str(ready), *map(str, bench.arguments())],
+        [sys.executable, "-c", program, step, str(ready), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not ready.exists():
             assert running.poll() is None, running.communicate()
             assert time.monotonic() < deadline
@@ -135,3 +157,26 @@ def test_killed_then_run_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     fresh = bench.work.parent / "fresh"
     assert bench.quantize("--no-report", "--work-dir", fresh).code == 0
     assert bench.output.read_bytes() == resumed
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_killed_between_packs_and_started_again(bench: Bench) -> None:
+    np.savez(bench.data, x=pictures(16))
+    options = ("--target", "simulate", "-w", "3", "-a", "4", "--method", "pack-ptq", "--effort", "balanced",
+               "--no-simplify", "--no-equalize", "--observer", "minmax")  # fmt: skip
+    whole, resumed, ready = (bench.folder / name for name in ("whole.onnx", "resumed.onnx", "ready"))
+
+    def arguments(output: Path, *given: object) -> tuple[object, ...]:
+        return bench.arguments("-o", output, *options, *given, fast=False)
+
+    done = process(*arguments(whole, "--work-dir", bench.work.parent / "other"))
+    assert done.code == 0, done.err
+    code, _ = _stop_inside(AFTER_PACKS, "2", signal.SIGKILL, ready, arguments(resumed))
+    assert code == -signal.SIGKILL
+    finished = sorted((bench.work / "packs").rglob("*.state"))
+    assert [path.name for path in finished] == ["pack_0000.state", "pack_0001.state"]
+    assert not resumed.exists()
+    done = process(*arguments(resumed))
+    assert done.code == 0, done.err
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert not finished[0].exists()
