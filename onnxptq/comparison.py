@@ -19,11 +19,12 @@ from onnxptq.calibrate.feeds import (
     read_labels,
 )
 from onnxptq.errors import FeedError, OutputCheckError, QualityGateError, UsageError
+from onnxptq.graph.boundary import ends_of
 from onnxptq.graph.specs import input_specs
 from onnxptq.runtime import Provider, require_runtime
 from onnxptq.types import InputSpec, Progress
 from onnxptq.validate.compare import Comparison, compare
-from onnxptq.validate.metrics import OutputMetrics
+from onnxptq.validate.metrics import OutputMetrics, comparable
 
 
 def validate(
@@ -62,6 +63,7 @@ def validate(
     float_path, other_path, options = model_path(reference), model_path(quantized), preprocess or {}
     specs = input_specs(float_path)
     _require_same_inputs(float_path, specs, other_path, input_specs(other_path))
+    ends = ends_of(float_path, other_path)
     with tempfile.TemporaryDirectory(prefix="onnxptq-") as scratch:
         feeds = open_feeds(
             data,
@@ -80,6 +82,8 @@ def validate(
                     origin=label_origin(labels, feeds),
                     layers=layers,
                     exact=exact,
+                    inner=ends.inner,
+                    selected=ends.selected,
                     provider=provider,
                     work_dir=Path(scratch),
                     progress=progress,
@@ -180,6 +184,7 @@ def missed_gate(
     min_accuracy: float | None = None,
 ) -> QualityGateError | None:
     """The first bound that is missed or cannot be judged, if there is one. NaN meets no bound."""
+    outputs = comparable(outputs)
     gates = (
         ("--min-sqnr", min_sqnr, "sqnr_db", "SQNR in dB", "held-out data with float outputs"),
         ("--min-agreement", min_agreement, "top1_agreement", "top-1 agreement", "a model with class scores"),

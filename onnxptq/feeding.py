@@ -67,9 +67,8 @@ def open_data(
 def _labels(model: CanonicalModel, source: object, feeds: Feeds) -> npt.NDArray[np.int64] | None:
     """The labels of ``feeds``, held against the classes of the model before any long work."""
     labels = read_labels(source, feeds)  # type: ignore[arg-type]
-    scores = [
-        t for t in model.graph.outputs if len(t.shape or ()) == 2 and np.issubdtype(t.dtype, np.floating)
-    ]
+    outputs = [t for t in model.graph.outputs if t.name in model.outputs]
+    scores = [t for t in outputs if len(t.shape or ()) == 2 and np.issubdtype(t.dtype, np.floating)]
     if labels is not None and all(isinstance(t.shape[1], int) for t in scores):
         classes = [t.shape[1] for t in scores if is_class_scores(t.dtype, t.shape)]
         require_classes(labels, classes, label_origin(source, feeds))

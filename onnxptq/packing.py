@@ -281,7 +281,8 @@ def solve_by_packs(
 
 def _has_floats(model: CanonicalModel) -> bool:
     """Whether an output holds floats, on which alternatives can be compared."""
-    return any(np.issubdtype(tensor.dtype, np.floating) for tensor in model.graph.outputs)
+    judged = [tensor for tensor in model.graph.outputs if tensor.name in model.judged]
+    return any(np.issubdtype(tensor.dtype, np.floating) for tensor in judged)
 
 
 def _unfit(need: PackMemory, spare: int) -> str:

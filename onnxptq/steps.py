@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnx_graphsurgeon as gs
 import yaml
 
 from onnxptq import reporting
@@ -21,6 +22,7 @@ from onnxptq.calibrate.run import Calibration
 from onnxptq.comparison import missed_gate
 from onnxptq.errors import QualityGateError
 from onnxptq.forming import Prepared, apply_bit_plan, placement, plan, require_choices
+from onnxptq.graph.boundary import without_boundary
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import save_graph
@@ -32,7 +34,7 @@ from onnxptq.runtime import count_kernels, infer_types, require_loadable
 from onnxptq.samples import ListFeeds, pick_samples
 from onnxptq.solving import Solver
 from onnxptq.targets import WRITTEN_OUT
-from onnxptq.types import CanonicalModel, Feeds, Sample
+from onnxptq.types import CanonicalModel, Feeds, QuantPlan, Sample, Solution
 from onnxptq.validate.compare import Comparison, compare
 from onnxptq.validate.latency import Latency, measure_latency
 from onnxptq.validate.parity import check_parity
@@ -161,13 +163,18 @@ def write(run: Run, model: CanonicalModel, solved: Solved, path: Path) -> None:
     plan, solution = solved.plan, solved.solution
     with run.timed("write"):
         save_graph(
-            insert_quantizers(model.graph, plan, solution),
+            _quantized(model, plan, solution),
             path,
             model_metadata=reporting.model_annotations(model, plan, run.recipe, run.bit_plan),
             node_metadata=reporting.node_annotations(
                 model, plan, solved.packing, run.bit_plan, solution.branches
             ),
         )
+
+
+def _quantized(model: CanonicalModel, plan: QuantPlan, solution: Solution) -> gs.Graph:
+    """The graph of the QDQ file, with the user's outputs."""
+    return without_boundary(insert_quantizers(model.graph, plan, solution), model.outputs)
 
 
 def check(
@@ -202,9 +209,11 @@ def check(
     if data.heldout is not None:
         with run.timed("measure quality"):
             quality = compare(
-                source.reference,
+                source.path if source.boundary else source.reference,
                 path,
                 data.heldout,
+                inner=source.boundary,
+                selected=source.selected,
                 labels=data.labels,
                 origin=data.label_origin,
                 provider=provider,
@@ -217,7 +226,7 @@ def check(
             layers = _layers(run, model, path, some)
             if solved.nearest is not None:
                 baseline = run.scratch / "nearest.onnx"
-                save_graph(insert_quantizers(model.graph, plan, solved.nearest), baseline)
+                save_graph(_quantized(model, plan, solved.nearest), baseline)
                 nearest = _layers(run, model, baseline, some)
     with run.timed("measure latency"):
         latency = measure_latency(source.reference, path, proof[0], provider=provider, progress=run.progress)
@@ -241,17 +250,22 @@ def _branch_latency(
     if not solved.solution.branches:
         return None
     bare = run.scratch / "without_branches.onnx"
-    save_graph(insert_quantizers(model.graph, solved.plan, replace(solved.solution, branches={})), bare)
+    save_graph(_quantized(model, solved.plan, replace(solved.solution, branches={})), bare)
     return measure_latency(bare, path, sample, provider=run.recipe.provider)
 
 
 def _layers(run: Run, model: CanonicalModel, path: Path, feeds: Feeds) -> Comparison:
     """Every inner tensor of a quantized file beside the float one's."""
+    reference = model.path
+    if model.boundary:
+        reference = model.path.with_name(f"float_{model.path.name}")
+        save_graph(without_boundary(model.graph.copy(), model.outputs), reference, share=True)
     return compare(
-        model.path,
+        reference,
         path,
         feeds,
         layers=True,
+        selected=model.selected,
         provider=run.recipe.provider,
         work_dir=run.scratch,
         progress=run.progress,

@@ -70,7 +70,7 @@ class Trial:
         )
         tally = _Tally()
         for sample, reference in zip(self._samples, self._known(len(self._samples)), strict=True):
-            tally.add(reference, session.run(sample))
+            tally.add(reference, session.run(sample, self._model.judged))
         return tally.quality()
 
     def adjustable(self, plan: QuantPlan, start: Solution) -> Callable[[Solution, int], float]:
@@ -124,7 +124,7 @@ class Trial:
         missing = self._samples[len(self._references) : count]
         if missing:
             session = Session(self._reference, provider=self._provider)
-            self._references += [session.run(sample) for sample in missing]
+            self._references += [session.run(sample, self._model.judged) for sample in missing]
         return self._references[:count]
 
 

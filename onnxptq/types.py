@@ -363,6 +363,8 @@ class CanonicalModel:
     ``source_bytes`` are constants of half precision, which take twice as much here. ``source`` is the user's file,
     ``source_sha256`` the digest of its contents (``fingerprint`` tells forms of it apart as well),
     and ``renamed_source`` a copy of it that onnxruntime takes where it refuses the names of its nodes.
+    ``outputs`` are the user's. ``selected`` of them lie behind a selection; ``graph`` has as outputs of its own what
+    lies in front of it, ``boundary`` (see :mod:`onnxptq.graph.boundary`).
     """
 
     path: Path
@@ -382,6 +384,14 @@ class CanonicalModel:
     user_nodes: tuple[UserNode, ...] = ()
     renamed_source: Path | None = None
     source_sha256: str = ""
+    selected: tuple[str, ...] = ()
+    boundary: tuple[str, ...] = ()
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """Names of the outputs of ``graph`` by which solutions are compared: all that are not behind a selection."""
+        kept = tuple(name for name in self.outputs if name not in self.selected)
+        return (*kept, *self.boundary) or self.outputs
 
     @property
     def reference(self) -> Path:

@@ -323,7 +323,7 @@ def _trial(job: _Job, spreads: Mapping[str, Spread]) -> Trial:
         symmetric=job.symmetric,
         weight_bits=job.weight_bits,
         samples=samples,
-        references=[session.run(sample) for sample in samples],
+        references=[session.run(sample, job.model.judged) for sample in samples],
         provider=job.provider,
     )
 

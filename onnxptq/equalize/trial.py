@@ -111,9 +111,10 @@ def _rounded(weight: Array, axis: int, bits: int) -> Array:
 
 def _similarity(expected: Mapping[str, Array], found: Mapping[str, Array]) -> float:
     scores = []
-    for name, value in found.items():
-        if np.issubdtype(value.dtype, np.floating) and value.shape == expected[name].shape:
-            wanted = expected[name].astype(np.float64)
+    for name, reference in expected.items():
+        value = found[name]
+        if np.issubdtype(value.dtype, np.floating) and value.shape == reference.shape:
+            wanted = reference.astype(np.float64)
             scores.append(_decibel(float(np.square(wanted).sum()), float(np.square(wanted - value).sum())))
     return sum(scores) / len(scores) if scores else 0.0
 

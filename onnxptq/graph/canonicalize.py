@@ -28,6 +28,7 @@ from onnx import TensorProto
 
 from onnxptq.errors import InvalidModelError, OnnxPtqError, OutputPathError, UnsupportedModelError
 from onnxptq.graph import proto, weights
+from onnxptq.graph.boundary import find_selection
 from onnxptq.graph.half import raise_half, uses_half
 from onnxptq.graph.load import check_model, model_bytes, read_model
 from onnxptq.graph.names import name_nodes, user_names
@@ -38,7 +39,7 @@ from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph, write_model
 from onnxptq.graph.surgeon import import_graph
 from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip
 
-FORM = 6
+FORM = 7
 """Version of the canonical form: part of the fingerprint, raised when results change."""
 
 LARGE_MODEL_BYTES = 1_500_000_000
@@ -144,6 +145,8 @@ def canonicalize(
         graph = _prepare(draft, scratch, opset, min_opset, simplify, expanded)
         tick()
         _run_passes(graph, draft)
+        outputs = tuple(tensor.name for tensor in graph.outputs)
+        selected, boundary = _expose_boundary(graph, draft)
         node_metadata = _node_metadata(reference, graph)
         save_graph(
             graph,
@@ -165,10 +168,12 @@ def canonicalize(
         source_bytes=source_bytes,
         half_bytes=half_bytes,
         source_sha256=contents,
+        selected=selected,
+        boundary=boundary,
         fingerprint=fingerprint,
         opset=graph.opset,
         inputs=tuple(_input_spec(tensor) for tensor in graph.inputs),
-        outputs=tuple(tensor.name for tensor in graph.outputs),
+        outputs=outputs,
         user_names={**inner_names(regions, names), **names},
         node_metadata=node_metadata,
         model_metadata=model_metadata,
@@ -458,6 +463,27 @@ def _require_numpy_ends(model: onnx.ModelProto, path: Path) -> None:
 def _input_spec(tensor: gs.Variable) -> InputSpec:
     shape = tuple(dim if dim not in ("", None) else None for dim in (tensor.shape or ()))
     return InputSpec(name=tensor.name, dtype=np.dtype(tensor.dtype), shape=shape)
+
+
+def _expose_boundary(graph: gs.Graph, draft: _Draft) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Make outputs of what enters the part behind a selection; the outputs behind it, and the new ones."""
+    selection = find_selection(graph)
+    if not selection.outputs:
+        return (), ()
+    graph.outputs += selection.boundary
+    boundary = tuple(tensor.name for tensor in selection.boundary)
+    others = [t.name for t in graph.outputs if t.name not in selection.outputs]
+    if others:
+        unseen = (
+            f" Noise of {len(selection.layers)} layers behind them is not seen so."
+            if selection.layers
+            else ""
+        )
+        draft.notes.append(
+            f"Alternatives are compared by {', '.join(others)} in the place of {', '.join(selection.outputs)}, "
+            f"which hold as many rows as are found.{unseen}"
+        )
+    return selection.outputs, boundary
 
 
 def _control_flow_skips(graph: gs.Graph) -> tuple[Skip, ...]:

@@ -36,6 +36,8 @@ def can_be_joined(run: Callable[[Values], Values], pair: Sequence[Values]) -> bo
         if any(part[name].ndim == 0 or not part[name].numel() for part in apart):
             # Of nothing, such as no detections, nothing can be told.
             return False
+        if len({part[name].shape[1:] for part in apart}) > 1:
+            return False
         expected = torch.cat([part[name] for part in apart])
         if expected.shape != value.shape or not _is_close(expected, value):
             return False

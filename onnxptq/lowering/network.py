@@ -20,15 +20,25 @@ Values = dict[str, torch.Tensor]
 class BlockNetwork:
     """The blocks of ``graph``, lowered. Without hooks the composition computes what the whole graph does.
 
+    ``outputs`` are those graph outputs among ``judged`` (all by default) that a block writes.
+
     Raises:
         UnsupportedOperatorError: a node cannot be lowered.
     """
 
-    def __init__(self, graph: gs.Graph, blocks: Sequence[Block | Pack], *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        graph: gs.Graph,
+        blocks: Sequence[Block | Pack],
+        *,
+        judged: Collection[str] | None = None,
+        device: str = "cpu",
+    ) -> None:
         self.blocks = tuple(blocks)
         self.inputs = tuple(t.name for t in graph.inputs)
         written = {name for block in blocks for name in block.outputs}
-        self.outputs = tuple(t.name for t in graph.outputs if t.name in written)
+        wanted = written if judged is None else written & set(judged)
+        self.outputs = tuple(t.name for t in graph.outputs if t.name in wanted)
         self.device = torch.device(device)
         self._shaped = _shape_sources(graph, blocks)
         self.modules: Sequence[LoweredModule] = tuple(

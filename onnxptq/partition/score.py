@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from onnxptq.errors import UsageError
+from onnxptq.graph.boundary import find_selection
 from onnxptq.graph.index import probability_outputs
 from onnxptq.lowering.joining import can_be_joined
 from onnxptq.lowering.network import BlockNetwork, Values
@@ -151,8 +152,17 @@ class Scorer:
         self.sizes = self._network.measure(first)
         found = self._network.run(first, keep=self._network.outputs)
         floats = {name: found[name] for name in self._network.outputs if found[name].is_floating_point()}
-        self.loss: LossKind = choose_loss(floats, loss)
-        self._outputs = tuple(floats)
+        judged = {name: value for name, value in floats.items() if name in model.judged}
+        self.loss: LossKind = choose_loss(judged, loss)
+        # A block behind a selection changes what is found in rows that stay the same, and nothing in front.
+        behind = {name: value for name, value in floats.items() if name in model.selected}
+        selection = find_selection(model.graph)
+        self._seen: Sequence[tuple[LossKind, tuple[str, ...]]] = tuple(
+            (self.loss, tuple(judged))
+            if selection.nodes.isdisjoint(block.nodes)
+            else (choose_loss(behind), tuple(behind or judged))
+            for block in self.blocks
+        )
         own = [samples[i] for i in ranks.share(len(samples))]
         self._batches = list(_batches(model, self._network, self.sizes, own, memory))
 
@@ -163,7 +173,7 @@ class Scorer:
         hooks = [quantizing_hooks(self._model.graph, block, plan, solution) for block in self.blocks]
         changes = [_Change() for _ in self.blocks]
         known = probability_outputs(self._model.graph)
-        losses = [OutputLoss(self.loss, self._outputs, probabilities=known) for _ in self.blocks]
+        losses = [OutputLoss(kind, outputs, probabilities=known) for kind, outputs in self._seen]
         count = 0
         tick = progress.start("score blocks", len(self._batches) * len(self.blocks)) if progress else None
         for batch in self._batches:

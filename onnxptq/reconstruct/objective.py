@@ -52,11 +52,12 @@ class Norms:
 
 
 def norms_of(data: PackData, chosen: Sequence[int]) -> Norms:
-    """Sums over all of ``chosen``; integers among the outputs (indices, masks) have no part in the loss."""
+    """Sums over all of ``chosen``; integers among the outputs (indices, masks), and what cannot be
+    compared, have no part in the loss."""
     channels = {}
     if data.ranks.rank == 0:
-        first = data.targets(range(1)).items()
-        channels = {n: v.shape[1] if v.ndim > 1 else 1 for n, v in first if v.is_floating_point()}
+        first = {n: v for n, v in data.targets(range(1)).items() if n not in data.incomparable}
+        channels = {n: v.shape[1] if v.ndim > 1 else 1 for n, v in first.items() if v.is_floating_point()}
     channels = data.ranks.broadcast(channels)
     sums = np.zeros((len(channels), 3))
     for part in data.chunks(chosen):

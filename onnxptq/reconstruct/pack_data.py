@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,6 +32,8 @@ class PackData:
     weighs the elements of outputs in the loss, by tensor; outputs without an entry weigh 1 throughout.
     ``class_scores`` names the outputs that are compared as such, and says which of them are probabilities.
 
+    ``incomparable`` outputs have no part in the loss: nothing tells which rows of two networks belong together.
+
     ``spare`` bytes may be taken by values inside the pack from one pass to the next.
 
     Where several ``ranks`` share ``count`` samples, this one holds its ``share`` of them. Samples are known by their
@@ -48,6 +50,7 @@ class PackData:
     ranks: Ranks = ALONE
     count: int | None = None
     class_scores: Mapping[str, bool] = field(default_factory=dict)
+    incomparable: Collection[str] = ()
     spare: int = 0
 
     def __len__(self) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from onnxptq.graph.boundary import find_selection, selected_within
 from onnxptq.graph.index import GraphIndex, probability_outputs
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.quantized import quantizing_hooks, set_hooks
@@ -118,7 +119,7 @@ def _reconstructed(
     progress: Progress | None = None,
 ) -> Reconstruction:
     """On every rank; ``samples`` are those of rank 0, which hands them out and keeps the checkpoints."""
-    network = BlockNetwork(model.graph, packs, device=resources.device)
+    network = BlockNetwork(model.graph, packs, judged=model.judged, device=resources.device)
     index = GraphIndex(model.graph)
     vault = Vault(resources.scratch, resources.cache_bytes)
     count = ranks.broadcast(len(samples))
@@ -142,14 +143,27 @@ def _reconstructed(
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     start, state = solution, Finished(solution=solution, settled=frozenset(), outcome=None)
     outcomes: list[PackOutcome] = []
+    selection = find_selection(model.graph)
     tick = progress.start("solve packs", len(packs)) if progress else None
     for position, pack in enumerate(packs):
+        # What the quantized network selects does not belong to what the float one selects, row by row.
+        reads = quants if selection.nodes.isdisjoint(pack.nodes) else floats
         limit = resources.together[position] if wanted is None or wanted.is_joinable else 1
         together = most_together(network, position, floats, limit, ranks)
         after = run_all(network, position, floats, together, vault.keep)
         return_memory()
         data = PackData(
-            network, position, floats, quants, after, together, importance, ranks, count, spare=vault.spare
+            network,
+            position,
+            floats,
+            reads,
+            after,
+            together,
+            importance,
+            ranks,
+            count,
+            incomparable=selected_within(index, pack.nodes, selection),
+            spare=vault.spare,
         )
         suffix = None if wanted is None else Suffix(data, wanted)
         generator = torch.Generator().manual_seed((seed << 20) + position)
@@ -161,7 +175,7 @@ def _reconstructed(
             outcomes.append(state.outcome)
         set_hooks(network.modules[position], quantizing_hooks(model.graph, pack, plan, state.solution))
         return_memory()
-        moved = run_all(network, position, quants, together, vault.keep)
+        moved = run_all(network, position, reads, together, vault.keep)
         return_memory()
         network.modules[position].clear_hooks()
         later = network.read_behind(position)

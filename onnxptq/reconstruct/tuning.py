@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 
 from onnxptq.graph.index import GraphIndex, probability_outputs
+from onnxptq.lowering import needed_nodes
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.output_loss import choose_loss
 from onnxptq.ranks import Ranks
@@ -25,7 +26,7 @@ from onnxptq.reconstruct.learning import TUNING, Learning
 from onnxptq.reconstruct.pack_data import Keep, PackData, most_together, run_all
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 from onnxptq.reconstruct.training import train
-from onnxptq.types import CanonicalModel, Pack, PackOutcome, Progress, QuantPlan
+from onnxptq.types import GRAPH_OUTPUT, CanonicalModel, Pack, PackOutcome, Progress, QuantPlan
 
 
 def tune(
@@ -57,6 +58,7 @@ def tune(
         count: samples of all ranks.
         keep: holds the float outputs.
     """
+    whole = _compared(model, whole)
     network = BlockNetwork(model.graph, [whole], device=device)
     together = most_together(network, 0, inputs, limit, ranks)
     outputs = run_all(network, 0, inputs, together, keep)
@@ -86,3 +88,20 @@ def tune(
     learned.restore(ranks.broadcast(learned.state()))
     outcome = PackOutcome(pack=whole.index, blocks=len(whole.blocks), before=before, after=after, steps=steps)
     return replace(state, solution=learned.hardened(), outcome=outcome)
+
+
+def _compared(model: CanonicalModel, whole: Pack) -> Pack:
+    """``whole`` without what lies behind the outputs that are compared."""
+    outputs = tuple(name for name in whole.outputs if name in model.judged)
+    inputs = tuple(tensor.name for tensor in model.graph.inputs)
+    needed = {node.name for node in needed_nodes(model.graph, inputs=inputs, outputs=outputs)}
+    return replace(
+        whole,
+        outputs=outputs,
+        nodes=tuple(name for name in whole.nodes if name in needed),
+        sites=tuple(
+            site
+            for site in whole.sites
+            if (site.tensor in outputs if site.consumer == GRAPH_OUTPUT else site.consumer in needed)
+        ),
+    )

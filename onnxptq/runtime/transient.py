@@ -26,7 +26,12 @@ def open_transient(path: Path, write: Callable[[Path], object], **options: Any) 
 
 
 def open_exposed(
-    path: Path, tensors: Sequence[str], *, provider: Provider = "cpu", exact: bool = False
+    path: Path,
+    tensors: Sequence[str],
+    *,
+    provider: Provider = "cpu",
+    exact: bool = False,
+    fused: bool = False,
 ) -> Session:
     """A session of the model at ``path`` that can return ``tensors`` besides the graph outputs."""
     return open_transient(
@@ -34,6 +39,7 @@ def open_exposed(
         lambda variant: exposed_copy(path, tensors, variant),
         provider=provider,
         exact=exact,
+        fused=fused,
     )
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from onnxptq.errors import FeedError, UsageError
-from onnxptq.runtime import Provider, Session
+from onnxptq.runtime import Provider, Session, open_exposed
 from onnxptq.types import Feeds, Progress, Sample
 from onnxptq.validate.exposure import DEFAULT_GROUP_BYTES, staged
 from onnxptq.validate.layers import LayerQuality, compare_layers
@@ -44,6 +45,8 @@ def compare(
     work_dir: Path,
     layer_samples: int = 8,
     scores: Collection[str] | None = None,
+    inner: Sequence[str] = (),
+    selected: Collection[str] = (),
     group_bytes: int = DEFAULT_GROUP_BYTES,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -59,25 +62,28 @@ def compare(
         work_dir: an existing folder for temporary files.
         layer_samples: how many samples, spread evenly over the feeds, the inner tensors are compared on.
         scores: names of the outputs that hold class scores; None to decide by shape.
+        inner: tensors of both files that are compared as outputs are.
+        selected: names of the reference's outputs that have as many rows as a model finds.
         group_bytes: largest size of the inner tensors of one sample that are held at once.
 
     Raises:
         FeedError: no samples, fewer labels than rows, or a label that is no class.
         UsageError: the models differ in their number of inputs or outputs, or ``scores`` names no output.
-        OutputCheckError: an output has different shapes in the two models.
+        OutputCheckError: an output that is not ``selected`` has different shapes in the two models.
         InvalidModelError, EnvironmentMismatchError, RunError: as ``runtime.Session``.
     """
     if len(feeds) == 0:
         raise FeedError("There is no sample to compare the models on.", "Give data with at least one sample.")
     # Float operators may be fused in the reference: its own arithmetic changes by float rounding alone.
-    first = Session(reference, provider=provider, exact=exact, fused=True)
-    second = Session(quantized, provider=provider, exact=exact)
+    first = _opened(reference, inner, work_dir, provider=provider, exact=exact, fused=True)
+    second = _opened(quantized, inner, work_dir, provider=provider, exact=exact)
     notes: list[str] = []
     inputs = _matched("input", first.input_names, second.input_names, notes)
-    outputs = _matched("output", first.output_names, second.output_names, notes)
+    ours, theirs = ([n for n in session.output_names if n not in inner] for session in (first, second))
+    outputs = [*_matched("output", ours, theirs, notes), *((name, name) for name in inner)]
     _require_outputs(scores, first.output_names)
     known = None if labels is None else np.asarray(labels, np.int64)
-    meter = QualityMeter(outputs, scores, known, origin)
+    meter = QualityMeter(outputs, scores, known, origin, selected)
     chosen = set(np.linspace(0, len(feeds) - 1, min(layer_samples, len(feeds))).astype(int).tolist())
     kept: list[Sample] = []
     tick = progress.start("Comparing the models", len(feeds)) if progress else None
@@ -96,6 +102,8 @@ def compare(
             for result in results
             if result.top1_agreement is not None and not result.labelled
         ]
+    if selected:
+        notes.append(_selection_note(results, inner, len(feeds)))
     del first, second
     rows: tuple[LayerQuality, ...] = ()
     if layers:
@@ -104,6 +112,24 @@ def compare(
             rows, remarks = compare_layers(paths[0], paths[1], inputs, kept, group_bytes, progress)
             notes += remarks
     return Comparison(samples=len(feeds), outputs=results, layers=rows, notes=tuple(notes))
+
+
+def _selection_note(results: Sequence[OutputMetrics], inner: Sequence[str], samples: int) -> str:
+    """Why outputs behind a selection tell little, and what is compared instead."""
+    names = [result.name for result in results if result.is_selected]
+    resized = max(result.resized for result in results)
+    instead = f" {', '.join(inner)} in front of it are compared instead." if inner else ""
+    return (
+        f"Rows of {', '.join(names)} are what each model selects and need not belong together "
+        f"(their numbers differ for {resized} of {samples} inputs).{instead}"
+    )
+
+
+def _opened(path: Path, inner: Sequence[str], work_dir: Path, **options: Any) -> Session:
+    if not inner:
+        return Session(path, **options)
+    with staged(path, work_dir) as copy:
+        return open_exposed(copy, inner, **options)
 
 
 def _matched(

@@ -69,7 +69,7 @@ def _check_ends(written: WrittenModel, model: CanonicalModel) -> None:
     graph = model.graph
     for what, wanted, found in (
         ("input", graph.inputs, written.graph.input),
-        ("output", graph.outputs, written.graph.output),
+        ("output", [t for t in graph.outputs if t.name in model.outputs], written.graph.output),
     ):
         names, present = [tensor.name for tensor in wanted], [entry.name for entry in found]
         if names != present:

@@ -42,6 +42,10 @@ class OutputMetrics:
     or Inf in place of a number. Float measures are None for integer
     and boolean outputs, which have ``equal_fraction``; the ones from ``top1_agreement`` on are None for
     outputs that are no class scores, accuracies also without labels. Fractions are in [0, 1].
+
+    ``is_selected`` says that the output lies behind a selection such as NonMaxSuppression: it has as many rows as a
+    model finds, nothing tells which rows of the two models belong together, and other outputs are held against bounds
+    instead. ``resized`` samples are left out because the two models found different numbers.
     """
 
     name: str
@@ -58,6 +62,8 @@ class OutputMetrics:
     labelled: int = 0
     reference_accuracy: float | None = None
     quantized_accuracy: float | None = None
+    is_selected: bool = False
+    resized: int = 0
 
     @property
     def lost(self) -> int:
@@ -66,8 +72,13 @@ class OutputMetrics:
 
     @property
     def is_void(self) -> bool:
-        """Whether the reference holds no number at all, so that there is nothing to compare."""
-        return 0 < self.elements == self.nonfinite_reference
+        """Whether there is nothing to compare: no number in the reference, or no sample with equally many rows."""
+        return 0 < self.elements == self.nonfinite_reference or (self.resized > 0 and not self.elements)
+
+
+def comparable(outputs: Sequence[OutputMetrics]) -> Sequence[OutputMetrics]:
+    """The outputs that tell how good a model is: those behind a selection only where there are no others."""
+    return [output for output in outputs if not output.is_selected] or outputs
 
 
 def sqnr_db(signal: float, noise: float) -> float:
@@ -122,10 +133,13 @@ class OutputMeter:
         name: how the output is called in the result.
         is_scores: whether rows hold class scores; None to decide by the first value: float, of rank 2, with
             at least two columns.
+        is_selected: whether the number of rows may differ between the models; see :class:`OutputMetrics`.
     """
 
-    def __init__(self, name: str, *, is_scores: bool | None = None) -> None:
+    def __init__(self, name: str, *, is_scores: bool | None = None, is_selected: bool = False) -> None:
         self.name = name
+        self._is_selected = is_selected
+        self._resized = 0
         self._is_scores = is_scores
         self._is_float: bool | None = None
         self._elements = self._rows = self._equal = 0
@@ -139,8 +153,11 @@ class OutputMeter:
 
         Raises:
             FeedError: rows of class scores and ``labels`` differ in number.
-            OutputCheckError: the two have different shapes.
+            OutputCheckError: the two have different shapes, and not for a selection.
         """
+        if self._is_selected and reference.ndim == quantized.ndim and reference.shape != quantized.shape:
+            self._resized += 1
+            return
         if reference.shape != quantized.shape:
             raise OutputCheckError(
                 f"Output '{self.name}' has shape {list(quantized.shape)} in the quantized model and "
@@ -220,7 +237,12 @@ class OutputMeter:
         if not self._is_float:
             fraction = self._equal / self._elements if self._elements else None
             return OutputMetrics(
-                name=self.name, elements=self._elements, rows=self._rows, equal_fraction=fraction
+                name=self.name,
+                elements=self._elements,
+                rows=self._rows,
+                equal_fraction=fraction,
+                is_selected=self._is_selected,
+                resized=self._resized,
             )
         norm = math.sqrt(self._signal) * math.sqrt(self._energy)
         told, labelled = self._told, self._labelled
@@ -230,15 +252,27 @@ class OutputMeter:
             rows=self._rows,
             nonfinite=self._nonfinite,
             nonfinite_reference=self._nonfinite_reference,
-            sqnr_db=math.nan if self._is_spoilt else sqnr_db(self._signal, self._noise),
-            cosine=self._cosine(norm),
-            max_abs_error=self._largest,
+            sqnr_db=self._decibels,
+            cosine=None if self._is_without_sample else self._cosine(norm),
+            max_abs_error=None if self._is_without_sample else self._largest,
             top1_agreement=self._top1 / told if told else None,
             top5_agreement=self._top5 / told if told and self._classes > _TOP else None,
             labelled=labelled,
             reference_accuracy=self._right_reference / labelled if labelled else None,
             quantized_accuracy=self._right_quantized / labelled if labelled else None,
+            is_selected=self._is_selected,
+            resized=self._resized,
         )
+
+    @property
+    def _decibels(self) -> float | None:
+        if self._is_without_sample:
+            return None
+        return math.nan if self._is_spoilt else sqnr_db(self._signal, self._noise)
+
+    @property
+    def _is_without_sample(self) -> bool:
+        return self._resized > 0 and not self._elements
 
     @property
     def _is_spoilt(self) -> bool:
@@ -262,6 +296,7 @@ class QualityMeter:
         labels: one class per row of the outputs with class scores, over all samples in order. They are held against
             the outputs that have all their classes: the others are something else.
         origin: names a label in errors, by its place among ``labels``.
+        selected: names (in the reference) of the outputs that lie behind a selection.
     """
 
     def __init__(
@@ -270,6 +305,7 @@ class QualityMeter:
         scores: Collection[str] | None = None,
         labels: npt.NDArray[np.int64] | None = None,
         origin: Callable[[int], str] = "labels, sample {}".format,
+        selected: Collection[str] = (),
     ) -> None:
         self._pairs = tuple(outputs)
         self._scores = scores
@@ -277,7 +313,11 @@ class QualityMeter:
         self._origin = origin
         self._labelled: frozenset[str] | None = None
         self.meters = {
-            name: OutputMeter(name, is_scores=None if scores is None else name in scores)
+            name: OutputMeter(
+                name,
+                is_scores=False if name in selected else None if scores is None else name in scores,
+                is_selected=name in selected,
+            )
             for name, _ in self._pairs
         }
 
@@ -286,7 +326,7 @@ class QualityMeter:
 
         Raises:
             FeedError: there are fewer labels than rows of class scores, or a label is no class of any output.
-            OutputCheckError: an output has different shapes in the two models.
+            OutputCheckError: an output has different shapes in the two models, and not for a selection.
         """
         if self._labelled is None:
             self._labelled = self._find_labelled(reference)

@@ -238,10 +238,15 @@ def _compare_outputs(
     is_coarse: bool,
     progress: Progress | None,
 ) -> tuple[OutputParity, ...]:
-    pairs = [(name, name) for name in model.outputs]
+    pairs = [(name, name) for name in model.judged]
     exact_meter, fast_meter = QualityMeter(pairs, ()), QualityMeter(pairs, ())
     tick = _started(progress, "check outputs", len(samples))
-    reference, exact, fast = Session(model.path), Session(copy, exact=True), Session(copy, provider=provider)
+    reference = Session(model.path)
+    if model.boundary:
+        exact = open_exposed(copy, model.boundary, exact=True)
+        fast = open_exposed(copy, model.boundary, provider=provider)
+    else:
+        exact, fast = Session(copy, exact=True), Session(copy, provider=provider)
     for sample in samples:
         wanted, meant, done = reference.run(sample), exact.run(sample), fast.run(sample)
         for name in model.outputs:
@@ -254,7 +259,7 @@ def _compare_outputs(
         tick()
     return tuple(
         _judge(path, name, exact_meter.meters[name], fast_meter.meters[name], is_coarse)
-        for name in model.outputs
+        for name in model.judged
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onnxptq.types import Skip
-from onnxptq.validate.metrics import OutputMetrics
+from onnxptq.validate.metrics import OutputMetrics, comparable
 from onnxptq.validate.report import Report
 
 Rank = Literal["good", "fair", "poor"]
@@ -63,22 +63,26 @@ def verdict(report: Report) -> Verdict:
 def _judged(report: Report) -> Verdict:
     if not report.outputs:
         return Verdict(level="unknown", text="The quality was not measured: no inputs were held out.")
-    levels = {i: _level(output) for i, output in enumerate(report.outputs) if not output.is_void}
+    outputs = comparable(report.outputs)
+    levels = {i: _level(output) for i, output in enumerate(outputs) if not output.is_void}
     if not levels:
-        return Verdict(
-            level="unknown", text="The quality cannot be told: the float model's own outputs are NaN or Inf."
+        reason = (
+            "the two models never find equally many results"
+            if any(output.resized for output in outputs)
+            else "the float model's own outputs are NaN or Inf"
         )
-    worst = min(levels, key=lambda i: (_ORDER.index(levels[i]), _decibels_of(report.outputs[i])))
+        return Verdict(level="unknown", text=f"The quality cannot be told: {reason}.")
+    worst = min(levels, key=lambda i: (_ORDER.index(levels[i]), _decibels_of(outputs[i])))
     level = levels[worst]
     text = {
         "good": "Very close to the float model",
         "fair": "Close to the float model",
         "poor": "Clearly different from the float model",
     }[level]
-    where = f" (output {report.outputs[worst].name})" if len(report.outputs) > 1 else ""
+    where = f" (output {outputs[worst].name})" if len(report.outputs) > 1 else ""
     count = 0 if report.heldout is None else report.heldout.count
     basis = f", on only {count} {'input' if count == 1 else 'inputs'}" if 0 < count < _FEW else ""
-    return Verdict(level=level, text=f"{text}: {headline(report.outputs[worst])}{where}{basis}.")
+    return Verdict(level=level, text=f"{text}: {headline(outputs[worst])}{where}{basis}.")
 
 
 def _decibels_of(output: OutputMetrics) -> float:
@@ -125,6 +129,8 @@ def headline(output: OutputMetrics) -> str:
     """The numbers of one output in a few words."""
     if output.lost:
         return f"{output.lost} values are NaN or Inf that are numbers in the float model"
+    if output.is_void and output.resized:
+        return f"never equally many results ({output.resized} inputs)"
     if output.is_void:
         return "all values are NaN or Inf in the float model already"
     parts = []
@@ -138,6 +144,10 @@ def headline(output: OutputMetrics) -> str:
         parts.append(f"SQNR {decibels(output.sqnr_db)}")
     if output.equal_fraction is not None:
         parts.append(f"{percent(output.equal_fraction)} equal")
+    if output.resized:
+        parts.append(
+            f"{output.resized} inputs left out, for which the two models find different numbers of results"
+        )
     if output.nonfinite_reference:
         parts.append(
             f"{output.nonfinite_reference} values left out, which are NaN or Inf in the float model too"

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from onnxptq.errors import FeedError, OutputCheckError
 from onnxptq.validate import metrics
-from onnxptq.validate.metrics import OutputMeter, OutputMetrics, QualityMeter
+from onnxptq.validate.metrics import OutputMeter, OutputMetrics, QualityMeter, comparable
 
 FLOATS = st.floats(-1e4, 1e4, width=32)
 
@@ -197,3 +197,19 @@ def test_too_few_labels() -> None:
 def test_different_shapes_are_refused() -> None:
     with pytest.raises(OutputCheckError, match=r"'y' has shape \[2\]"):
         OutputMeter("y").update(np.ones(3, np.float32), np.ones(2, np.float32))
+
+
+def test_samples_with_other_numbers_of_rows_are_left_out_behind_a_selection() -> None:
+    meter = QualityMeter([("y", "y"), ("z", "z")], selected=["y"])
+    one = {"y": np.ones((2, 4), np.float32), "z": np.ones(3, np.float32)}
+    meter.update(one, {"y": np.ones((3, 4), np.float32), "z": one["z"]})
+    found, other = meter.results()
+    assert (found.is_selected, found.resized, found.sqnr_db, found.is_void) == (True, 1, None, True)
+    assert (other.is_selected, other.resized, other.sqnr_db) == (False, 0, np.inf)
+    meter.update(one, {"y": 2 * one["y"], "z": one["z"]})
+    found, _ = meter.results()
+    assert (found.resized, found.elements, found.sqnr_db, found.is_void) == (1, 8, 0.0, False)
+    assert found.top1_agreement is None
+    assert comparable(meter.results()) == [meter.results()[1]]
+    with pytest.raises(OutputCheckError):
+        meter.update(one, {"y": one["y"][0], "z": one["z"]})

@@ -1,0 +1,108 @@
+"""Where networks are compared whose outputs lie behind a selection.
+
+NonMaxSuppression and its like write as many rows as they find, so the outputs of two networks that differ a little do
+not belong together row by row. What the part behind a selection reads of the part in front does: all boxes, and all
+scores. A selection among what quantization does not touch, such as masked positions of the inputs, changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxptq.graph.index import GraphIndex, read_tensors
+from onnxptq.graph.linear import find_linears
+from onnxptq.graph.surgeon import quiet_surgeon
+
+SELECTING = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
+"""Operators whose number of results depends on values."""
+
+_SHAPE_READERS = ("Shape", "Size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The part of a graph behind selections among what layers have computed; all empty where there is none.
+
+    Attributes:
+        nodes: names of the selections and of all nodes that depend on them.
+        layers: names of the layers with weights among them.
+        outputs: the graph outputs that they write.
+        boundary: the float tensors that they read of the part in front, without inputs and outputs of the graph.
+    """
+
+    nodes: frozenset[str] = frozenset()
+    layers: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    boundary: tuple[gs.Variable, ...] = ()
+
+
+def find_selection(graph: gs.Graph) -> Selection:
+    """The part behind selections in a sorted graph. Tensors of unknown type are taken for others than floats."""
+    if not any(node.op in SELECTING for node in graph.nodes):
+        return Selection()
+    layers = {layer.node.name for layer in find_linears(GraphIndex(graph))}
+    computed: set[str] = set()
+    written: set[str] = set()
+    behind: list[gs.Node] = []
+    for node in graph.nodes:
+        reads = {t.name for t in read_tensors(node)}
+        own = {t.name for t in node.outputs if t.name}
+        if not reads.isdisjoint(written) or (node.op in SELECTING and not reads.isdisjoint(computed)):
+            behind.append(node)
+            written |= own
+        if node.name in layers or (node.op not in _SHAPE_READERS and not reads.isdisjoint(computed)):
+            computed |= own
+    ends = {t.name for t in (*graph.inputs, *graph.outputs)} | written
+    read = {t.name: t for node in behind for t in read_tensors(node)}
+    return Selection(
+        nodes=frozenset(node.name for node in behind),
+        layers=tuple(node.name for node in behind if node.name in layers),
+        outputs=tuple(t.name for t in graph.outputs if t.name in written),
+        boundary=tuple(
+            t for name, t in read.items() if name in computed and name not in ends and t.dtype == np.float32
+        ),
+    )
+
+
+def selected_within(index: GraphIndex, nodes: Sequence[str], selection: Selection) -> frozenset[str]:
+    """What ``nodes``, in running order, write behind a selection that is one of them."""
+    written: set[str] = set()
+    for node in (index.by_name[name] for name in nodes):
+        is_selecting = node.op in SELECTING and node.name in selection.nodes
+        if is_selecting or any(t.name in written for t in read_tensors(node)):
+            written.update(t.name for t in node.outputs if t.name)
+    return frozenset(written)
+
+
+def without_boundary(graph: gs.Graph, outputs: Sequence[str]) -> gs.Graph:
+    """``graph``, edited so that only ``outputs`` are left of its outputs."""
+    graph.outputs = [tensor for tensor in graph.outputs if tensor.name in outputs]
+    return graph
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ends:
+    """What two files of one network are compared by: ``inner`` tensors in the place of the ``selected`` outputs. Both
+    are empty where no output lies behind a selection."""
+
+    inner: tuple[str, ...] = ()
+    selected: tuple[str, ...] = ()
+
+
+def ends_of(reference: Path, quantized: Path) -> Ends:
+    """The ends of the network of two files, as far as both name its tensors."""
+    model = onnx.load(str(reference), load_external_data=False)
+    if not any(node.op_type in SELECTING for node in model.graph.node):
+        return Ends()
+    with quiet_surgeon():
+        selection = find_selection(gs.import_onnx(onnx.shape_inference.infer_shapes(model)))
+    other = onnx.load(str(quantized), load_external_data=False)
+    known = {name for node in other.graph.node for name in node.output}
+    inner = tuple(tensor.name for tensor in selection.boundary if tensor.name in known)
+    return Ends(inner=inner, selected=selection.outputs)
