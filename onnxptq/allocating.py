@@ -24,7 +24,7 @@ from onnxptq.errors import BudgetError
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import save_graph
 from onnxptq.packing import SCORING_SAMPLES, Packing, find_packing, scored, torch_device
-from onnxptq.placing import placement_request
+from onnxptq.placing import Selectors, placement_request
 from onnxptq.qdq import insert_quantizers
 from onnxptq.recipe import Recipe
 from onnxptq.reconstruct.branches import largest_branches
@@ -154,8 +154,8 @@ def _within_size(choices: Sequence[PackChoices], megabytes: float, beside: int, 
 def _placing(solver: Solver) -> BitPlacing:
     """The recipe's placement, and ranges by its observer, at other numbers of bits."""
     recipe, model = solver.recipe, solver.model
-    index = GraphIndex(model.graph)
-    request = placement_request(model, index, recipe, solver.statistics.uncalibrated)
+    selectors = Selectors(model)
+    request = placement_request(selectors, recipe, solver.statistics.uncalibrated)
 
     def ranges(plan: QuantPlan) -> Mapping[str, QParams]:
         found = choose_ranges(plan, solver.statistics, _observer(recipe), solver.overrides)
@@ -168,7 +168,7 @@ def _placing(solver: Solver) -> BitPlacing:
 
     return BitPlacing(
         plan_at=lambda bits: TARGETS[recipe.target](
-            index, replace(request, weight_bits=bits, activation_bits=bits)
+            selectors.index, replace(request, weight_bits=bits, activation_bits=bits)
         ),
         ranges=ranges,
         pinned=frozenset(request.bits_of),

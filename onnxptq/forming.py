@@ -16,7 +16,7 @@ from onnxptq.calibrate.run import Calibration, calibrate
 from onnxptq.equalize.run import find_rescaling
 from onnxptq.graph.attention import find_attention
 from onnxptq.graph.index import GraphIndex
-from onnxptq.placing import observer_overrides, placement_request, require_quantizers
+from onnxptq.placing import Selectors, observer_overrides, placement_request, require_quantizers
 from onnxptq.recipe import Recipe
 from onnxptq.rooting import root_weights
 from onnxptq.rotate.run import rotate
@@ -120,7 +120,7 @@ def _root_order(run: Run, model: CanonicalModel, data: Data) -> int:
     recipe = run.recipe
     if not recipe.tries_roots or not find_attention(GraphIndex(model.graph)):
         return recipe.softmax_root or 1
-    placed = plan(run, model, Calibration(statistics={}, samples=0))
+    placed = plan(run, Selectors(model), Calibration(statistics={}, samples=0))
     with run.timed("root"):
         found = choose_root(
             model,
@@ -217,15 +217,15 @@ def _better(run: Run, plain: Prepared, changed: Prepared, what: str) -> Prepared
 
 
 def _prepared(run: Run, model: CanonicalModel, data: Data, reference: Path) -> Prepared:
-    statistics = calibration(run, model, data)
-    placed = plan(run, model, statistics)
+    statistics, selectors = calibration(run, model, data), Selectors(model)
+    placed = plan(run, selectors, statistics)
     tensors = frozenset(q.tensor for q in placed.quantizers if q.role == "activation")
     solver = Solver(
         model=model,
         plan=placed,
         statistics=statistics,
         recipe=run.recipe,
-        overrides=observer_overrides(model, GraphIndex(model.graph), run.recipe, tensors),
+        overrides=observer_overrides(selectors, run.recipe, tensors),
         samples=data.samples,
         everything=data.calibration,
         scratch=run.scratch,
@@ -276,38 +276,39 @@ def calibration(run: Run, model: CanonicalModel, data: Data) -> Calibration:
     return result
 
 
-def plan(run: Run, model: CanonicalModel, statistics: Calibration) -> QuantPlan:
+def plan(run: Run, selectors: Selectors, statistics: Calibration) -> QuantPlan:
     """Where quantizers go for the recipe's target.
 
     Raises:
         SelectorError: a pattern matches nothing. Also see :func:`onnxptq.placing.require_quantizers`.
     """
     with run.timed("place"):
-        placed = placement(run, model, statistics)({})
-        require_quantizers(placed, model, run.recipe)
+        placed = placement(run, selectors, statistics)({})
+        require_quantizers(placed, selectors.model, run.recipe)
         return placed
 
 
-def require_choices(run: Run, model: CanonicalModel) -> None:
+def require_choices(run: Run, selectors: Selectors) -> None:
     """Refuse, before any data are read, what the recipe's patterns make impossible.
 
     Raises:
         SelectorError, TargetIllegalError, UnsupportedModelError: as :func:`plan`, or the pattern of a rule matches
             nothing.
     """
-    placed = plan(run, model, Calibration(statistics={}, samples=0))
+    placed = plan(run, selectors, Calibration(statistics={}, samples=0))
     tensors = frozenset(q.tensor for q in placed.quantizers if q.role == "activation")
-    observer_overrides(model, GraphIndex(model.graph), run.recipe, tensors)
+    observer_overrides(selectors, run.recipe, tensors)
 
 
 def placement(
-    run: Run, model: CanonicalModel, statistics: Calibration
+    run: Run, selectors: Selectors, statistics: Calibration
 ) -> Callable[[Mapping[str, str]], QuantPlan]:
     """The plan as a function of the nodes to leave in float beyond those that the recipe names, with reasons."""
-    index = GraphIndex(model.graph)
-    request = placement_request(model, index, run.recipe, statistics.uncalibrated, run.bits)
+    request = placement_request(selectors, run.recipe, statistics.uncalibrated, run.bits)
     place = TARGETS[run.recipe.target]
-    return lambda declined: place(index, replace(request, declined={**request.declined, **declined}))
+    return lambda declined: place(
+        selectors.index, replace(request, declined={**request.declined, **declined})
+    )
 
 
 def apply_bit_plan(run: Run, model: CanonicalModel, plan: BitPlan, path: Path) -> None:

@@ -16,11 +16,10 @@ from onnxptq.arguments import as_recipe, model_path
 from onnxptq.errors import EnvironmentMismatchError, InvalidModelError
 from onnxptq.graph.attention import Attention, find_attention, find_gelus, find_post_norms
 from onnxptq.graph.canonicalize import canonicalize
-from onnxptq.graph.index import GraphIndex
 from onnxptq.lowering import check_supported
 from onnxptq.partition.blocks import find_blocks
 from onnxptq.partition.describe import BlockRow, describe_blocks
-from onnxptq.placing import placement_request, selector_notes
+from onnxptq.placing import Selectors, placement_request, selector_notes
 from onnxptq.recipe import Recipe
 from onnxptq.reporting import labelled
 from onnxptq.runtime import infer_types, require_loadable
@@ -114,7 +113,8 @@ def inspect(
             infer_types=infer_types,
             progress=progress,
         )
-        index = GraphIndex(canonical.graph)
+        selectors = Selectors(canonical)
+        index = selectors.index
         constants = [t for t in canonical.graph.tensors().values() if isinstance(t, gs.Constant)]
         sizes = [math.prod(int(d) for d in t.shape) for t in constants]
         return Inspection(
@@ -126,7 +126,7 @@ def inspect(
             nodes=len(index.nodes),
             parameters=sum(sizes),
             weight_bytes=sum(4 * size for size in sizes),
-            targets={name: _view(name, canonical, index, recipe) for name in TARGETS},
+            targets={name: _view(name, selectors, recipe) for name in TARGETS},
             blocks=tuple(describe_blocks(find_blocks(canonical.graph), canonical)),
             attention=tuple(_attention_row(found, canonical) for found in find_attention(index)),
             post_norms=tuple(
@@ -142,7 +142,7 @@ def inspect(
                 *_refusal(canonical),
                 *canonical.notes,
                 *(f"{s.site}: {s.reason}" for s in canonical.skips),
-                *selector_notes(canonical, index, recipe, tuple(TARGETS)),
+                *selector_notes(selectors, recipe, tuple(TARGETS)),
             ),
             names=canonical.user_nodes,
         )
@@ -171,12 +171,13 @@ def _attention_row(found: Attention, model: CanonicalModel) -> AttentionRow:
     )
 
 
-def _view(name: str, model: CanonicalModel, index: GraphIndex, recipe: Recipe) -> TargetView:
-    plan = TARGETS[name](index, placement_request(model, index, recipe.updated(target=name), {}))
-    nodes = {s.consumer for q in plan.quantizers for s in q.sites if s.consumer in index.by_name}
+def _view(name: str, selectors: Selectors, recipe: Recipe) -> TargetView:
+    plan = TARGETS[name](selectors.index, placement_request(selectors, recipe.updated(target=name), {}))
+    by_name = selectors.index.by_name
+    nodes = {s.consumer for q in plan.quantizers for s in q.sites if s.consumer in by_name}
     return TargetView(
-        quantized=dict(Counter(index.by_name[node].op for node in sorted(nodes)).most_common()),
+        quantized=dict(Counter(by_name[node].op for node in sorted(nodes)).most_common()),
         activations=sum(q.role == "activation" for q in plan.quantizers),
         weights=sum(q.role == "weight" for q in plan.quantizers),
-        skips=labelled(model, plan.skips),
+        skips=labelled(selectors.model, plan.skips),
     )

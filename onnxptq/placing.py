@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +25,7 @@ _SHOWN = 3
 
 
 def placement_request(
-    model: CanonicalModel,
-    index: GraphIndex,
+    selectors: Selectors,
     recipe: Recipe,
     uncalibrated: Mapping[str, str],
     planned: Mapping[str, tuple[int, int]] = {},
@@ -38,11 +38,11 @@ def placement_request(
     Raises:
         SelectorError: a pattern matches nothing.
     """
-    selectors = _Selectors(model, index)
-    declined = _unusable_weights(model, index)
+    declined = dict(selectors.unusable)
     if recipe.include:
         chosen = frozenset().union(*(selectors.chosen(p, "--include") for p in recipe.include))
-        declined.update({name: "not chosen by --include" for name in index.by_name if name not in chosen})
+        nodes = selectors.index.by_name
+        declined.update({name: "not chosen by --include" for name in nodes if name not in chosen})
     for pattern in recipe.exclude:
         matched = selectors.chosen(pattern, "--exclude")
         declined.update(dict.fromkeys(matched, f"excluded by '{pattern}'"))
@@ -56,7 +56,7 @@ def placement_request(
     return PlacementRequest(
         weight_bits=recipe.weight_bits,
         activation_bits=recipe.activation_bits,
-        weight_storage="int4" if model.opset >= 21 and recipe.target == "simulate" else "int8",
+        weight_storage="int4" if selectors.model.opset >= 21 and recipe.target == "simulate" else "int8",
         residuals=recipe.residuals,
         bits_of=bits,
         declined=declined,
@@ -64,10 +64,13 @@ def placement_request(
     )
 
 
-class _Selectors:
-    """The patterns of a recipe on one model."""
+class Selectors:
+    """The patterns of recipes on one model; each is matched once, whoever asks for what it chooses."""
 
-    def __init__(self, model: CanonicalModel, index: GraphIndex) -> None:
+    def __init__(self, model: CanonicalModel) -> None:
+        self.model = model
+        self.index = index = GraphIndex(model.graph)
+        self._found: dict[tuple[str, str], Selection] = {}
         names = {node.name: _known_names(model, node) for node in index.nodes}
         given = {tensor.name for tensor in model.graph.inputs}
         readers: dict[str, list[str]] = defaultdict(list)
@@ -101,9 +104,15 @@ class _Selectors:
 
     def selection(self, pattern: str, option: str) -> Selection:
         """What ``pattern`` matches itself."""
-        return select_nodes(
-            pattern, self._with_inputs if option == "rule" else self._catalogue, option=option
-        )
+        if (pattern, option) not in self._found:
+            catalogue = self._with_inputs if option == "rule" else self._catalogue
+            self._found[pattern, option] = select_nodes(pattern, catalogue, option=option)
+        return self._found[pattern, option]
+
+    @functools.cached_property
+    def unusable(self) -> Mapping[str, str]:
+        """Nodes that read a constant with NaN or infinity, which no grid can hold, and the reason."""
+        return _unusable_weights(self.model, self.index)
 
     def notes(self, pattern: str, option: str) -> Iterator[str]:
         """Where ``pattern`` chooses other nodes than it names."""
@@ -129,16 +138,13 @@ def _quoted(names: Sequence[str]) -> str:
     return listed([f"'{name}'" for name in names])
 
 
-def selector_notes(
-    model: CanonicalModel, index: GraphIndex, recipe: Recipe, targets: Sequence[str]
-) -> tuple[str, ...]:
+def selector_notes(selectors: Selectors, recipe: Recipe, targets: Sequence[str]) -> tuple[str, ...]:
     """What a user should know of the recipe's selectors: where they choose other nodes than they name, and where they
     change nothing for any of ``targets``.
 
     Raises:
         SelectorError: a pattern matches nothing.
     """
-    selectors = _Selectors(model, index)
     options = [("--include", p) for p in recipe.include] + [("--exclude", p) for p in recipe.exclude]
     rules = [rule for rule in recipe.rules if rule.weight_bits or rule.activation_bits]
     given = [*options, *(("rule", rule.match) for rule in rules)]
@@ -147,9 +153,10 @@ def selector_notes(
         return ()
 
     def quantizers(changed: Recipe) -> list[tuple[Quantizer, ...]]:
-        requests = (placement_request(model, index, changed.updated(target=name), {}) for name in targets)
+        requests = (placement_request(selectors, changed.updated(target=name), {}) for name in targets)
         return [
-            TARGETS[name](index, request).quantizers for name, request in zip(targets, requests, strict=True)
+            TARGETS[name](selectors.index, request).quantizers
+            for name, request in zip(targets, requests, strict=True)
         ]
 
     wanted = quantizers(recipe)
@@ -173,7 +180,6 @@ def _without(patterns: tuple[str, ...], place: int) -> tuple[str, ...]:
 
 
 def _unusable_weights(model: CanonicalModel, index: GraphIndex) -> dict[str, str]:
-    """Nodes that read a constant with NaN or infinity, which no grid can hold, and the reason."""
     spoilt: dict[str, str] = {}
     for node in index.nodes:
         for tensor in node.inputs:
@@ -212,9 +218,7 @@ def require_quantizers(plan: QuantPlan, model: CanonicalModel, recipe: Recipe) -
     )
 
 
-def observer_overrides(
-    model: CanonicalModel, index: GraphIndex, recipe: Recipe, tensors: frozenset[str]
-) -> dict[str, Observer]:
+def observer_overrides(selectors: Selectors, recipe: Recipe, tensors: frozenset[str]) -> dict[str, Observer]:
     """The observers that the recipe's rules set for single tensors, by canonical name.
 
     A rule names tensors, or nodes: then it holds for what they read and write.
@@ -223,8 +227,8 @@ def observer_overrides(
         SelectorError: a pattern matches nothing.
     """
     overrides: dict[str, Observer] = {}
-    users = {model.user_name(name): name for name in tensors}
-    selectors = _Selectors(model, index)
+    users = {selectors.model.user_name(name): name for name in tensors}
+    by_name = selectors.index.by_name
     for rule in recipe.rules:
         if rule.observer is None:
             continue
@@ -233,7 +237,7 @@ def observer_overrides(
         matched = {tensor for name, tensor in users.items() if matches(name)}
         if not matched:
             nodes = selectors.chosen(rule.match, "rule")
-            touched = {t.name for n in nodes for t in (*index.by_name[n].inputs, *index.by_name[n].outputs)}
+            touched = {t.name for n in nodes for t in (*by_name[n].inputs, *by_name[n].outputs)}
             matched = touched & tensors
         if not matched:
             match_tensors(rule.match, sorted(users), option="rule")

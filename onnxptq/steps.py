@@ -24,9 +24,8 @@ from onnxptq.errors import QualityGateError
 from onnxptq.forming import Prepared, apply_bit_plan, placement, plan, require_choices
 from onnxptq.graph.boundary import without_boundary
 from onnxptq.graph.canonicalize import canonicalize
-from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import save_graph
-from onnxptq.placing import selector_notes
+from onnxptq.placing import Selectors, selector_notes
 from onnxptq.publish import write_texts
 from onnxptq.qdq import insert_quantizers
 from onnxptq.running import Checks, Data, Run, Solved
@@ -75,8 +74,8 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
         )
         # Quality and latency will need it; better now than after calibration.
         require_loadable(model, run.recipe.provider)
-    chosen = selector_notes(model, GraphIndex(model.graph), run.recipe, (run.recipe.target,))
-    for note in (*model.notes, *chosen):
+    selectors = Selectors(model)
+    for note in (*model.notes, *selector_notes(selectors, run.recipe, (run.recipe.target,))):
         run.note(note)
     if run.recipe.needs_torch:
         from onnxptq.lowering import require_supported
@@ -84,7 +83,7 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
         require_supported(model.graph, may_run_foreign=run.recipe.unknown_operators == "float")
     if run.recipe.plan is not None:
         apply_bit_plan(run, model, read_bit_plan(Path(run.recipe.plan)), Path(run.recipe.plan))
-    require_choices(run, model)
+    require_choices(run, selectors)
     return model
 
 
@@ -100,7 +99,7 @@ def allocated(run: Run, source: CanonicalModel, form: Prepared) -> Prepared:
         chosen = choose_bits(form.solver, survey, source)
         apply_bit_plan(run, source, chosen, Path("plan.yaml"))
         run.note(reporting.bit_plan_note(chosen))
-    placed = plan(run, form.model, form.statistics)
+    placed = plan(run, Selectors(form.model), form.statistics)
     with run.timed("solve"):
         solver = replace(form.solver.replanned(placed, {}), packing=survey.packing)
         solver.begin()
@@ -113,7 +112,7 @@ def solved(run: Run, form: Prepared) -> Solved:
     with run.timed("solve"):
         found = solver.finish()
         best = solver, found
-        placed = placement(run, model, form.statistics)
+        placed = placement(run, Selectors(model), form.statistics)
         nodes = [node.name for node in model.graph.nodes]
         for _ in range(RELAXATIONS):
             more = solver.relax(

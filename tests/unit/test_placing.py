@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from onnxptq import placing
 from onnxptq.errors import SelectorError
-from onnxptq.graph.index import GraphIndex
-from onnxptq.placing import observer_overrides, placement_request, selector_notes
+from onnxptq.placing import Selectors, observer_overrides, placement_request, selector_notes
 from onnxptq.recipe import Recipe
+from onnxptq.selectors import Catalogue, Selection, select_nodes
 from onnxptq.targets import PlacementRequest
 from onnxptq.types import CanonicalModel, UserNode
 from tests.unit.small_nets import NETS, Net, canonical
@@ -25,7 +26,7 @@ def model(tmp_path: Path) -> CanonicalModel:
 
 
 def _request(model: CanonicalModel, **settings: Any) -> PlacementRequest:
-    return placement_request(model, GraphIndex(model.graph), Recipe.create(settings), {"x": "why"})
+    return placement_request(Selectors(model), Recipe.create(settings), {"x": "why"})
 
 
 def test_defaults_decline_nothing(model: CanonicalModel) -> None:
@@ -104,7 +105,7 @@ def test_weights_that_no_grid_can_hold_are_declined(tmp_path: Path) -> None:
 def _overrides(model: CanonicalModel, match: str) -> dict[str, str]:
     recipe = Recipe.create({"rules": [{"match": match, "observer": "minmax"}]})
     tensors = frozenset({"x", "stem_relu", "relu1", "conv2", "flat"})
-    found = observer_overrides(model, GraphIndex(model.graph), recipe, tensors)
+    found = observer_overrides(Selectors(model), recipe, tensors)
     return {name: observer.name for name, observer in found.items()}
 
 
@@ -129,7 +130,7 @@ def test_later_observers_win(model: CanonicalModel) -> None:
         {"match": "flat", "weight_bits": 4},
     ]
     recipe = Recipe.create({"rules": rules, "percentile": 99.0})
-    found = observer_overrides(model, GraphIndex(model.graph), recipe, frozenset({"flat", "x"}))
+    found = observer_overrides(Selectors(model), recipe, frozenset({"flat", "x"}))
     assert found["flat"].name == "percentile"
     assert found["flat"].percentile == 99.0
     assert found["x"].name == "minmax"
@@ -146,7 +147,7 @@ def layers(tmp_path: Path) -> CanonicalModel:
 
 def _notes(model: CanonicalModel, **settings: Any) -> str:
     recipe = Recipe.create(settings)
-    return "\n".join(selector_notes(model, GraphIndex(model.graph), recipe, (recipe.target,)))
+    return "\n".join(selector_notes(Selectors(model), recipe, (recipe.target,)))
 
 
 @pytest.mark.parametrize("pattern", ["up", "re:^up$"])
@@ -200,3 +201,26 @@ def test_merged_nodes_are_noted(layers: CanonicalModel) -> None:
     model = replace(layers, user_nodes=(merged,))
     assert set(_request(model, exclude=("BatchNormalization",)).declined) == {"up.mm"}
     assert "'bn' of 'up.mm'" in _notes(model, exclude=("BatchNormalization",))
+
+
+def test_each_pattern_is_matched_once(layers: CanonicalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is asked: notes compare the plans with and without each pattern."""
+    matched: list[tuple[str, str]] = []
+
+    def select(pattern: str, catalogue: Catalogue, *, option: str) -> Selection:
+        matched.append((pattern, option))
+        return select_nodes(pattern, catalogue, option=option)
+
+    monkeypatch.setattr(placing, "select_nodes", select)
+    rules = [{"match": "up", "weight_bits": 4}, {"match": "down", "observer": "minmax"}]
+    recipe = Recipe.create({"include": ("MatMul", "up"), "exclude": ("down",), "rules": rules})
+    selectors = Selectors(layers)
+    assert selector_notes(selectors, recipe, ("simulate", "ort-cpu"))
+    placement_request(selectors, recipe, {})
+    observer_overrides(selectors, recipe, frozenset({"down"}))
+    assert sorted(matched) == [
+        ("MatMul", "--include"),
+        ("down", "--exclude"),
+        ("up", "--include"),
+        ("up", "rule"),
+    ]
