@@ -13,32 +13,14 @@ from onnxptq.errors import FeedError
 from onnxptq.graph.save import exposed_copy
 from onnxptq.pipeline import quantize
 from onnxptq.recipe import Recipe
-from onnxptq.runtime import SAME_FUNCTION, Session, difference
+from onnxptq.runtime import Session
 from onnxptq.shift import apply, spans
 from onnxptq.shift.run import Shift, shift
 from onnxptq.types import Array, CanonicalModel
 from tests.unit.equalize.equalize_helpers import Samples, canonical, samples_for
 from tests.unit.rotate import rotate_nets as nets
+from tests.unit.shift.shift_cases import READ_OTHERWISE, WIDTH, Parts, shifted
 from tests.unit.small_nets import conv_relu_conv
-
-WIDTH = 12
-
-
-def shifted(
-    model: onnx.ModelProto, folder: Path, count: int = 6
-) -> tuple[CanonicalModel, CanonicalModel, Shift]:
-    """The model and its shifted form, held against onnxruntime's outputs on inputs that were not looked at."""
-    source = canonical(model, folder)
-    samples = list(samples_for(model, count + 3))
-    result, found = shift(source, Samples(samples[:count]), work_dir=folder)
-    onnx.checker.check_model(str(result.path), full_check=True)
-    before, after = (Session(path, exact=True, threads=1) for path in (source.path, result.path))
-    for sample in samples[count:]:
-        assert difference(before.run(sample), after.run(sample)) <= SAME_FUNCTION
-    ops = [[node.op for node in m.graph.nodes] for m in (source, result)]
-    assert ops[0] == ops[1]  # nothing remains to be computed at run time
-    assert (result is source) == (not found.tensors)
-    return source, result, found
 
 
 def values_of(model: CanonicalModel, proto: onnx.ModelProto, tensor: str, count: int = 6) -> Array:
@@ -50,34 +32,29 @@ def values_of(model: CanonicalModel, proto: onnx.ModelProto, tensor: str, count:
     return np.concatenate([row.reshape(-1, row.shape[-1]) for row in rows])
 
 
-class Parts(nets.Blocks):
-    """One normalization of ``WIDTH`` channels of [1, 6, 4], and what reads it."""
-
+class Normalized(Parts):
     def begin(self, *, bias: bool = True) -> str:
         x = self.linear("stem", "x", 7, WIDTH)
         scale = self.weight("n.g", WIDTH)
         return self.op("LayerNormalization", "n", x, scale, *([self.weight("n.c", WIDTH)] if bias else []))
 
-    def end(self, *outputs: str) -> onnx.ModelProto:
-        return self.proto({"x": [1, 6, 4, 7]}, outputs)
-
 
 def shared() -> onnx.ModelProto:
     """Queries, keys and values."""
-    net = Parts()
+    net = Normalized()
     n = net.begin()
     parts = [net.linear(c, n, WIDTH, 5) for c in "qkv"]
     return net.end(net.op("Tanh", "y", net.op("Sum", "s", *parts)))
 
 
 def without_bias() -> onnx.ModelProto:
-    net = Parts()
+    net = Normalized()
     return net.end(net.linear("y", net.begin(bias=False), WIDTH, 5))
 
 
 def windows() -> onnx.ModelProto:
     """Rolled and cut into windows, as in Swin."""
-    net = Parts()
+    net = Normalized()
     n = net.begin()
     ints = net.ints
     back = net.op("Slice", "back", n, ints("one", 1), ints("far", 99), ints("axis", 1))
@@ -91,7 +68,7 @@ def windows() -> onnx.ModelProto:
 
 def convolutions() -> onnx.ModelProto:
     """Channels moved to the front, read by a grouped convolution, and by a strided one without bias."""
-    net = Parts()
+    net = Normalized()
     x = net.op("Transpose", "front", net.begin(), perm=[0, 3, 1, 2])
     a = net.conv("a", x, (8, 3, 1, 1), group=4)
     b = net.conv("b", x, (8, WIDTH, 3, 2), pads=[0] * 4, strides=[1, 2], bias=False)
@@ -99,7 +76,7 @@ def convolutions() -> onnx.ModelProto:
 
 
 def gemm() -> onnx.ModelProto:
-    net = Parts()
+    net = Normalized()
     rows = net.op("Reshape", "rows", net.begin(), net.ints("s", -1, WIDTH))
     a = net.op("Gemm", "a", rows, net.weight("a.w", 5, WIDTH), net.weight("a.b", 5), transB=1)
     b = net.op("Gemm", "b", rows, net.weight("b.w", WIDTH, 3))
@@ -154,20 +131,6 @@ def _padding_conv(net: Parts) -> str:
     return net.conv("y", net.op("Transpose", "front", net.begin(), perm=[0, 3, 1, 2]), (4, WIDTH, 3, 3))
 
 
-def _also_added(net: Parts) -> str:
-    n = net.begin()
-    return net.op("Add", "y", n, net.linear("f", n, WIDTH, WIDTH))
-
-
-def _also_seen(net: Parts) -> str:
-    net.linear("y", net.begin(), WIDTH, 5)
-    return "n"
-
-
-def _no_bias(net: Parts) -> str:
-    return net.op("MatMul", "y", net.begin(), net.weight("w", WIDTH, 5))
-
-
 def _with_token(net: Parts) -> str:
     token = net.weight("token", 1, 1, 4, WIDTH)
     return net.linear("y", net.op("Concat", "tokens", token, net.begin(), axis=1), WIDTH, 5)
@@ -186,10 +149,10 @@ def _scaled_gemm(net: Parts) -> str:
 
 @pytest.mark.parametrize(
     "build",
-    [_padded, _padding_conv, _also_added, _also_seen, _no_bias, _with_token, _other_axis, _scaled_gemm],
+    [*READ_OTHERWISE, _padded, _padding_conv, _with_token, _other_axis, _scaled_gemm],
 )
 def test_channels_that_something_else_reads_stay(build: Callable[[Parts], str], tmp_path: Path) -> None:
-    net = Parts()
+    net = Normalized()
     _, _, found = shifted(net.end(*{build(net): None, "y": None}), tmp_path)
     assert found == Shift()
     assert "No channels" in found.summary
@@ -197,7 +160,7 @@ def test_channels_that_something_else_reads_stay(build: Callable[[Parts], str], 
 
 def test_a_layer_over_rows_joins_the_channels_to_one_shift_per_row(tmp_path: Path) -> None:
     """Transposed without anything between: every row of the layer is one channel, and their shifts become one."""
-    net = Parts()
+    net = Normalized()
     x = net.op("Transpose", "t", net.begin(), perm=[0, 2, 3, 1])
     proto = net.end(net.linear("y", x, 6, 5))
     source, result, found = shifted(proto, tmp_path)
@@ -215,7 +178,7 @@ def test_networks_without_normalizations_stay(tmp_path: Path) -> None:
 
 
 def test_a_shared_bias_moves_for_its_layer_alone(tmp_path: Path) -> None:
-    net = Parts()
+    net = Normalized()
     n = net.begin()
     bias = net.weight("bias", 5)
     first = net.op("Add", "first", net.op("MatMul", "m1", n, net.weight("w1", WIDTH, 5)), bias)

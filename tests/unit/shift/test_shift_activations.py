@@ -17,62 +17,49 @@ from onnxptq.runtime import SAME_FUNCTION, Session, difference
 from onnxptq.shift.run import Shift, shift
 from onnxptq.targets import TARGETS, PlacementRequest
 from onnxptq.types import CanonicalModel
-from tests.unit.equalize.equalize_helpers import Samples, canonical, samples_for
+from tests.unit.equalize.equalize_helpers import canonical, samples_for
 from tests.unit.rotate import rotate_nets as nets
+from tests.unit.shift.shift_cases import READ_OTHERWISE, WIDTH, Parts, shifted
 from tests.unit.small_nets import conv_relu_conv
-
-WIDTH = 12
 
 
 def centred(proto: onnx.ModelProto, folder: Path, count: int = 6) -> tuple[CanonicalModel, Shift]:
-    """The form with subtractions, held against onnxruntime and onnx's own interpreter on other inputs."""
-    source = canonical(proto, folder)
-    samples = list(samples_for(proto, count + 3))
-    result, found = shift(source, Samples(samples[:count]), work_dir=folder, where="behind activations")
-    onnx.checker.check_model(str(result.path), full_check=True)
-    before, after = (Session(path, exact=True, threads=1) for path in (source.path, result.path))
-    interpreter = ReferenceEvaluator(str(result.path))
-    for sample in samples[count:]:
-        wanted = before.run(sample)
-        assert difference(wanted, after.run(sample)) <= SAME_FUNCTION
+    """The form with subtractions, held against onnx's own interpreter as well."""
+    source, result, found = shifted(proto, folder, count, where="behind activations")
+    session, interpreter = Session(source.path, exact=True, threads=1), ReferenceEvaluator(str(result.path))
+    for sample in list(samples_for(proto, count + 3))[count:]:
         interpreted = dict(zip(interpreter.output_names, interpreter.run(None, dict(sample)), strict=True))
-        assert difference(wanted, interpreted) <= SAME_FUNCTION
+        assert difference(session.run(sample), interpreted) <= SAME_FUNCTION
     added = [node for node in result.graph.nodes if node.name not in {n.name for n in source.graph.nodes}]
     assert [node.op for node in added] == ["Sub"] * len(found.tensors)
     assert [node.inputs[0].name for node in added] == list(found.tensors)
-    assert (result is source) == (not found.tensors)
     return result, found
 
 
-class Parts(nets.Blocks):
-    """An activation of ``WIDTH`` channels of [1, 6, 4], and what reads it."""
-
+class Activated(Parts):
     def begin(self, op: str = "Gelu") -> str:
         return self.op(op, "act", self.linear("up", "x", 7, WIDTH))
 
-    def end(self, *outputs: str) -> onnx.ModelProto:
-        return self.proto({"x": [1, 6, 4, 7]}, outputs)
-
 
 def product_and_bias() -> onnx.ModelProto:
-    net = Parts()
+    net = Activated()
     return net.end(net.linear("y", net.begin(), WIDTH, 5))
 
 
 def rectified() -> onnx.ModelProto:
-    net = Parts()
+    net = Activated()
     return net.end(net.linear("y", net.begin("Relu"), WIDTH, 5))
 
 
 def two_readers() -> onnx.ModelProto:
-    net = Parts()
+    net = Activated()
     act = net.begin("HardSwish")
     return net.end(net.linear("y", act, WIDTH, 5), net.linear("z", act, WIDTH, 3))
 
 
 def gemms() -> onnx.ModelProto:
     """One of them without a bias yet."""
-    net = Parts()
+    net = Activated()
     rows = net.op("Reshape", "rows", net.begin(), net.ints("s", -1, WIDTH))
     a = net.op("Gemm", "a", rows, net.weight("a.w", 5, WIDTH), net.weight("a.b", 5), transB=1)
     return net.end(a, net.op("Gemm", "b", rows, net.weight("b.w", WIDTH, 3)))
@@ -80,7 +67,7 @@ def gemms() -> onnx.ModelProto:
 
 def gated() -> onnx.ModelProto:
     """SiLU as exporters write it: the product is shifted, the sigmoid that it reads is not."""
-    net = Parts()
+    net = Activated()
     x = net.linear("up", "x", 7, WIDTH)
     act = net.op("Mul", "act", x, net.op("Sigmoid", "gate", x))
     return net.end(net.linear("y", act, WIDTH, 5))
@@ -115,20 +102,6 @@ def test_one_subtraction_centres_the_channels_for_every_reader(
     assert result.user_name(rest) == "act"
 
 
-def _also_added(net: Parts) -> str:
-    act = net.begin()
-    return net.op("Add", "y", act, net.linear("f", act, WIDTH, WIDTH))
-
-
-def _also_seen(net: Parts) -> str:
-    net.linear("y", net.begin(), WIDTH, 5)
-    return "act"
-
-
-def _no_bias(net: Parts) -> str:
-    return net.op("MatMul", "y", net.begin(), net.weight("w", WIDTH, 5))
-
-
 def _read_by_a_convolution(net: Parts) -> str:
     front = net.op("Transpose", "front", net.begin(), perm=[0, 3, 1, 2])
     net.linear("z", "act", WIDTH, 5)
@@ -149,12 +122,12 @@ def _on_both_sides(net: Parts) -> str:
 
 @pytest.mark.parametrize(
     "build",
-    [_also_added, _also_seen, _no_bias, _read_by_a_convolution, _behind_a_convolution, _on_both_sides],
+    [*READ_OTHERWISE, _read_by_a_convolution, _behind_a_convolution, _on_both_sides],
 )
 def test_no_subtraction_where_it_cannot_be_taken_up_or_gains_little(
     build: Callable[[Parts], str], tmp_path: Path
 ) -> None:
-    net = Parts()
+    net = Activated()
     _, found = centred(net.end(*{build(net): None, "y": None}), tmp_path)
     assert found == Shift(where="behind activations")
     assert "No channels behind activations" in found.summary
@@ -207,7 +180,7 @@ def test_subtractions_are_tried_unless_shifts_are_turned_off() -> None:
 
 
 def test_a_run_for_symmetric_grids_gains_and_names_what_the_user_named(tmp_path: Path) -> None:
-    net = Parts()
+    net = Activated()
     proto = net.proto({"x": [6, 7]}, [net.linear("y", net.begin("Relu"), WIDTH, 5)])
     path = tmp_path / "net.onnx"
     onnx.save(proto, str(path))

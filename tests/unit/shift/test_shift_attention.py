@@ -14,10 +14,11 @@ from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, symmetr
 from onnxptq.recipe import Recipe
 from onnxptq.runtime import SAME_FUNCTION, Session, difference
 from onnxptq.shift.attention import Grids
-from onnxptq.shift.run import Shift, shift
+from onnxptq.shift.run import shift
 from onnxptq.types import Array, CanonicalModel, PerTensor, QType
 from tests.unit.equalize.equalize_helpers import Samples, canonical, samples_for
 from tests.unit.rotate import rotate_nets as nets
+from tests.unit.shift.shift_cases import shifted
 
 COUNT = 6
 NAMES = ("b0.att.p", "b0.att.v")
@@ -48,21 +49,6 @@ def coarse(values_bits: int = 8) -> Grids:
     )
 
 
-def shifted(
-    proto: onnx.ModelProto, folder: Path, grids: Grids
-) -> tuple[CanonicalModel, CanonicalModel, Shift]:
-    source = canonical(proto, folder)
-    samples = list(samples_for(proto, COUNT + 3))
-    result, found = shift(
-        source, Samples(samples[:COUNT]), work_dir=folder, where="in attention", grids=grids
-    )
-    before, after = (Session(path, exact=True, threads=1) for path in (source.path, result.path))
-    for sample in samples[COUNT:]:
-        assert difference(before.run(sample), after.run(sample)) <= SAME_FUNCTION
-    assert [n.op for n in source.graph.nodes] == [n.op for n in result.graph.nodes]
-    return source, result, found
-
-
 def regressed(seen: list[list[Array]], grids: Grids, head: int) -> tuple[Array, Array, Array]:
     """By numpy's least squares: c, the errors D V, and D 1, of one head in all samples."""
     lost = [
@@ -77,7 +63,7 @@ def regressed(seen: list[list[Array]], grids: Grids, head: int) -> tuple[Array, 
 def test_the_constants_are_those_of_least_squares(fused: bool, tmp_path: Path) -> None:
     proto = attention(fused=fused)
     grids = coarse()
-    source, result, found = shifted(proto, tmp_path, grids)
+    source, result, found = shifted(proto, tmp_path, COUNT, where="in attention", grids=grids)
     assert found.channels == 24
     assert "Shifted in attention: 24 channels of 1 tensor;" in found.summary
     samples = Samples(list(samples_for(proto, COUNT + 3))[:COUNT])
@@ -108,7 +94,7 @@ def test_samples_of_different_lengths_count_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_shifted_without_quantized_weights(name: str, tmp_path: Path) -> None:
     grids = Grids(qparams={k: v for k, v in coarse().qparams.items() if k == name}, symmetric=True)
-    _, _, found = shifted(attention(fused=False), tmp_path, grids)
+    _, _, found = shifted(attention(fused=False), tmp_path, COUNT, where="in attention", grids=grids)
     assert bool(found.tensors) == (name == NAMES[0])
 
 
@@ -121,7 +107,7 @@ def test_values_stay_where_a_wider_grid_would_cost_more(tmp_path: Path) -> None:
     outcomes = set()
     for seed in range(6):
         proto = attention(fused=False, seed=seed)
-        source, _, found = shifted(proto, tmp_path, grids)
+        source, _, found = shifted(proto, tmp_path, COUNT, where="in attention", grids=grids)
         seen = operands(source, Samples(list(samples_for(proto, COUNT + 3))[:COUNT]))
         taken = np.stack([regressed(seen, grids, head)[0] for head in range(3)])[:, None]
         before, after = (max(np.abs(v[0] - c).max() for _, v in seen) for c in (0.0, taken))
