@@ -30,6 +30,7 @@ from onnxptq.types import (
     Sample,
     Sensitivity,
     Solution,
+    started,
 )
 
 CANDIDATES = (2, 3, 4, 5, 6, 8)
@@ -136,12 +137,11 @@ def _scored(
 ) -> tuple[list[tuple[Sensitivity, ...]], Mapping[str, int], str]:
     """The scores of every pack of every network, the sizes of tensors, and the kind of loss."""
     scorer = Scorer(model, packs, samples, loss=loss, device=device, ranks=ranks)
-    tick = progress.start("measure bits", len(networks)) if progress else None
+    tick = started(progress, "measure bits", len(networks))
     scores = []
     for plan, solution in networks:
         scores.append(scorer.score(plan, solution))
-        if tick is not None:
-            tick()
+        tick()
     return scores, scorer.sizes, scorer.loss
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
-from onnxptq.types import Progress, QuantPlan, Solution
+from onnxptq.types import Progress, QuantPlan, Solution, started
 
 Score = Callable[[QuantPlan, Solution], float]
 """Quality in dB of a plan under a solution."""
@@ -33,14 +33,13 @@ def measure_noise(
         plan_of: the plan that quantizes one node alone.
         solution: of the whole plan; its parameters serve the single-node plans.
     """
-    step = progress.start("rank nodes", len(nodes)) if progress else None
+    tick = started(progress, "rank nodes", len(nodes))
     noise: dict[str, float] = {}
     for node in nodes:
         plan = plan_of(node)
         # What is only quantized together with its neighbours makes no noise of its own.
         noise[node] = _noise(score(*_restricted(plan, solution))) if plan.quantizers else 0.0
-        if step:
-            step()
+        tick()
     return noise
 
 

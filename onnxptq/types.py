@@ -423,3 +423,8 @@ class Progress(Protocol):
     def message(self, text: str) -> None:
         """Say one line."""
         ...
+
+
+def started(progress: Progress | None, title: str, total: int) -> Callable[[], None]:
+    """``progress.start``, or nothing where nobody listens or there is nothing to do."""
+    return progress.start(title, total) if progress and total else lambda: None

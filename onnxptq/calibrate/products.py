@@ -45,6 +45,7 @@ from onnxptq.types import (
     Quantizer,
     QuantPlan,
     Sample,
+    started,
 )
 
 _ENDS = tuple(2.0 ** (-k / 3) for k in range(22))
@@ -185,7 +186,7 @@ def _collected(
     names = [site.quantizer.quantizer_id for site in sites]
     sizes = {name: site.release() * len(samples) for name, site in zip(names, sites, strict=True)}
     groups = group_within([[name] for name in names], sizes, group_bytes)
-    tick = progress.start("softmax ranges", len(groups) * len(samples)) if progress else lambda: None
+    tick = started(progress, "softmax ranges", len(groups) * len(samples))
     for members in groups:
         collect([sites[i] for i in members], samples, tick)
         for i in members:

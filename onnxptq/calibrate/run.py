@@ -18,7 +18,7 @@ from onnxptq.errors import MemoryBudgetError
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.runtime import Provider, first_sample, group_within
 from onnxptq.threads import THREADS
-from onnxptq.types import Array, CanonicalModel, Feeds, Progress, Sample, Skip
+from onnxptq.types import Array, CanonicalModel, Feeds, Progress, Sample, Skip, started
 
 DEFAULT_GROUP_BYTES = 1 << 30
 """Exposed activations of one sample held at once when the user states no budget."""
@@ -127,11 +127,11 @@ def _observed(
         others={name: StatisticsBuilder(histogram=histogram) for name in tensors},
         broken={},
     )
-    step = progress.start("calibrate", len(feeds) * len(groups)) if progress and feeds else None
+    tick = started(progress, "calibrate", len(feeds) * len(groups) if feeds else 0)
     with ThreadPoolExecutor(THREADS) as pool:
         for number, group in enumerate(groups):
             session = open_group(model, group, anchored, provider, ranks.rank) if group else None
-            for position, sample in ranks.deal(None if feeds is None else _told(feeds, step)):
+            for position, sample in ranks.deal(None if feeds is None else _told(feeds, tick)):
                 into = seen.others if position in apart else seen.builders
                 if number == 0:
                     _observe({k: v for k, v in sample.items() if k in into}, into, seen.broken, pool)
@@ -143,11 +143,10 @@ def _observed(
     return seen
 
 
-def _told(feeds: Feeds, step: Callable[[], None] | None) -> Iterator[Sample]:
+def _told(feeds: Feeds, tick: Callable[[], None]) -> Iterator[Sample]:
     for sample in feeds:
         yield sample
-        if step is not None:
-            step()
+        tick()
 
 
 def _observe(

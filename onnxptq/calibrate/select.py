@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from onnxptq.calibrate.observers import Observer
-from onnxptq.types import Progress
+from onnxptq.types import Progress, started
 
 CANDIDATES: Sequence[Observer] = (
     Observer(name="mse", norm=2.0),
@@ -38,7 +38,7 @@ def select_observer(
         samples: how many there are; the last round uses all of them.
     """
     rounds = _rounds(len(candidates), samples)
-    step = progress.start("choose ranges", sum(kept for kept, _ in rounds)) if progress else None
+    tick = started(progress, "choose ranges", sum(kept for kept, _ in rounds))
     scores: dict[Observer, float] = {}
     remaining = list(candidates)
     for kept, count in rounds:
@@ -47,8 +47,7 @@ def select_observer(
         remaining.sort(key=candidates.index)
         for candidate in remaining:
             scores[candidate] = evaluate(candidate, count)
-            if step:
-                step()
+            tick()
     best = max(remaining, key=lambda c: _ordered(scores[c]))
     return best, {label(c): scores[c] for c in candidates}
 

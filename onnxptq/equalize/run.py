@@ -25,7 +25,7 @@ from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.tracing import Shapes
 from onnxptq.runtime import Provider, Session, compare_forms, concrete_shapes, first_sample
 from onnxptq.threads import in_threads
-from onnxptq.types import CanonicalModel, Feeds, Progress, Sample, Skip
+from onnxptq.types import CanonicalModel, Feeds, Progress, Sample, Skip, started
 
 FACTOR_LIMIT = 64.0
 """Factors stay within 1/64 and 64."""
@@ -299,7 +299,7 @@ def _observe(job: _Job, free: set[int], progress: Progress | None) -> dict[str, 
     most = max(_FEWEST_SEEN, OBSERVED_ELEMENTS // max(1, elements))
     seen = job.seen[:: -(-len(job.seen) // most)]
     count = group_count(labels, job.shapes, job.group_bytes) * len(seen)
-    tick = progress.start("equalize", count) if progress else lambda: None
+    tick = started(progress, "equalize", count)
     return observe(
         job.model,
         job.feeds,

@@ -37,7 +37,7 @@ from onnxptq.graph.origins import find_regions, inner_names, user_nodes
 from onnxptq.graph.passes import PASSES
 from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph, write_model
 from onnxptq.graph.surgeon import import_graph
-from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip
+from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip, started
 
 FORM = 7
 """Version of the canonical form: part of the fingerprint, raised when results change."""
@@ -122,7 +122,7 @@ def canonicalize(
             the opset cannot be raised or an input is no tensor.
         OutputPathError: ``work_dir`` cannot be written.
     """
-    tick = progress.start("Reading the model", 5) if progress else _no_tick
+    tick = started(progress, "Reading the model", 5)
     model = read_model(path)
     check_model(model, path)
     tick()
@@ -195,10 +195,6 @@ def _scratch(work_dir: Path) -> Iterator[Path]:
             f"{work_dir} cannot take the intermediate files: {error.strerror or error}.",
             "Check that the folder exists, that it is writable, and that the disk has room.",
         ) from error
-
-
-def _no_tick() -> None:
-    return None
 
 
 def _operators(model: onnx.ModelProto) -> set[str]:

@@ -42,6 +42,7 @@ from onnxptq.types import (
     Sample,
     Sensitivity,
     Solution,
+    started,
 )
 
 MEMORY = 512 << 20
@@ -175,7 +176,7 @@ class Scorer:
         known = probability_outputs(self._model.graph)
         losses = [OutputLoss(kind, outputs, probabilities=known) for kind, outputs in self._seen]
         count = 0
-        tick = progress.start("score blocks", len(self._batches) * len(self.blocks)) if progress else None
+        tick = started(progress, "score blocks", len(self._batches) * len(self.blocks))
         for batch in self._batches:
             values = self._network.run(batch)
             count += _rows(batch)
@@ -186,8 +187,7 @@ class Scorer:
                     if values[name].is_floating_point():
                         changes[t].add(values[name], changed.get(name))
                 losses[t].add(values, self._network.run_changed(t + 1, values, changed))
-                if tick is not None:
-                    tick()
+                tick()
         for change, added in zip(changes, losses, strict=True):
             change.sum_over(self._ranks)
             added.sum_over(self._ranks)

@@ -26,7 +26,17 @@ from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear, find_linears
 from onnxptq.graph.save import save_graph
 from onnxptq.runtime import Provider, open_transient
-from onnxptq.types import Array, CanonicalModel, FloatArray, Progress, QuantPlan, Sample, Site, Solution
+from onnxptq.types import (
+    Array,
+    CanonicalModel,
+    FloatArray,
+    Progress,
+    QuantPlan,
+    Sample,
+    Site,
+    Solution,
+    started,
+)
 
 Insert = Callable[[gs.Graph, QuantPlan, Solution], gs.Graph]
 """Writes quantizers into a graph (``onnxptq.qdq.insert_quantizers``)."""
@@ -65,13 +75,12 @@ def correct_biases(
         lambda path: save_graph(insert(graph, twins, solution), path, share=True),
         provider=provider,
     )
-    step = progress.start("correct biases", len(samples)) if progress else None
+    tick = started(progress, "correct biases", len(samples))
     seen: dict[str, list[Array]] = {name: [] for name in outputs}
     for sample in samples:
         for name, value in session.run(sample, outputs).items():
             seen[name].append(value.reshape(-1).astype(np.float64))
-        if step:
-            step()
+        tick()
     weights = dict(solution.weights)
     for layer, name in zip(layers, outputs, strict=True):
         assert layer.bias is not None

@@ -38,7 +38,17 @@ from onnxptq.reconstruct.suffix import Suffix, wanted_outputs
 from onnxptq.reconstruct.training import train
 from onnxptq.reconstruct.tuning import tune
 from onnxptq.reconstruct.vault import Vault, return_memory
-from onnxptq.types import CanonicalModel, LayerRank, Pack, PackOutcome, Progress, QuantPlan, Sample, Solution
+from onnxptq.types import (
+    CanonicalModel,
+    LayerRank,
+    Pack,
+    PackOutcome,
+    Progress,
+    QuantPlan,
+    Sample,
+    Solution,
+    started,
+)
 
 FISHER_SAMPLES = 128
 """Calibration samples that tell how much the elements of outputs matter."""
@@ -144,7 +154,7 @@ def _reconstructed(
     start, state = solution, Finished(solution=solution, settled=frozenset(), outcome=None)
     outcomes: list[PackOutcome] = []
     selection = find_selection(model.graph)
-    tick = progress.start("solve packs", len(packs)) if progress else None
+    tick = started(progress, "solve packs", len(packs))
     for position, pack in enumerate(packs):
         # What the quantized network selects does not belong to what the float one selects, row by row.
         reads = quants if selection.nodes.isdisjoint(pack.nodes) else floats
@@ -181,8 +191,7 @@ def _reconstructed(
         later = network.read_behind(position)
         _move_on(floats, after, later, vault)
         _move_on(quants, moved, later, vault)
-        if tick is not None:
-            tick()
+        tick()
     tuning = None
     if whole is not None:
         tuned = functools.partial(

@@ -15,7 +15,7 @@ from onnxptq.reconstruct.gram import Gram, layer_rows, weight_matrix, weight_ten
 from onnxptq.reconstruct.initial import bias_qparams
 from onnxptq.reconstruct.narrow import NARROW, round_narrow
 from onnxptq.runtime import Provider, open_exposed
-from onnxptq.types import CanonicalModel, Progress, QuantPlan, Sample, Solution
+from onnxptq.types import CanonicalModel, Progress, QuantPlan, Sample, Solution, started
 
 _FINE_BITS = 8
 """Activations of this many bits are as good as float: their rounding cannot be compensated, only averaged."""
@@ -52,7 +52,7 @@ def round_in_closed_form(
     session = open_exposed(model.path, exposed, provider=provider)
     grams: dict[str, Gram] = {}
     declined: set[str] = set()
-    step = progress.start("round weights", len(samples) + len(layers)) if progress else None
+    tick = started(progress, "round weights", len(samples) + len(layers))
     for sample in samples:
         values = {**sample, **session.run(sample, exposed)}
         for layer in layers:
@@ -72,8 +72,7 @@ def round_in_closed_form(
             if name not in grams:
                 grams[name] = Gram.empty(rows[0].shape[0], rows[0].shape[2], is_mixed=qparams is not None)
             grams[name].add(*rows)
-        if step:
-            step()
+        tick()
     weights, grids = dict(solution.weights), dict(solution.qparams)
     for layer in layers:
         if layer.node.name not in declined and grams[layer.node.name].is_finite:
@@ -86,8 +85,7 @@ def round_in_closed_form(
             else:
                 rounded = round_weights(matrix, gram, grid)
             weights[layer.weight.name] = weight_tensor(layer, rounded)
-        if step:
-            step()
+        tick()
     biases = {q.quantizer_id: bias_qparams(q, grids) for q in plan.quantizers if q.role == "bias"}
     return replace(solution, qparams={**grids, **biases}, weights=weights)
 

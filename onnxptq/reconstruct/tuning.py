@@ -26,7 +26,7 @@ from onnxptq.reconstruct.learning import TUNING, Learning
 from onnxptq.reconstruct.pack_data import Keep, PackData, most_together, run_all
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 from onnxptq.reconstruct.training import train
-from onnxptq.types import GRAPH_OUTPUT, CanonicalModel, Pack, PackOutcome, Progress, QuantPlan
+from onnxptq.types import GRAPH_OUTPUT, CanonicalModel, Pack, PackOutcome, Progress, QuantPlan, started
 
 
 def tune(
@@ -82,7 +82,7 @@ def tune(
     )
     if learned.is_empty or not network.outputs:
         return replace(state, outcome=None)
-    tick = progress.start("tune outputs", learning.steps) if progress else None
+    tick = started(progress, "tune outputs", learning.steps)
     before, after, steps = train(data, learned, learning, generator, order=order, tick=tick)
     # Other processors may have rounded otherwise.
     learned.restore(ranks.broadcast(learned.state()))

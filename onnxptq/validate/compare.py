@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from onnxptq.errors import FeedError, UsageError
 from onnxptq.runtime import Provider, Session, open_exposed
-from onnxptq.types import Feeds, Progress, Sample
+from onnxptq.types import Feeds, Progress, Sample, started
 from onnxptq.validate.exposure import DEFAULT_GROUP_BYTES, staged
 from onnxptq.validate.layers import LayerQuality, compare_layers
 from onnxptq.validate.metrics import OutputMetrics, QualityMeter
@@ -86,13 +86,12 @@ def compare(
     meter = QualityMeter(outputs, scores, known, origin, selected)
     chosen = set(np.linspace(0, len(feeds) - 1, min(layer_samples, len(feeds))).astype(int).tolist())
     kept: list[Sample] = []
-    tick = progress.start("Comparing the models", len(feeds)) if progress else None
+    tick = started(progress, "Comparing the models", len(feeds))
     for i, sample in enumerate(feeds):
         meter.update(first.run(sample), second.run({b: sample[a] for a, b in inputs}))
         if layers and i in chosen:
             kept.append(sample)
-        if tick:
-            tick()
+        tick()
     results = meter.results()
     if known is not None and not any(result.labelled for result in results):
         notes.append("The labels were not used: no output looks like class scores.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxptq.runtime import Provider, Session
-from onnxptq.types import Progress, Sample
+from onnxptq.types import Progress, Sample, started
 
 _WARM_UP = 3
 
@@ -64,7 +64,7 @@ def measure_latency(
         Session(reference, provider=provider, threads=threads),
         Session(quantized, provider=provider, threads=threads),
     )
-    step = progress.start("measure latency", pairs) if progress else lambda: None
+    tick = started(progress, "measure latency", pairs)
     begin = time.perf_counter()
     for number in range(_WARM_UP):
         if number == 0 or time.perf_counter() - begin < seconds / 4:
@@ -78,9 +78,9 @@ def measure_latency(
             start = time.perf_counter()
             sessions[which].run(sample)
             times[which].append(1e3 * (time.perf_counter() - start))
-        step()
+        tick()
     for _ in range(pairs - len(times[0])):
-        step()
+        tick()
     ratios = [b / a for a, b in zip(*times, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Latency(

@@ -21,7 +21,7 @@ from pathlib import Path
 import onnx
 
 from onnxptq.runtime import group_within, open_exposed
-from onnxptq.types import Progress, Sample
+from onnxptq.types import Progress, Sample, started
 from onnxptq.validate.exposure import sizes_of
 from onnxptq.validate.metrics import OutputMeter
 from onnxptq.validate.reading import WrittenModel
@@ -98,7 +98,7 @@ def compare_layers(
         sizes |= {f"{side}{name}": size for name, size in found.items()}
     units = [[f"{side}{name}" for side, name in item.units] for item in shared]
     groups = group_within(units, sizes, group_bytes)
-    tick = progress.start("Comparing the layers", len(groups) * len(samples)) if progress else None
+    tick = started(progress, "Comparing the layers", len(groups) * len(samples))
     meters = [_LayerMeter(item) for item in shared]
     for members in groups:
         runs = [
@@ -109,8 +109,7 @@ def compare_layers(
             a, b = runs[0](ours), runs[1](theirs)
             for i in members:
                 meters[i].update(a, b)
-            if tick:
-                tick()
+            tick()
     kept = [meter for meter in meters if not meter.is_mismatched]
     return tuple(meter.result(i) for i, meter in enumerate(kept)), _remarks(meters)
 

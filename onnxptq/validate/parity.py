@@ -22,7 +22,7 @@ do not count: the whole error is then below one step of an 8-bit output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,17 @@ import numpy as np
 from onnxptq.errors import OutputCheckError
 from onnxptq.quantizers.affine import expand, fake_quantize
 from onnxptq.runtime import Provider, Session, group_within, open_exposed
-from onnxptq.types import Array, CanonicalModel, Progress, QParams, Quantizer, QuantPlan, Sample, Solution
+from onnxptq.types import (
+    Array,
+    CanonicalModel,
+    Progress,
+    QParams,
+    Quantizer,
+    QuantPlan,
+    Sample,
+    Solution,
+    started,
+)
 from onnxptq.validate.branches import BranchParity, compare_branches
 from onnxptq.validate.exposure import DEFAULT_GROUP_BYTES, sizes_of, staged
 from onnxptq.validate.metrics import OutputMeter, QualityMeter, sqnr_db
@@ -189,7 +199,7 @@ def _compare_activations(
     names = sorted({name for unit in units for name in unit})
     sizes = sizes_of(path, names, samples[0], exact=True)
     groups = group_within(units, sizes, group_bytes)
-    tick = _started(progress, "check activations", len(groups) * len(samples))
+    tick = started(progress, "check activations", len(groups) * len(samples))
     for members in groups:
         fetched = sorted({name for i in members for name in units[i]})
         session = open_exposed(path, fetched, exact=True)
@@ -217,7 +227,7 @@ def _compare_constants(
     units = [[located[q.quantizer_id].output] for q in quantizers]
     sizes = sizes_of(path, [unit[0] for unit in units], sample, exact=True)
     groups = group_within(units, sizes, group_bytes)
-    tick = _started(progress, "check constants", len(groups))
+    tick = started(progress, "check constants", len(groups))
     for members in groups:
         fetched = [units[i][0] for i in members]
         values = open_exposed(path, fetched, exact=True).run(sample, fetched)
@@ -240,7 +250,7 @@ def _compare_outputs(
 ) -> tuple[OutputParity, ...]:
     pairs = [(name, name) for name in model.judged]
     exact_meter, fast_meter = QualityMeter(pairs, ()), QualityMeter(pairs, ())
-    tick = _started(progress, "check outputs", len(samples))
+    tick = started(progress, "check outputs", len(samples))
     reference = Session(model.path)
     if model.boundary:
         exact = open_exposed(copy, model.boundary, exact=True)
@@ -261,10 +271,6 @@ def _compare_outputs(
         _judge(path, name, exact_meter.meters[name], fast_meter.meters[name], is_coarse)
         for name in model.judged
     )
-
-
-def _started(progress: Progress | None, title: str, total: int) -> Callable[[], None]:
-    return progress.start(title, total) if progress and total else lambda: None
 
 
 def _is_finite_where(reference: Array, value: Array) -> bool:

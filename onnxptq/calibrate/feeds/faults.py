@@ -17,7 +17,7 @@ from onnxptq.calibrate.feeds.records import RecordFeeds
 from onnxptq.calibrate.feeds.synthetic import harmless_values
 from onnxptq.errors import FeedError
 from onnxptq.runtime import Provider, RunError, Session
-from onnxptq.types import Feeds, InputSpec, Progress, Sample
+from onnxptq.types import Feeds, InputSpec, Progress, Sample, started
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Open dimensions of the inputs that are tried, all of one size."""
@@ -51,7 +51,7 @@ def _require_runs(session: Session, feeds: RecordFeeds, error: RunError, progres
     """Raise FeedError for the first sample that ``session`` cannot run although it can run something."""
     first: tuple[int, Sample, RunError] | None = None
     runs = 0
-    step = progress.start("find what failed", len(feeds)) if progress else None
+    tick = started(progress, "find what failed", len(feeds))
     for position, sample in enumerate(feeds):
         try:
             session.run(sample)
@@ -60,8 +60,7 @@ def _require_runs(session: Session, feeds: RecordFeeds, error: RunError, progres
             first = first or (position, sample, failure)
         if first and runs:
             break
-        if step is not None:
-            step()
+        tick()
     if first is None:
         return
     position, sample, failed = first

@@ -33,7 +33,7 @@ from onnxptq.calibrate.feeds.preprocess import ImagePreprocess
 from onnxptq.calibrate.feeds.stored import StoredArray
 from onnxptq.calibrate.feeds.wording import FORMATS
 from onnxptq.errors import FeedError
-from onnxptq.types import Array, InputSpec, Progress, Sample
+from onnxptq.types import Array, InputSpec, Progress, Sample, started
 
 _FORMAT_VERSION = "feeds 1"
 
@@ -266,12 +266,11 @@ class RecordFeeds:
     def row_digests(self, progress: Progress | None = None) -> Sequence[bytes]:
         """Digest of each single sample of ``rows``; each is read once for all feeds over its source."""
         is_known = self.source.row_digests.keys() >= set(self.rows)
-        step = progress.start("read samples", len(self.rows)) if progress and not is_known else None
+        tick = started(progress, "read samples", 0 if is_known else len(self.rows))
         found = []
         for row in self.rows:
             found.append(self.source.row_digest(row))
-            if step is not None:
-                step()
+            tick()
         return found
 
     def sample_digests(self, progress: Progress | None = None) -> Sequence[bytes]:
