@@ -8,6 +8,8 @@ biases, other tokens as keys):
                    arXiv 2012.09164)
     operator       an Attention node, whose weights no tensor of the graph holds
 
+Softmax is a node of its own in the canonical graph, however the file spells it
+(:mod:`onnxptq.graph.passes.fuse_softmax`).
 Between softmax and product the weights may be moved, dropped out, masked or rescaled. Scores are the products of
 two activations that reach the softmax, however they are moved, scaled, masked and biased on the way.
 """
@@ -25,6 +27,7 @@ from onnxptq.graph.index import GraphIndex, Use, is_constant
 from onnxptq.graph.linear import Linear, linear_of
 from onnxptq.graph.movements import MOVEMENTS
 from onnxptq.graph.passes.fuse_gelu import match_gelu
+from onnxptq.graph.passes.fuse_softmax import match_softmax
 from onnxptq.graph.surgeon import scalar_constant
 
 NORMALIZATIONS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
@@ -184,14 +187,12 @@ def _inside(node: gs.Node) -> Attention:
 
 
 def _softmax(index: GraphIndex, node: gs.Node) -> _Softmax | None:
-    """The softmax that ends at ``node``: one node; exp(x) / sum exp(x) written out; or a power of
+    """The softmax that ends at ``node``: one node; several, as over more axes than one; or a power of
     exp(logsoftmax(x) / power)."""
     if node.op == "Softmax":
         return _Softmax(node.inputs[0])
-    if node.op == "Div":
-        top, bottom = (index.producer(tensor.name) for tensor in node.inputs)
-        if top is not None and bottom is not None and top.op == "Exp" and bottom.op == "ReduceSum":
-            return _Softmax(top.inputs[0]) if bottom.inputs[0] is node.inputs[0] else None
+    if (match := match_softmax(node)) is not None:
+        return _Softmax(match.source)
     if node.op == "Pow":
         power, root = scalar_constant(node.inputs[1]), index.producer(node.inputs[0].name)
         scaled = index.producer(root.inputs[0].name) if root is not None and root.op == "Exp" else None

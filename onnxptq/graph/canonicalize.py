@@ -39,7 +39,7 @@ from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph, write_model
 from onnxptq.graph.surgeon import import_graph
 from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip, started
 
-FORM = 7
+FORM = 8
 """Version of the canonical form: part of the fingerprint, raised when results change."""
 
 LARGE_MODEL_BYTES = 1_500_000_000

@@ -181,6 +181,19 @@ def replace_nodes(graph: gs.Graph, dead: Iterable[gs.Node], tail: gs.Node, node:
     graph.nodes[:] = [kept for kept in graph.nodes if id(kept) not in gone]
 
 
+def drop_unread(graph: gs.Graph, tensors: Iterable[gs.Tensor]) -> None:
+    """Drop the nodes that write ``tensors`` where nothing reads what they write, and so on towards the inputs."""
+    waiting = list(tensors)
+    while waiting:
+        node = producer(waiting.pop())
+        if node is None or any(t.outputs or is_graph_output(graph, t) for t in node.outputs):
+            continue
+        waiting += node.inputs
+        node.inputs.clear()
+        node.outputs.clear()
+        graph.nodes[:] = [kept for kept in graph.nodes if kept is not node]
+
+
 def _sent(model: CanonicalModel) -> tuple[Any, ...]:
     """How a model goes to another process: without its graph, which is read there."""
     facts = {entry.name: getattr(model, entry.name) for entry in fields(model) if entry.name != "graph"}

@@ -19,6 +19,7 @@ from onnxptq.graph.passes import (
     fold_moved_constant,
     fuse_gelu,
     fuse_layer_norm,
+    fuse_softmax,
     lower_einsum,
     remove_identity,
     unwrap_softmax,
@@ -34,6 +35,7 @@ PASSES: tuple[Callable[[gs.Graph], int], ...] = (
     fold_channel_scale.run,
     fuse_layer_norm.run,
     fuse_gelu.run,
+    fuse_softmax.run,
     fold_attention_scale.run,
 )
 """All rewrites in the order in which they run."""

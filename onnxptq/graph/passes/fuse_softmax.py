@@ -1,0 +1,242 @@
+"""Softmax written out -> ``Softmax`` (opset >= 13).
+
+::
+
+    quotient     e / s,   e r,   with e = exp(u), s = sum(e), r = 1 / s           ->  softmax(u)
+    logarithm    exp(logsoftmax(u)),   exp(u - logsumexp(u))                      ->  softmax(u)
+    deferred     (e V) / s,   (V e) / s   (s along the axis that is multiplied)   ->  softmax(u) V,   V softmax(u)
+
+and softmax(x - m) = softmax(x) where m is the same along the axis, as the largest x is. Exact in real arithmetic;
+what overflowed without the largest x taken off no longer does. A constant that is added to s, against division by 0,
+goes where the largest x is taken off and it is below 2^-24: s is at least 1 then, and float32 rounds it away.
+
+Whatever else reads e, s or logsoftmax(u) still does. Declined: sums over several axes, sums that do not line up with
+e (without ``keepdims``, unless an Unsqueeze follows or the axes lead), products that anything but the division reads,
+and anything but float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxptq.graph.index import is_float32
+from onnxptq.graph.surgeon import (
+    axes_of,
+    drop_unread,
+    free_name,
+    is_op,
+    live_nodes,
+    producer,
+    replace_nodes,
+    scalar_constant,
+    sole_reader,
+    unique_tensor_name,
+)
+
+MIN_OPSET = 13
+_LOST = 2.0**-24
+"""Half the distance from 1 to the next float32."""
+
+
+def run(graph: gs.Graph) -> int:
+    """Rewrite in place; returns how many were fused."""
+    if graph.opset < MIN_OPSET:
+        return 0
+    return sum(
+        _fuse(graph, node) or _bring_forward(graph, node) for node in live_nodes(graph, "Div", "Mul", "Exp")
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Match:
+    """``source``, and the axes along which its softmax is taken, or it is reduced in another way.
+
+    The axes are in order, and count from the front wherever the rank is known.
+    """
+
+    source: gs.Tensor
+    axes: tuple[int, ...]
+
+
+def match_softmax(tail: gs.Node) -> Match | None:
+    """The softmax that ``tail`` ends, if it is one."""
+    if is_op(tail, "Exp"):
+        return _match_logarithm(tail.inputs[0])
+    for top, bottom in _quotients(tail):
+        found = _match_sum(bottom)
+        if found is not None and _exponent(top) is found.source:
+            return found
+    return None
+
+
+def _fuse(graph: gs.Graph, tail: gs.Node) -> bool:
+    found = match_softmax(tail)
+    if found is None or len(found.axes) != 1 or not is_float32(found.source):
+        return False
+    read = list(tail.inputs)
+    replace_nodes(graph, (), tail, _softmax(found, tail.name))
+    drop_unread(graph, read)
+    return True
+
+
+def _bring_forward(graph: gs.Graph, tail: gs.Node) -> bool:
+    """Divide the weights where ``tail`` divides their product with the values."""
+    for top, bottom in _quotients(tail):
+        found, product = _match_sum(bottom), producer(top)
+        place = None if found is None or product is None else _summed_input(product, found)
+        if found is not None and place is not None and sole_reader(graph, top) is tail:
+            _divide_weights(graph, found, product, place, tail)
+            return True
+    return False
+
+
+def _divide_weights(graph: gs.Graph, found: Match, product: gs.Node, place: int, tail: gs.Node) -> None:
+    exponential = product.inputs[place]
+    read = [exponential, *tail.inputs]
+    softmax = _softmax(found, free_name(f"{product.name}/softmax", {node.name for node in graph.nodes}))
+    name = unique_tensor_name(graph, f"{product.name}/weights")
+    softmax.outputs = [gs.Variable(name, np.float32, exponential.shape)]
+    graph.nodes.insert(next(i for i, node in enumerate(graph.nodes) if node is product), softmax)
+    product.inputs[place] = softmax.outputs[0]
+    # The product is another tensor now, and has the name of the quotient.
+    whole = tail.outputs[0]
+    tail.inputs.clear()
+    tail.outputs.clear()
+    product.outputs = [whole]
+    graph.nodes[:] = [node for node in graph.nodes if node is not tail]
+    drop_unread(graph, read)
+
+
+def _softmax(found: Match, name: str) -> gs.Node:
+    (axis,) = found.axes
+    return gs.Node("Softmax", name, attrs={"axis": axis}, inputs=[_without_shift(found.source, axis)])
+
+
+def _quotients(node: gs.Node) -> Iterator[tuple[gs.Tensor, gs.Tensor]]:
+    """Top and bottom of the fraction that ``node`` writes; the product of two reciprocals is one in both ways."""
+    if is_op(node, "Div"):
+        yield node.inputs[0], node.inputs[1]
+    elif is_op(node, "Mul"):
+        for i in (0, 1):
+            inverse = producer(node.inputs[i])
+            if inverse is not None and is_op(inverse, "Reciprocal"):
+                yield node.inputs[1 - i], inverse.inputs[0]
+            elif inverse is not None and is_op(inverse, "Div") and _number(*inverse.inputs) == 1.0:
+                yield node.inputs[1 - i], inverse.inputs[1]
+
+
+def _exponent(tensor: gs.Tensor) -> gs.Tensor | None:
+    """u, where ``tensor`` is exp(u)."""
+    node = producer(tensor)
+    return node.inputs[0] if node is not None and is_op(node, "Exp") else None
+
+
+def _number(constant: gs.Tensor, other: gs.Tensor) -> float | None:
+    """The value of a ``constant`` that adds no dimensions to ``other``."""
+    value = scalar_constant(constant)
+    is_narrow = value is not None and len(constant.shape) <= (0 if other.shape is None else len(other.shape))
+    return value if is_narrow else None
+
+
+def _match_logarithm(log: gs.Tensor) -> Match | None:
+    node = producer(log)
+    if node is not None and is_op(node, "LogSoftmax"):
+        source = node.inputs[0]
+        return Match(source, _counted([int(node.attrs.get("axis", -1))], source))
+    if node is not None and is_op(node, "Sub"):
+        found = _reduced(node.inputs[1], "ReduceLogSumExp")
+        return found if found is not None and found.source is node.inputs[0] else None
+    return None
+
+
+def _match_sum(bottom: gs.Tensor) -> Match | None:
+    """``bottom`` as a sum of exponentials of the match's source."""
+    added, epsilon = producer(bottom), 0.0
+    if added is not None and is_op(added, "Add"):
+        first, second = added.inputs
+        for constant, other in ((first, second), (second, first)):
+            value = _number(constant, other)
+            if value is not None:
+                bottom, epsilon = other, value
+    found = _reduced(bottom, "ReduceSum")
+    exponent = _exponent(found.source) if found is not None else None
+    if found is None or exponent is None:
+        return None
+    match = Match(exponent, found.axes)
+    is_lost = epsilon == 0.0 or (0.0 < epsilon < _LOST and _is_at_most_zero(match))
+    return match if is_lost else None
+
+
+def _is_at_most_zero(match: Match) -> bool:
+    """Whether the largest of ``match.source`` along its axes is 0, by the way it is computed."""
+    shifted = producer(match.source)
+    if shifted is None or not is_op(shifted, "Sub"):
+        return False
+    top = _reduced(shifted.inputs[1], "ReduceMax")
+    return top is not None and top.source is shifted.inputs[0] and top.axes == match.axes
+
+
+def _without_shift(tensor: gs.Tensor, axis: int) -> gs.Tensor:
+    """x, where ``tensor`` is x - m with m the same along ``axis``; else ``tensor``."""
+    shifted = producer(tensor)
+    if shifted is None or not is_op(shifted, "Sub"):
+        return tensor
+    source, shift = shifted.inputs
+    top = _reduced(shift, "ReduceMax")
+    is_largest = top is not None and top.source is source and axis in top.axes
+    return source if is_largest or _is_flat(shift, source, axis) else tensor
+
+
+def _is_flat(shift: gs.Tensor, source: gs.Tensor, axis: int) -> bool:
+    """Whether shapes prove that ``shift`` is the same along ``axis`` of ``source``, and makes it no larger."""
+    if shift.shape is None or source.shape is None or len(shift.shape) > len(source.shape):
+        return False
+    rank = len(source.shape)
+    padded = [1] * (rank - len(shift.shape)) + list(shift.shape)
+    return padded[axis % rank] == 1 and all(
+        ours == 1 or (bool(ours) and ours == theirs)
+        for ours, theirs in zip(padded, source.shape, strict=True)
+    )
+
+
+def _reduced(tensor: gs.Tensor, op: str) -> Match | None:
+    """What ``tensor`` reduces by ``op`` and along which axes, if it lines up with it wherever the two meet."""
+    node, restored = producer(tensor), None
+    if node is not None and is_op(node, "Unsqueeze"):
+        restored, node = axes_of(node), producer(node.inputs[0])
+        if restored is None:
+            return None
+    if node is None or not is_op(node, op):
+        return None
+    listed, source = axes_of(node), node.inputs[0]
+    if not listed:
+        return None
+    axes, kept = _counted(listed, source), bool(node.attrs.get("keepdims", 1))
+    if restored is not None:
+        is_aligned = not kept and _counted(restored, source) == axes
+    else:
+        is_aligned = kept or axes == tuple(range(len(axes)))
+    return Match(source, axes) if is_aligned else None
+
+
+def _counted(axes: list[int], tensor: gs.Tensor) -> tuple[int, ...]:
+    """``axes`` in order, from the front if the rank of ``tensor`` is known."""
+    rank = None if tensor.shape is None else len(tensor.shape)
+    return tuple(sorted(axes if rank is None else {axis % rank for axis in axes}))
+
+
+def _summed_input(product: gs.Node, found: Match) -> int | None:
+    """Which input of ``product`` is the exponential, if the sum is along the axis that is multiplied and summed."""
+    if not is_op(product, "MatMul") or not is_float32(found.source):
+        return None
+    if any(tensor.shape is None or len(tensor.shape) < 2 for tensor in product.inputs):
+        return None
+    for i, tensor in enumerate(product.inputs):
+        summed = len(tensor.shape) - (1 if i == 0 else 2)
+        if _exponent(tensor) is found.source and found.axes == (summed,):
+            return i
+    return None
