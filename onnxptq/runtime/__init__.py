@@ -1,7 +1,7 @@
 """Sessions of onnxruntime: the only package that imports it."""
 
 from onnxptq.runtime.difference import SAME_FUNCTION, compare_forms, difference
-from onnxptq.runtime.inference import infer_types
+from onnxptq.runtime.inference import element_types, infer_types
 from onnxptq.runtime.session import (
     Provider,
     RunError,
@@ -24,6 +24,7 @@ __all__ = [
     "concrete_shapes",
     "count_kernels",
     "difference",
+    "element_types",
     "first_sample",
     "group_within",
     "infer_types",

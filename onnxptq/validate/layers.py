@@ -14,13 +14,14 @@ that tools give to S and D play no part.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
-from onnxptq.runtime import group_within, open_exposed
+from onnxptq.errors import OnnxPtqError
+from onnxptq.runtime import element_types, group_within, open_exposed
 from onnxptq.types import Progress, Sample, started
 from onnxptq.validate.exposure import sizes_of
 from onnxptq.validate.metrics import OutputMeter
@@ -86,10 +87,10 @@ def compare_layers(
         group_bytes: largest size of the tensors of one sample that are held at once.
 
     Returns:
-        The layers, and remarks about tensors that share a name but not a shape.
+        The layers, and remarks about tensors of one name that could not be compared.
     """
-    fed = dict(inputs)
-    shared = shared_tensors(WrittenModel(reference), WrittenModel(quantized), fed)
+    remarks: list[str] = []
+    shared = shared_tensors(WrittenModel(reference), WrittenModel(quantized), dict(inputs), remarks)
     feeds = [(dict(sample), {b: sample[a] for a, b in inputs}) for sample in samples]
     sizes: dict[str, int] = {}
     for side, path in enumerate((reference, quantized)):
@@ -111,7 +112,10 @@ def compare_layers(
                 meters[i].update(a, b)
             tick()
     kept = [meter for meter in meters if not meter.is_mismatched]
-    return tuple(meter.result(i) for i, meter in enumerate(kept)), _remarks(meters)
+    apart = [meter.shared.tensor for meter in meters if meter.is_mismatched]
+    if apart:
+        remarks.append(f"Not compared, as their shape is another in the quantized file: {_listed(apart)}.")
+    return tuple(meter.result(i) for i, meter in enumerate(kept)), remarks
 
 
 class _Run:
@@ -157,23 +161,22 @@ class _LayerMeter:
         )
 
 
-def _remarks(meters: Sequence[_LayerMeter]) -> list[str]:
-    names = [meter.shared.tensor for meter in meters if meter.is_mismatched]
-    if not names:
-        return []
+def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return [
-        f"Not compared, as their shape is another in the quantized file: {', '.join(names[:_LISTED])}{more}."
-    ]
+    return f"{', '.join(names[:_LISTED])}{more}"
 
 
-def shared_tensors(reference: WrittenModel, quantized: WrittenModel, inputs: dict[str, str]) -> list[_Shared]:
+def shared_tensors(
+    reference: WrittenModel, quantized: WrittenModel, inputs: dict[str, str], remarks: list[str]
+) -> list[_Shared]:
     """Float tensors that both files have under one name, in the reference's order.
 
     Args:
         inputs: names of the graph inputs, in the reference and in the quantized model.
+        remarks: gets one where the types of such tensors cannot be found out.
     """
-    floats, present = _float_tensors(reference), _float_tensors(quantized)
+    common = reference.producers.keys() & quantized.producers.keys()
+    floats, present = (_float_tensors(written, common, remarks) for written in (reference, quantized))
     pairs = quantized.pairs(frozenset(reference.nodes) | frozenset(reference.producers))
     behind: dict[str, str] = {}
     for pair in pairs.values():
@@ -193,14 +196,27 @@ def shared_tensors(reference: WrittenModel, quantized: WrittenModel, inputs: dic
     return result
 
 
-def _float_tensors(written: WrittenModel) -> Collection[str]:
-    """Names of the float tensors that nodes write or the caller feeds, as far as types can be inferred."""
+def _float_tensors(written: WrittenModel, wanted: Set[str], remarks: list[str]) -> set[str]:
+    """Names of the float tensors that the caller feeds, or that nodes write and are among ``wanted``.
+
+    The onnx package knows no types behind operators of other domains; onnxruntime, which runs them, does.
+    """
     types = _types(written.model)
-    if any(name not in types for name in written.producers):
+    if not types.keys() >= wanted:
         types = _types(onnx.shape_inference.infer_shapes(written.model)) | types
+    untyped = [name for name in written.producers if name in wanted and name not in types]
+    if untyped:
+        try:
+            types |= element_types(written.path, untyped)
+        except OnnxPtqError as error:
+            remarks.append(
+                f"Not compared, as onnxruntime does not tell their type: {_listed(untyped)}. {error.message}"
+            )
     return {name for name, kind in types.items() if kind in _FLOATS}
 
 
 def _types(model: onnx.ModelProto) -> dict[str, int]:
+    """Element types where they are known."""
     entries = (*model.graph.value_info, *model.graph.input, *model.graph.output)
-    return {entry.name: entry.type.tensor_type.elem_type for entry in entries}
+    types = {entry.name: entry.type.tensor_type.elem_type for entry in entries}
+    return {name: kind for name, kind in types.items() if kind}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from onnxptq.errors import InvalidModelError
-from onnxptq.runtime import infer_types
+from onnxptq.runtime import element_types, infer_types
 from tests.unit.graph.graph_helpers import build, node, random
 
 
@@ -60,3 +62,17 @@ def test_an_operator_that_onnxruntime_does_not_know() -> None:
     model = build(nodes, {"x": ["n", 4]}, ["y"], {"w": np.float32(1)}, extra_domains={"my.ops": 1})
     with pytest.raises(InvalidModelError, match=r"my\.ops:Foo"):
         infer_types(model, ["h"])
+
+
+def test_element_types_of_a_file(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("FastGelu", ["x"], ["g"], domain="com.microsoft"),
+        node("Cast", "g", "c", to=TensorProto.FLOAT16),
+        node("SequenceConstruct", "g", "s"),
+        node("Relu", "g", "y"),
+    ]
+    model = build(nodes, {"x": ["n", 4]}, ["y"], extra_domains={"com.microsoft": 1})
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    found = element_types(tmp_path / "model.onnx", ["g", "c", "s"])
+    assert found == {"g": TensorProto.FLOAT, "c": TensorProto.FLOAT16}
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
 
-from onnxptq.errors import FeedError, UsageError
+from onnxptq.errors import FeedError, InvalidModelError, UsageError
 from onnxptq.runtime import Session, open_exposed
 from onnxptq.validate import layers as layers_module
 from onnxptq.validate.compare import Comparison, compare
@@ -230,6 +231,71 @@ def test_tensors_that_share_only_a_name_are_left_out(
     assert "pooled" not in {layer.tensor for layer in result.layers}
     assert any("pooled" in note for note in result.notes)
     assert all(isinstance(layer, LayerQuality) for layer in result.layers)
+
+
+def _foreign(path: Path, *, quantized: bool) -> Path:
+    """h -> QuickGelu -> g -> Relu -> r, of onnxruntime's own domain; quantized at h by that domain's operators."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], name="h"),
+        helper.make_node(
+            "QuickGelu", ["h_back" if quantized else "h"], ["g"], name="g", domain="com.microsoft"
+        ),
+        helper.make_node("Relu", ["g"], ["r"], name="r"),
+        helper.make_node("ArgMax", ["g"], ["chosen"], name="chosen", axis=1),
+        helper.make_node("MatMul", ["r", "w"], ["y"], name="y"),
+    ]
+    if quantized:
+        nodes[1:1] = [
+            helper.make_node("QuantizeLinear", ["h", "s", "z"], ["h_q"], name="h_q", domain="com.microsoft"),
+            helper.make_node(
+                "DequantizeLinear", ["h_q", "s", "z"], ["h_back"], name="d", domain="com.microsoft"
+            ),
+        ]
+    weights = {"w": rng.normal(0, 1, (4, 4)).astype(np.float32), "s": np.float32(0.1), "z": np.uint8(128)}
+    graph = helper.make_graph(
+        nodes,
+        "foreign",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 4])],
+        [
+            helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 4]),
+            helper.make_tensor_value_info("chosen", onnx.TensorProto.INT64, ["n", 1]),
+        ],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
+    )
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=domains, ir_version=8), str(path))
+    return path
+
+
+def _compare_foreign(folder: Path) -> Comparison:
+    paths = [_foreign(folder / f"{kind}.onnx", quantized=kind == "q") for kind in "fq"]
+    feeds = ListFeeds([{"x": np.random.default_rng(1).normal(0, 1, (3, 4)).astype(np.float32)}])
+    return compare(*paths, feeds, work_dir=folder, layers=True)
+
+
+def test_layers_behind_operators_of_other_domains(tmp_path: Path) -> None:
+    """The onnx package knows the type of none of them; onnxruntime does."""
+    result = _compare_foreign(tmp_path)
+    assert result.notes == ()
+    found = {layer.tensor: layer for layer in result.layers}
+    assert list(found) == ["h", "g", "r", "y"]
+    assert found["h"].sqnr_db == np.inf
+    assert found["h"].quantized_sqnr_db is not None
+    assert all(10 < found[name].sqnr_db < 60 for name in "gr")
+
+
+def test_layers_whose_type_cannot_be_had_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, tensors: list[str]) -> dict[str, int]:
+        raise InvalidModelError(f"{path.name} will not load.")
+
+    monkeypatch.setattr(layers_module, "element_types", refuse)
+    result = _compare_foreign(tmp_path)
+    assert [layer.tensor for layer in result.layers] == ["h", "y"]
+    assert result.notes == tuple(
+        f"Not compared, as onnxruntime does not tell their type: g, r. {kind}.onnx will not load."
+        for kind in "fq"
+    )
 
 
 def test_sessions_are_of_the_requested_kind(
