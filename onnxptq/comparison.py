@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from onnxptq.calibrate.feeds import (
     open_feeds,
     read_labels,
 )
-from onnxptq.errors import FeedError, OutputCheckError, QualityGateError, UsageError
+from onnxptq.errors import FeedError, OnnxPtqError, OutputCheckError, QualityGateError, UsageError
 from onnxptq.graph.boundary import ends_of
+from onnxptq.graph.links import numbered_copy
 from onnxptq.graph.specs import input_specs
 from onnxptq.runtime import Provider, require_runtime
 from onnxptq.types import InputSpec, Progress
@@ -63,8 +64,12 @@ def validate(
     float_path, other_path, options = model_path(reference), model_path(quantized), preprocess or {}
     specs = input_specs(float_path)
     _require_same_inputs(float_path, specs, other_path, input_specs(other_path))
-    ends = ends_of(float_path, other_path)
-    with tempfile.TemporaryDirectory(prefix="onnxptq-") as scratch:
+    renamed: list[str] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="onnxptq-") as scratch,
+        _numbered((float_path, other_path), Path(scratch), renamed) as (first, second),
+    ):
+        ends = ends_of(first, second)
         feeds = open_feeds(
             data,
             specs,
@@ -73,10 +78,10 @@ def validate(
             limit=limit,
         )
         try:
-            with blamed(float_path, [feeds], provider, progress):
+            with blamed(first, [feeds], provider, progress):
                 found = compare(
-                    float_path,
-                    other_path,
+                    first,
+                    second,
                     feeds,
                     labels=None if labels is None else read_labels(labels, feeds),  # type: ignore[arg-type]
                     origin=label_origin(labels, feeds),
@@ -94,7 +99,30 @@ def validate(
     require_gates(found.outputs, min_sqnr=min_sqnr, min_agreement=min_agreement, min_accuracy=min_accuracy)
     random = "The data are random: what was measured says nothing of real inputs."
     notes = (random if feeds.source.is_random else None, pictures_note(feeds, options))
-    return replace(found, notes=(*(note for note in notes if note is not None), *found.notes))
+    return replace(found, notes=(*(note for note in notes if note is not None), *renamed, *found.notes))
+
+
+@contextmanager
+def _numbered(paths: Sequence[Path], folder: Path, notes: list[str]) -> Iterator[list[Path]]:
+    """The models, or copies in ``folder`` that onnxruntime takes in spite of repeated names of nodes.
+
+    ``notes`` get what was renamed; errors are about the models themselves.
+    """
+    found = []
+    for i, path in enumerate(paths):
+        copy = numbered_copy(path, folder / f"numbered_{i}")
+        found.append(path if copy is None else copy[0])
+        if copy is not None and (note := f"{path}: {copy[1]}") not in notes:
+            notes.append(note)
+    try:
+        yield found
+    except OnnxPtqError as error:
+        message = error.message
+        for copied, path in zip(found, paths, strict=True):
+            message = message.replace(str(copied), str(path))
+        if message == error.message:
+            raise
+        raise type(error)(message, error.remedy) from error
 
 
 _SAME_NETWORK = "Compare two files of the same network."

@@ -30,12 +30,13 @@ from onnxptq.errors import InvalidModelError, OnnxPtqError, OutputPathError, Uns
 from onnxptq.graph import proto, weights
 from onnxptq.graph.boundary import find_selection
 from onnxptq.graph.half import raise_half, uses_half
+from onnxptq.graph.links import number_repeated, write_linked
 from onnxptq.graph.load import check_model, model_bytes, read_model
 from onnxptq.graph.names import name_nodes, user_names
 from onnxptq.graph.native import NativeError, run_native
 from onnxptq.graph.origins import find_regions, inner_names, user_nodes
 from onnxptq.graph.passes import PASSES
-from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph, write_model
+from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
 from onnxptq.graph.surgeon import import_graph
 from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip, started
 
@@ -60,7 +61,6 @@ _SKIPPED_OPTIMIZERS = (
     "fuse_qkv",
 )
 _HASH_CHUNK = 1 << 22
-_NAMES_LISTED = 5
 _NUMPY_TYPES = frozenset(
     {
         TensorProto.FLOAT,
@@ -229,26 +229,12 @@ def _rename_repeated(draft: _Draft, work_dir: Path) -> Path | None:
     Returns:
         A copy of the user's file with these names; None where none was needed.
     """
-    model, path = draft.model, draft.source
-    repeated = [name for graph in proto.walk_graphs(model.graph) for name in name_nodes(graph, unnamed=False)]
-    if not repeated:
+    note = number_repeated(draft.model)
+    if note is None:
         return None
-    names = [f"'{name}'" for name in dict.fromkeys(repeated)]
-    listed = ", ".join([*names[:_NAMES_LISTED], *(["..."] if len(names) > _NAMES_LISTED else [])])
-    if weights.total_weight_bytes(model, as_float=False) > LARGE_MODEL_BYTES:
-        raise UnsupportedModelError(
-            f"{path}: onnxruntime refuses nodes of one name ({listed}), and the model is too large for a copy.",
-            "Give every node a name of its own, or none.",
-        )
-    draft.notes.append(
-        f"Several nodes have one name, which onnxruntime refuses; all but the first are numbered: {listed}."
-    )
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    weights.load_inline(copy, path.parent)
-    renamed = work_dir / "renamed_source.onnx"
-    write_model(copy, renamed)
-    return renamed
+    draft.notes.append(note)
+    # A folder of its own: external data may be called as any other file of the work folder.
+    return write_linked(draft.model, draft.source, work_dir / "renamed_source")
 
 
 def _drop_initializer_inputs(model: onnx.ModelProto) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 import onnx
 
 from onnxptq.graph import proto
+from onnxptq.graph.links import link, link_data
 from onnxptq.runtime import open_exposed
 from onnxptq.types import Sample
 
@@ -32,23 +31,9 @@ def staged(path: Path, work_dir: Path) -> Iterator[Path]:
     """A link to (else a copy of) the model and its external data, in a folder of its own in ``work_dir``."""
     with tempfile.TemporaryDirectory(dir=work_dir, prefix=".expose-") as folder:
         result = Path(folder) / path.name
-        _link(path, result)
-        model = onnx.load(str(path), load_external_data=False)
-        locations = {
-            proto.external_ref(t).location for t in proto.walk_tensors(model) if proto.is_external(t)
-        }
-        for location in sorted(locations):
-            target = Path(folder) / location
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _link(path.parent / location, target)
+        link(path, result)
+        link_data(onnx.load(str(path), load_external_data=False), path.parent, Path(folder))
         yield result
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
 
 
 def sizes_of(path: Path, tensors: Sequence[str], sample: Sample, *, exact: bool) -> Mapping[str, int]:

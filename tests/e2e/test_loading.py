@@ -106,6 +106,12 @@ def test_nodes_of_one_name_are_no_obstacle(tmp_path: Path) -> None:
     assert any("'same'" in note for note in result.report.notes)
     assert result.report.outputs
     assert len({n.name for n in onnx.load(output).graph.node}) == len(onnx.load(output).graph.node)
+    found = onnxptq.validate(source, output, data=_samples(), layers=True)
+    assert {layer.tensor for layer in found.layers} >= {"h", "g", "m", "p", "y"}
+    (note,) = found.notes
+    assert note.startswith(f"{source}: Several nodes have one name")
+    assert found.outputs[0].sqnr_db is not None
+    assert found.outputs[0].sqnr_db > 20
 
 
 def test_a_renamed_model_that_cannot_be_loaded_is_called_by_its_name(tmp_path: Path) -> None:
@@ -117,3 +123,15 @@ def test_a_renamed_model_that_cannot_be_loaded_is_called_by_its_name(tmp_path: P
         onnxptq.quantize(source, tmp_path / "q.onnx", calibration=_unread())
     assert str(source) in refused.value.message
     assert "renamed_source" not in refused.value.message
+
+
+def test_a_renamed_model_that_cannot_be_compared_is_called_by_its_name(tmp_path: Path) -> None:
+    source = tmp_path / "m.onnx"
+    model = _network("Foo", "my.ops")
+    for twin in model.graph.node:
+        twin.name = "same"
+    onnx.save(model, source)
+    with pytest.raises(UnsupportedModelError, match=r"my\.ops:Foo") as refused:
+        onnxptq.validate(source, source, data=_samples())
+    assert str(source) in refused.value.message
+    assert "numbered" not in refused.value.message
