@@ -123,17 +123,35 @@ def axes_of(node: gs.Node) -> list[int] | None:
     return int_constants(node.inputs[1]) if len(node.inputs) > 1 else None
 
 
+def constant_node_value(node: gs.Node) -> gs.Constant | None:
+    """The value of a Constant node, in whichever attribute it is; None for strings and sparse tensors."""
+    if isinstance(value := node.attrs.get("value"), gs.Constant):
+        return value
+    for key, dtype in (
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+    ):
+        if key in node.attrs:
+            return gs.Constant(node.outputs[0].name, np.asarray(node.attrs[key], dtype=dtype))
+    return None
+
+
 def set_constant(graph: gs.Graph, node: gs.Node, index: int, values: Array) -> None:
     """Make input ``index`` of ``node`` the constant ``values``; other readers keep the old one.
 
-    A constant that only this input reads keeps its name.
+    A constant that only this input reads keeps its name. A last input that is absent is a bias of the node.
     """
+    if index == len(node.inputs):
+        node.inputs.append(new_constant(graph, f"{node.name}/bias", values))
+        return
     old = node.inputs[index]
     if isinstance(old, gs.Constant) and len(old.outputs) == 1 and not is_graph_output(graph, old):
         old.values = values
         old.data_location = None
     else:
-        node.inputs[index] = new_constant(graph, old.name, values)
+        node.inputs[index] = new_constant(graph, old.name or f"{node.name}/bias", values)
 
 
 def bypass(graph: gs.Graph, node: gs.Node) -> bool:

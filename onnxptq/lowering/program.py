@@ -15,12 +15,12 @@ import onnx_graphsurgeon as gs
 import torch
 
 from onnxptq.graph.index import read_tensors
+from onnxptq.graph.surgeon import constant_node_value
 from onnxptq.lowering.foreign import prepare_foreign, refusal
 from onnxptq.lowering.registry import (
     Kernel,
     Prepared,
     Unsupported,
-    constant_node_value,
     opsets_of,
     prepare,
 )

@@ -20,6 +20,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import torch
 
+from onnxptq.graph.surgeon import constant_node_value
 from onnxptq.types import Array
 
 MIN_OPSET = 7
@@ -168,24 +169,6 @@ def _constant_of(tensor: gs.Tensor) -> gs.Constant | None:
         return tensor
     if len(tensor.inputs) == 1 and tensor.inputs[0].op == "Constant":
         return constant_node_value(tensor.inputs[0])
-    return None
-
-
-def constant_node_value(node: gs.Node) -> gs.Constant | None:
-    """The value of a Constant node, or None for strings and sparse tensors."""
-    attrs = node.attrs
-    name = node.outputs[0].name
-    if isinstance(attrs.get("value"), gs.Constant):
-        constant: gs.Constant = attrs["value"]
-        return constant
-    for key, dtype in (
-        ("value_float", np.float32),
-        ("value_floats", np.float32),
-        ("value_int", np.int64),
-        ("value_ints", np.int64),
-    ):
-        if key in attrs:
-            return gs.Constant(name, np.asarray(attrs[key], dtype=dtype))
     return None
 
 

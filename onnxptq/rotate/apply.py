@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import onnx_graphsurgeon as gs
 
 from onnxptq.graph.classes import Classes
 from onnxptq.graph.forms import write_form
-from onnxptq.graph.surgeon import new_constant, set_constant
+from onnxptq.graph.surgeon import set_constant
 from onnxptq.rotate.folding import Floats, Folding, Pending, fold
 from onnxptq.rotate.orthogonal import spreading_rotation
 from onnxptq.rotate.spaces import Space
@@ -42,19 +40,8 @@ def apply_rotations(
     graph = model.graph.copy()
     nodes = {node.name: node for node in graph.nodes}
     for (name, i), value in pending.values.items():
-        _set(graph, nodes[name], i, value.astype(np.float32))
+        set_constant(graph, nodes[name], i, value.astype(np.float32))
     return write_form(model, graph, path, f"rotated {seed} {sorted(rotated)}")
-
-
-def _set(graph: gs.Graph, node: gs.Node, i: int, value: npt.NDArray[np.float32]) -> None:
-    if i < len(node.inputs) and node.inputs[i].name:
-        set_constant(graph, node, i, value)
-        return
-    constant = new_constant(graph, f"{node.name}/bias", value)
-    if i < len(node.inputs):
-        node.inputs[i] = constant
-    else:
-        node.inputs.append(constant)
 
 
 def _turn(

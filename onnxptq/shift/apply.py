@@ -58,15 +58,9 @@ def _moved(layer: Linear, taken: Floats) -> Floats:
 
 def _add(graph: gs.Graph, node: gs.Node, i: int, value: Floats) -> None:
     """Add to constant input ``i``, which is made where it is absent."""
-    if i < len(node.inputs) and node.inputs[i].name:
-        old = np.asarray(node.inputs[i].values, np.float64)
-        set_constant(graph, node, i, (old + value).astype(np.float32))
-        return
-    constant = new_constant(graph, f"{node.name}/bias", value.astype(np.float32))
-    if i < len(node.inputs):
-        node.inputs[i] = constant
-    else:
-        node.inputs.append(constant)
+    has_input = i < len(node.inputs) and bool(node.inputs[i].name)
+    old = np.asarray(node.inputs[i].values, np.float64) if has_input else 0.0
+    set_constant(graph, node, i, (old + value).astype(np.float32))
 
 
 def _subtract(graph: gs.Graph, node: gs.Node, value: Floats, names: set[str]) -> str:
