@@ -15,8 +15,9 @@ from onnxptq.calibrate.observers import Observer
 from onnxptq.errors import SelectorError, TargetIllegalError, UnsupportedModelError
 from onnxptq.graph.index import GraphIndex, is_constant, is_float32
 from onnxptq.graph.linear import find_linears
+from onnxptq.listing import listed
 from onnxptq.recipe import Recipe
-from onnxptq.selectors import Catalogue, Selection, compile_pattern, listed, match_tensors, select_nodes
+from onnxptq.selectors import Catalogue, Selection, compile_pattern, match_tensors, select_nodes
 from onnxptq.targets import TARGETS, PlacementRequest
 from onnxptq.types import CanonicalModel, Quantizer, QuantPlan
 

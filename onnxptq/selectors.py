@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from onnxptq.errors import SelectorError
+from onnxptq.listing import listed
 from onnxptq.types import UserNode
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +93,6 @@ def select_nodes(pattern: str, catalogue: Catalogue, *, option: str) -> Selectio
     if not by_type | by_name:
         raise _nothing_left(pattern, gone, option) if gone else _no_match(pattern, catalogue, option)
     return Selection(nodes=frozenset(by_type | by_name), by_name=frozenset(by_name), moved=tuple(moved))
-
-
-def listed(items: Sequence[str]) -> str:
-    """The first few of ``items``, and how many more there are."""
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more
 
 
 def match_tensors(pattern: str, names: Sequence[str], *, option: str) -> frozenset[str]:

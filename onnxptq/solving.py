@@ -18,6 +18,7 @@ from onnxptq.calibrate.products import HELD_BYTES, Focus, choose_softmax_ranges
 from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.select import CANDIDATES, label, select_observer
+from onnxptq.listing import listed
 from onnxptq.qdq import insert_quantizers
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import LowRank, Recipe
@@ -80,7 +81,6 @@ BRANCH_MARGIN_DB = 0.5
 """By how much branches must be better than the alternatives to be worth the time that they take whenever the network
 runs."""
 
-_LISTED = 5
 _PLAIN = "nearest rounding"
 _COMPENSATED = "compensated rounding"
 _PACKS = "packs"
@@ -330,9 +330,8 @@ class Solver:
             return False
         gaps = check_supported(self.model.graph)
         if gaps:
-            listed = ", ".join(f"{gap.node} ({gap.op})" for gap in gaps[:_LISTED])
-            more = f" and {len(gaps) - _LISTED} more" if len(gaps) > _LISTED else ""
-            self.notes.append(f"Nothing is learnt through what has no torch form: {listed}{more}.")
+            names = listed([f"{gap.node} ({gap.op})" for gap in gaps])
+            self.notes.append(f"Nothing is learnt through what has no torch form: {names}.")
         return True
 
     def _by_packs(self, low_rank: LowRank, packed: dict[str, PackSolution]) -> Solution:

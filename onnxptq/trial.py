@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class Trial:
             lambda path: save_graph(insert_quantizers(self._model.graph, plan, solution), path, share=True),
             provider=self._provider,
         )
-        tally = _Tally()
+        tally = _Tally(self._model.boundary)
         for sample, reference in zip(self._samples, self._known(len(self._samples)), strict=True):
             tally.add(reference, session.run(sample, self._model.judged))
         return tally.quality()
@@ -87,7 +87,7 @@ class Trial:
         opened = self._with_inputs(plan, start)
 
         def rank(solution: Solution, count: int) -> float:
-            _, tally = tallies.setdefault(id(solution), (solution, _Tally()))
+            _, tally = tallies.setdefault(id(solution), (solution, _Tally(self._model.boundary)))
             run = opened(solution)
             references = self._known(count)
             for number in range(tally.samples, count):
@@ -129,10 +129,14 @@ class Trial:
 
 
 class _Tally:
-    """Sums of signal and noise over samples, by output, for both measures of :class:`Quality`."""
+    """Sums of signal and noise over samples, by output, for both measures of :class:`Quality`.
 
-    def __init__(self) -> None:
+    ``others`` are outputs that are no class scores, whatever their shape.
+    """
+
+    def __init__(self, others: Collection[str] = ()) -> None:
         self.samples = 0
+        self._others = others
         self._plain: dict[str, list[tuple[float, float]]] = {}
         self._weighed: dict[str, list[tuple[float, float]]] = {}
 
@@ -143,7 +147,7 @@ class _Tally:
             if np.issubdtype(expected.dtype, np.floating) and expected.shape == value.shape:
                 plain = _energy(expected), _squared_error(expected, value)
                 self._plain.setdefault(name, []).append(plain)
-                if _are_class_scores(expected):
+                if name not in self._others and _are_class_scores(expected):
                     plain = _spread(expected), _twice_divergence(expected, value)
                 self._weighed.setdefault(name, []).append(plain)
 

@@ -7,7 +7,7 @@ scores. A selection among what quantization does not touch, such as masked posit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,9 @@ SELECTING = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
 """Operators whose number of results depends on values."""
 
 _SHAPE_READERS = ("Shape", "Size")
+_MOVING = frozenset(
+    {"Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +36,8 @@ class Selection:
         nodes: names of the selections and of all nodes that depend on them.
         layers: names of the layers with weights among them.
         outputs: the graph outputs that they write.
-        boundary: the float tensors that they read of the part in front, without inputs and outputs of the graph.
+        boundary: the float tensors that they read of the part in front; of parts of one tensor (one per class, for
+            instance) that tensor. Without inputs and outputs of the graph.
     """
 
     nodes: frozenset[str] = frozenset()
@@ -47,27 +51,70 @@ def find_selection(graph: gs.Graph) -> Selection:
     if not any(node.op in SELECTING for node in graph.nodes):
         return Selection()
     layers = {layer.node.name for layer in find_linears(GraphIndex(graph))}
-    computed: set[str] = set()
-    written: set[str] = set()
-    behind: list[gs.Node] = []
-    for node in graph.nodes:
-        reads = {t.name for t in read_tensors(node)}
-        own = {t.name for t in node.outputs if t.name}
-        if not reads.isdisjoint(written) or (node.op in SELECTING and not reads.isdisjoint(computed)):
-            behind.append(node)
-            written |= own
-        if node.name in layers or (node.op not in _SHAPE_READERS and not reads.isdisjoint(computed)):
-            computed |= own
+    computed = _computed(graph, layers)
+    selecting = {node.name for node in graph.nodes if node.op in SELECTING and _reads(node, computed)}
+    behind = _behind(graph, selecting)
+    ranking = _ranking(graph, layers, computed, {node.name for node in behind})
+    if ranking:
+        behind = _behind(graph, selecting | ranking)
+    written = {t.name for node in behind for t in node.outputs if t.name}
     ends = {t.name for t in (*graph.inputs, *graph.outputs)} | written
-    read = {t.name: t for node in behind for t in read_tensors(node)}
+    read = [t for node in behind for t in read_tensors(node) if t.name in computed and t.name not in ends]
+    parts: dict[str, dict[str, gs.Tensor]] = {}
+    for tensor in read:
+        parts.setdefault(_unmoved(tensor, computed).name, {})[tensor.name] = tensor
+    entering = [
+        next(iter(own.values())) if len(own) == 1 else _unmoved(next(iter(own.values())), computed)
+        for own in parts.values()
+    ]
     return Selection(
         nodes=frozenset(node.name for node in behind),
         layers=tuple(node.name for node in behind if node.name in layers),
         outputs=tuple(t.name for t in graph.outputs if t.name in written),
-        boundary=tuple(
-            t for name, t in read.items() if name in computed and name not in ends and t.dtype == np.float32
-        ),
+        boundary=tuple(t for t in entering if t.dtype == np.float32 and t.name not in ends),
     )
+
+
+def _computed(graph: gs.Graph, layers: Collection[str]) -> set[str]:
+    """Tensors whose values depend on those that a layer has computed."""
+    computed: set[str] = set()
+    for node in graph.nodes:
+        if node.name in layers or (node.op not in _SHAPE_READERS and _reads(node, computed)):
+            computed.update(t.name for t in node.outputs if t.name)
+    return computed
+
+
+def _reads(node: gs.Node, tensors: Collection[str]) -> bool:
+    return any(t.name in tensors for t in read_tensors(node))
+
+
+def _behind(graph: gs.Graph, starts: Collection[str]) -> Sequence[gs.Node]:
+    """The nodes of these names and all that depend on them, in the order of the graph."""
+    written: set[str] = set()
+    found = []
+    for node in graph.nodes:
+        if node.name in starts or _reads(node, written):
+            found.append(node)
+            written.update(t.name for t in node.outputs if t.name)
+    return found
+
+
+def _ranking(graph: gs.Graph, layers: set[str], computed: set[str], behind: set[str]) -> set[str]:
+    """The TopK that sort what a selection behind them takes, with no layer between: the order is part of it."""
+    found = set()
+    for node in graph.nodes:
+        if node.op == "TopK" and node.name not in behind and _reads(node, computed):
+            after = {other.name for other in _behind(graph, {node.name})}
+            if after & behind and not (after - behind) & layers:
+                found.add(node.name)
+    return found
+
+
+def _unmoved(tensor: gs.Tensor, computed: set[str]) -> gs.Tensor:
+    """What ``tensor`` was before nodes that only move values."""
+    while tensor.inputs and tensor.inputs[0].op in _MOVING and tensor.inputs[0].inputs[0].name in computed:
+        tensor = tensor.inputs[0].inputs[0]
+    return tensor
 
 
 def selected_within(index: GraphIndex, nodes: Sequence[str], selection: Selection) -> frozenset[str]:

@@ -38,6 +38,7 @@ from onnxptq.graph.origins import find_regions, inner_names, user_nodes
 from onnxptq.graph.passes import PASSES
 from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
 from onnxptq.graph.surgeon import import_graph
+from onnxptq.listing import listed
 from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip, started
 
 FORM = 8
@@ -462,7 +463,7 @@ def _expose_boundary(graph: gs.Graph, draft: _Draft) -> tuple[tuple[str, ...], t
             else ""
         )
         draft.notes.append(
-            f"Alternatives are compared by {', '.join(others)} in the place of {', '.join(selection.outputs)}, "
+            f"Alternatives are compared by {listed(others)} in the place of {listed(selection.outputs)}, "
             f"which hold as many rows as are found.{unseen}"
         )
     return selection.outputs, boundary

@@ -16,6 +16,7 @@ import torch
 
 from onnxptq.errors import UsageError
 from onnxptq.ranks import Ranks
+from onnxptq.types import CanonicalModel
 
 LossKind = Literal["kl", "relative"]
 LossChoice = Literal["auto", "kl", "relative"]
@@ -38,6 +39,11 @@ def choose_loss(outputs: Mapping[str, torch.Tensor], asked: LossChoice = "auto")
     if asked != "auto":
         return asked
     return "kl" if floats and not others else "relative"
+
+
+def asked_loss(model: CanonicalModel, asked: LossChoice) -> LossChoice:
+    """The loss to ask for: boxes and scores that enter a selection are no class logits, whatever their shape."""
+    return "relative" if asked == "auto" and model.boundary else asked
 
 
 class OutputLoss:

@@ -30,7 +30,7 @@ from onnxptq.graph.boundary import find_selection
 from onnxptq.graph.index import probability_outputs
 from onnxptq.lowering.joining import can_be_joined
 from onnxptq.lowering.network import BlockNetwork, Values
-from onnxptq.lowering.output_loss import LossChoice, LossKind, OutputLoss, choose_loss
+from onnxptq.lowering.output_loss import LossChoice, LossKind, OutputLoss, asked_loss, choose_loss
 from onnxptq.lowering.quantized import Hooks, quantizing_hooks, set_hooks
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.types import (
@@ -154,7 +154,7 @@ class Scorer:
         found = self._network.run(first, keep=self._network.outputs)
         floats = {name: found[name] for name in self._network.outputs if found[name].is_floating_point()}
         judged = {name: value for name, value in floats.items() if name in model.judged}
-        self.loss: LossKind = choose_loss(judged, loss)
+        self.loss: LossKind = choose_loss(judged, asked_loss(model, loss))
         # A block behind a selection changes what is found in rows that stay the same, and nothing in front.
         behind = {name: value for name, value in floats.items() if name in model.selected}
         selection = find_selection(model.graph)

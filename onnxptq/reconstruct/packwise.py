@@ -19,6 +19,7 @@ import torch
 from onnxptq.graph.boundary import find_selection, selected_within
 from onnxptq.graph.index import GraphIndex, probability_outputs
 from onnxptq.lowering.network import BlockNetwork, Values
+from onnxptq.lowering.output_loss import asked_loss
 from onnxptq.lowering.quantized import quantizing_hooks, set_hooks
 from onnxptq.quantizers.low_rank import Factors
 from onnxptq.ranks import ALONE, Ranks
@@ -146,9 +147,8 @@ def _reconstructed(
         importance = _importance(model, network, own, settings, seed, ranks)
     wanted = None
     if settings.steps and settings.is_global:
-        wanted = wanted_outputs(
-            network, floats, probability_outputs(model.graph), vault.keep, ranks, settings.output_loss
-        )
+        asked = asked_loss(model, settings.output_loss)
+        wanted = wanted_outputs(network, floats, probability_outputs(model.graph), vault.keep, ranks, asked)
     # The same samples judge everywhere: at the end no gradient has seen them.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     start, state = solution, Finished(solution=solution, settled=frozenset(), outcome=None)

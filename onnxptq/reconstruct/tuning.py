@@ -19,7 +19,7 @@ import torch
 from onnxptq.graph.index import GraphIndex, probability_outputs
 from onnxptq.lowering import needed_nodes
 from onnxptq.lowering.network import BlockNetwork, Values
-from onnxptq.lowering.output_loss import choose_loss
+from onnxptq.lowering.output_loss import asked_loss, choose_loss
 from onnxptq.ranks import Ranks
 from onnxptq.reconstruct.checkpoint import Finished
 from onnxptq.reconstruct.learning import TUNING, Learning
@@ -63,7 +63,9 @@ def tune(
     together = most_together(network, 0, inputs, limit, ranks)
     outputs = run_all(network, 0, inputs, together, keep)
     # The first rank always has samples.
-    kind = ranks.broadcast(choose_loss(outputs[0], settings.output_loss) if outputs else "kl")
+    kind = ranks.broadcast(
+        choose_loss(outputs[0], asked_loss(model, settings.output_loss)) if outputs else "kl"
+    )
     probabilities = probability_outputs(model.graph)
     scores = {name: name in probabilities for name in network.outputs} if kind == "kl" else {}
     data = PackData(

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxptq.errors import FeedError, UsageError
+from onnxptq.listing import listed
 from onnxptq.runtime import Provider, Session, open_exposed
 from onnxptq.types import Feeds, Progress, Sample, started
 from onnxptq.validate.exposure import DEFAULT_GROUP_BYTES, staged
@@ -83,7 +84,7 @@ def compare(
     outputs = [*_matched("output", ours, theirs, notes), *((name, name) for name in inner)]
     _require_outputs(scores, first.output_names)
     known = None if labels is None else np.asarray(labels, np.int64)
-    meter = QualityMeter(outputs, scores, known, origin, selected)
+    meter = QualityMeter(outputs, scores, known, origin, plain=inner, selected=selected)
     chosen = set(np.linspace(0, len(feeds) - 1, min(layer_samples, len(feeds))).astype(int).tolist())
     kept: list[Sample] = []
     tick = started(progress, "Comparing the models", len(feeds))
@@ -117,9 +118,9 @@ def _selection_note(results: Sequence[OutputMetrics], inner: Sequence[str], samp
     """Why outputs behind a selection tell little, and what is compared instead."""
     names = [result.name for result in results if result.is_selected]
     resized = max(result.resized for result in results)
-    instead = f" {', '.join(inner)} in front of it are compared instead." if inner else ""
+    instead = f" {listed(inner)} in front of it are compared instead." if inner else ""
     return (
-        f"Rows of {', '.join(names)} are what each model selects and need not belong together "
+        f"Rows of {listed(names)} are what each model selects and need not belong together "
         f"(their numbers differ for {resized} of {samples} inputs).{instead}"
     )
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import onnx
 
 from onnxptq.errors import OnnxPtqError
+from onnxptq.listing import listed
 from onnxptq.runtime import element_types, group_within, open_exposed
 from onnxptq.types import Progress, Sample, started
 from onnxptq.validate.exposure import sizes_of
@@ -33,7 +34,6 @@ _FLOATS = (
     onnx.TensorProto.DOUBLE,
     onnx.TensorProto.BFLOAT16,
 )
-_LISTED = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ def compare_layers(
     kept = [meter for meter in meters if not meter.is_mismatched]
     apart = [meter.shared.tensor for meter in meters if meter.is_mismatched]
     if apart:
-        remarks.append(f"Not compared, as their shape is another in the quantized file: {_listed(apart)}.")
+        remarks.append(f"Not compared, as their shape is another in the quantized file: {listed(apart)}.")
     return tuple(meter.result(i) for i, meter in enumerate(kept)), remarks
 
 
@@ -161,11 +161,6 @@ class _LayerMeter:
         )
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{', '.join(names[:_LISTED])}{more}"
-
-
 def shared_tensors(
     reference: WrittenModel, quantized: WrittenModel, inputs: dict[str, str], remarks: list[str]
 ) -> list[_Shared]:
@@ -210,7 +205,7 @@ def _float_tensors(written: WrittenModel, wanted: Set[str], remarks: list[str]) 
             types |= element_types(written.path, untyped)
         except OnnxPtqError as error:
             remarks.append(
-                f"Not compared, as onnxruntime does not tell their type: {_listed(untyped)}. {error.message}"
+                f"Not compared, as onnxruntime does not tell their type: {listed(untyped)}. {error.message}"
             )
     return {name for name, kind in types.items() if kind in _FLOATS}
 

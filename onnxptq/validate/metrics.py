@@ -296,6 +296,7 @@ class QualityMeter:
         labels: one class per row of the outputs with class scores, over all samples in order. They are held against
             the outputs that have all their classes: the others are something else.
         origin: names a label in errors, by its place among ``labels``.
+        plain: names of those that hold no class scores, whatever their shape.
         selected: names (in the reference) of the outputs that lie behind a selection.
     """
 
@@ -305,6 +306,7 @@ class QualityMeter:
         scores: Collection[str] | None = None,
         labels: npt.NDArray[np.int64] | None = None,
         origin: Callable[[int], str] = "labels, sample {}".format,
+        plain: Collection[str] = (),
         selected: Collection[str] = (),
     ) -> None:
         self._pairs = tuple(outputs)
@@ -312,12 +314,9 @@ class QualityMeter:
         self._labels = labels
         self._origin = origin
         self._labelled: frozenset[str] | None = None
+        self._plain = {*plain, *selected}
         self.meters = {
-            name: OutputMeter(
-                name,
-                is_scores=False if name in selected else None if scores is None else name in scores,
-                is_selected=name in selected,
-            )
+            name: OutputMeter(name, is_scores=self._are_scores(name), is_selected=name in selected)
             for name, _ in self._pairs
         }
 
@@ -337,6 +336,12 @@ class QualityMeter:
                 labels = self._labels[meter.ranked : meter.ranked + value.size // value.shape[-1]]
             meter.update(value, quantized[other], labels)
 
+    def _are_scores(self, name: str) -> bool | None:
+        """Whether an output holds class scores; None where its values tell."""
+        if name in self._plain:
+            return False
+        return None if self._scores is None else name in self._scores
+
     def _find_labelled(self, outputs: Mapping[str, Array]) -> frozenset[str]:
         """The outputs that the labels may belong to."""
         if self._labels is None or not self._labels.size:
@@ -345,6 +350,7 @@ class QualityMeter:
             name: int(value.shape[-1])
             for name, value in outputs.items()
             if value.ndim
+            and name not in self._plain
             and (is_class_scores(value.dtype, value.shape) if self._scores is None else name in self._scores)
         }
         require_classes(self._labels, classes.values(), self._origin)

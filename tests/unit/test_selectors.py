@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from onnxptq.errors import SelectorError
-from onnxptq.selectors import Catalogue, compile_pattern, listed, match_tensors, select_nodes
+from onnxptq.listing import listed
+from onnxptq.selectors import Catalogue, compile_pattern, match_tensors, select_nodes
 from onnxptq.types import UserNode
 
 NAMES = {
@@ -78,8 +79,8 @@ def test_constants_are_no_nodes() -> None:
 
 
 def test_long_lists_are_cut() -> None:
-    assert listed(["a", "b", "c"]) == "a, b, c"
-    assert listed(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+    assert listed(["a", "b", "c", "d"]) == "a, b, c, d"
+    assert listed(["a", "b", "c", "d", "e", "f"]) == "a, b, c, d and 2 more"
 
 
 @pytest.mark.parametrize(

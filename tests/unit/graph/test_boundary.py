@@ -59,6 +59,47 @@ def test_shapes_of_what_layers_compute_select_nothing() -> None:
     assert find_selection(graph).nodes == frozenset()
 
 
+def _ranked(*, has_layer_behind: bool) -> onnx.ModelProto:
+    """The best boxes by score, perhaps looked at once more, and what a suppression leaves of them per class."""
+    net = Net(seed=1, opset=17)
+    boxes = net.op("Reshape", "boxes", net.linear("fc", "x", 8, 8), net.constant("bs", np.array([1, -1, 4])))
+    scores = net.op(
+        "Sigmoid", "scores", net.op("ReduceSum", "sum", boxes, net.constant("last", np.array([2])))
+    )
+    flat = net.op("Reshape", "flat", scores, net.constant("fs", np.array([1, 1, -1])))
+    net.op("TopK", "best", flat, net.constant("k", np.array([3])), outputs=["places"])
+    rows = net.op("Reshape", "rows", "places", net.constant("rs", np.array([-1])))
+    chosen = net.op("Gather", "chosen", boxes, rows, axis=1)
+    if has_layer_behind:
+        chosen = net.linear("again", chosen, 4, 4)
+    limits = net.constant("most", np.array(5)), net.constant("overlap", np.float32(0.5))
+    kept = net.op("NonMaxSuppression", "kept", chosen, "best", *limits)
+    return net.proto({"x": [4, 8]}, [net.op("Cast", "y", kept, to=onnx.TensorProto.FLOAT)])
+
+
+def test_ranking_for_a_selection_is_part_of_it_unless_layers_are_between() -> None:
+    found = find_selection(import_graph(_ranked(has_layer_behind=False), Path()))
+    assert {"best", "chosen", "kept"} <= found.nodes
+    assert {tensor.name for tensor in found.boundary} == {"boxes", "flat"}
+    other = find_selection(import_graph(_ranked(has_layer_behind=True), Path()))
+    assert other.nodes == {"kept", "y"}
+    assert {tensor.name for tensor in other.boundary} == {"again", "best"}
+
+
+def test_parts_of_one_tensor_count_as_one() -> None:
+    net = Net(seed=1, opset=17)
+    scores = net.op("Sigmoid", "scores", net.linear("fc", "x", 8, 3))
+    limit = net.constant("limit", np.float32(0.5))
+    found = []
+    for i in range(3):
+        column = net.op("Gather", f"column{i}", scores, net.constant(f"i{i}", np.array(i)), axis=1)
+        above = net.op("Greater", f"above{i}", column, limit)
+        found.append(net.op("Compress", f"y{i}", column, above, axis=0))
+    selection = find_selection(import_graph(net.proto({"x": [4, 8]}, found), Path()))
+    assert selection.outputs == ("y0", "y1", "y2")
+    assert {tensor.name for tensor in selection.boundary} == {"scores"}
+
+
 def test_the_canonical_graph_has_the_boundary_as_outputs_and_the_users_apart(tmp_path: Path) -> None:
     onnx.save(one_stage(), str(tmp_path / "net.onnx"))
     model = canonicalize(tmp_path / "net.onnx", tmp_path)
