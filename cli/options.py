@@ -41,8 +41,8 @@ samples_option = click.option(
 output_loss_option = click.option(
     "--output-loss",
     type=choices("output_loss"),
-    help="How the network's outputs are compared where blocks are scored, bits chosen and scales tuned. "
-    "[default: auto]",
+    help="How the network's outputs are compared where blocks are scored, bits chosen and scales tuned. kl is "
+    "for class scores, also of tokens and maps where it is asked for. [default: auto]",
 )
 
 unknown_operators_option = click.option(

@@ -52,7 +52,8 @@ class Recipe(BaseModel):
             ``paper`` 20 000. None is ``fast`` for ``auto`` and ``balanced`` for the other methods.
         max_pack_blocks: blocks in a pack at most.
         output_loss: how the network's outputs are compared where blocks are scored, bits chosen and scales tuned:
-            ``kl`` divergence of class scores, ``relative`` squared error, or ``auto`` by their shapes.
+            ``kl`` divergence of class scores, ``relative`` squared error, or ``auto`` by their shapes. Scores of
+            tokens (batch, tokens, classes) and of positions (batch, classes, ...) have to be asked for.
         loss: what gradient steps make small: ``plain`` noise over signal of a pack's outputs, or with ``fisher``
             the same with each channel weighed by how much it moves the network's output.
         unknown_operators: what becomes of operators that have no torch form where packs are solved: ``float`` lets

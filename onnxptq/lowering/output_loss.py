@@ -3,7 +3,14 @@
     kl         mean over rows of sum_c p_c (log p_c - log q_c),  p = softmax of the float logits
     relative   sum over outputs of  sum ||o_q - o_fp||^2 / sum ||o_fp||^2,  both sums over all samples
 
-Both are zero with zero gradient at the float network. Only outputs that hold floats are compared.
+Both are zero with zero gradient at the float network. Only outputs that hold floats are compared. The classes c of
+``kl`` lie along one axis, and everything along the others is a row:
+
+    (batch, classes)                    axis 1
+    (batch, tokens, classes)            the last
+    (batch, classes, height, width)     axis 1, also of volumes
+
+Nothing tells class scores of tokens or positions from other tensors of their rank, so these have to be asked for.
 """
 
 from __future__ import annotations
@@ -21,24 +28,36 @@ from onnxptq.types import CanonicalModel
 LossKind = Literal["kl", "relative"]
 LossChoice = Literal["auto", "kl", "relative"]
 
+_CLASS_AXES: Mapping[int, int] = {2: 1, 3: 2, 4: 1, 5: 1}
+"""The axis of the classes, by the rank of the scores."""
+
 
 def choose_loss(outputs: Mapping[str, torch.Tensor], asked: LossChoice = "auto") -> LossKind:
     """The loss that is ``asked`` for; ``auto`` is ``kl`` if every float output is a matrix of at least two columns,
     as class logits are, else ``relative``.
 
     Raises:
-        UsageError: ``kl`` is asked for and an output is no such matrix.
+        UsageError: ``kl`` is asked for and an output has no axis of at least two classes.
     """
     floats = {name: value for name, value in outputs.items() if value.is_floating_point()}
-    others = [name for name, value in floats.items() if value.ndim != 2 or value.shape[1] < 2]
-    if asked == "kl" and others:
-        raise UsageError(
-            f"Output '{others[0]}' has shape {list(floats[others[0]].shape)}: kl compares matrices of class scores.",
-            "Ask for output_loss relative, or leave it out.",
-        )
+    if asked == "kl":
+        for name, value in floats.items():
+            axis = _CLASS_AXES.get(value.ndim)
+            if axis is None or value.shape[axis] < 2:
+                raise UsageError(
+                    f"Output '{name}' has shape {list(value.shape)}: kl compares scores of at least two classes, "
+                    "along the last axis of three and along axis 1 of two, four or five.",
+                    "Ask for output_loss relative, or leave it out.",
+                )
     if asked != "auto":
         return asked
-    return "kl" if floats and not others else "relative"
+    are_matrices = all(value.ndim == 2 and value.shape[1] > 1 for value in floats.values())
+    return "kl" if floats and are_matrices else "relative"
+
+
+def rows_of(scores: torch.Tensor) -> int:
+    """How many distributions class scores hold."""
+    return scores.numel() // scores.shape[_CLASS_AXES[scores.ndim]]
 
 
 def asked_loss(model: CanonicalModel, asked: LossChoice) -> LossChoice:
@@ -81,7 +100,7 @@ class OutputLoss:
                 self._sums[name] += (
                     0.0 if q is fp else float(divergence(fp, q, is_probability=is_probability))
                 )
-                self._scales[name] += fp.shape[0]
+                self._scales[name] += rows_of(fp)
                 continue
             wide = fp.double()
             energy = float(wide.square().sum())
@@ -114,4 +133,4 @@ def _logarithms(value: torch.Tensor, is_probability: bool, temperature: float) -
     wide = value.double()
     if is_probability:
         wide = wide.clamp_min(torch.finfo(torch.float32).tiny).log()
-    return torch.log_softmax(wide / temperature, dim=1)
+    return torch.log_softmax(wide / temperature, dim=_CLASS_AXES[wide.ndim])

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from onnxptq.lowering.network import Values
-from onnxptq.lowering.output_loss import divergence
+from onnxptq.lowering.output_loss import divergence, rows_of
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.suffix import Suffix
 
@@ -93,7 +93,7 @@ def _score_noise(
 ) -> torch.Tensor:
     temperature = max(1.0, SPREAD_SHARE * math.sqrt(variance))
     apart = divergence(wanted, found, is_probability=is_probability, temperature=temperature)
-    return apart * (2.0 * temperature**2 / (variance * len(wanted)))
+    return apart * (2.0 * temperature**2 / (variance * rows_of(wanted)))
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ import torch
 
 from onnxptq.lowering.joining import can_be_joined, joined
 from onnxptq.lowering.network import BlockNetwork, Values
-from onnxptq.lowering.output_loss import LossChoice, LossKind, choose_loss, divergence
+from onnxptq.lowering.output_loss import LossChoice, LossKind, choose_loss, divergence, rows_of
 from onnxptq.ranks import Ranks
 from onnxptq.reconstruct.pack_data import Keep, PackData
 
@@ -99,7 +99,8 @@ class Suffix:
 
     def _distance(self, name: str, target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         if self.wanted.kind == "kl":
-            return divergence(target, value, is_probability=name in self.wanted.probabilities) / len(target)
+            apart = divergence(target, value, is_probability=name in self.wanted.probabilities)
+            return apart / rows_of(target)
         if target.shape != value.shape:
             # Another number of detections: nothing tells which belong together.
             return value.sum() * 0.0 + 1.0
