@@ -82,7 +82,7 @@ def quantize(
             solved = steps.solved(run, form)
             with staging(target) as staged:
                 steps.write(run, form.model, solved, staged)
-                checks = steps.check(run, float_model, form.model, solved, staged, data)
+                checks = steps.check(run, float_model, form, solved, staged, data)
                 report = steps.report(run, form.model, solved, form.statistics, staged, target, data, checks)
                 folder = steps.write_report(run, report, report_dir)
                 steps.require_quality(run, report, folder)

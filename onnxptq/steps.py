@@ -179,7 +179,7 @@ def _quantized(model: CanonicalModel, plan: QuantPlan, solution: Solution) -> gs
 def check(
     run: Run,
     source: CanonicalModel,
-    model: CanonicalModel,
+    form: Prepared,
     solved: Solved,
     path: Path,
     data: Data,
@@ -189,7 +189,7 @@ def check(
     Raises:
         OutputCheckError: the file is not what was planned, or does not compute what was simulated.
     """
-    provider, plan, solution = run.recipe.provider, solved.plan, solved.solution
+    provider, model, plan, solution = run.recipe.provider, form.model, solved.plan, solved.solution
     with run.timed("check"):
         check_structure(path, model, plan, solution)
         proof = pick_samples(data.heldout or data.calibration, PARITY_SAMPLES)
@@ -200,6 +200,7 @@ def check(
             solution,
             proof,
             work_dir=run.scratch,
+            elements=form.statistics.elements,
             provider=provider,
             group_bytes=run.group_bytes,
             progress=run.progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,6 @@ class Trial:
         self._path = scratch / "trial.onnx"
         self._provider = provider
         self._reference = reference or model.path
-        self._references: list[Mapping[str, Array]] = []
 
     def quality(self, plan: QuantPlan, solution: Solution) -> Quality:
         """The outputs in onnxruntime's default session, over all samples."""
@@ -69,7 +69,7 @@ class Trial:
             provider=self._provider,
         )
         tally = _Tally(self._model.boundary)
-        for sample, reference in zip(self._samples, self._known(len(self._samples)), strict=True):
+        for sample, reference in zip(self._samples, self._references, strict=True):
             tally.add(reference, session.run(sample, self._model.judged))
         return tally.quality()
 
@@ -89,9 +89,8 @@ class Trial:
         def rank(solution: Solution, count: int) -> float:
             _, tally = tallies.setdefault(id(solution), (solution, _Tally(self._model.boundary)))
             run = opened(solution)
-            references = self._known(count)
             for number in range(tally.samples, count):
-                tally.add(references[number], run(self._samples[number]))
+                tally.add(self._references[number], run(self._samples[number]))
             return tally.quality().rank
 
         return rank
@@ -119,13 +118,11 @@ class Trial:
 
         return opened
 
-    def _known(self, count: int) -> Sequence[Mapping[str, Array]]:
-        """Float outputs of the first ``count`` samples; the float network runs once for each."""
-        missing = self._samples[len(self._references) : count]
-        if missing:
-            session = Session(self._reference, provider=self._provider)
-            self._references += [session.run(sample, self._model.judged) for sample in missing]
-        return self._references[:count]
+    @functools.cached_property
+    def _references(self) -> Sequence[Mapping[str, Array]]:
+        """The float outputs."""
+        session = Session(self._reference, provider=self._provider)
+        return [session.run(sample, self._model.judged) for sample in self._samples]
 
 
 class _Tally:

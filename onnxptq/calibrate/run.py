@@ -39,6 +39,11 @@ class Calibration:
     skips: tuple[Skip, ...] = ()
     uncalibrated: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def elements(self) -> Mapping[str, int]:
+        """How many elements each tensor has in a sample, on average."""
+        return {name: -(-found.elements // self.samples) for name, found in self.statistics.items()}
+
 
 def calibrate(
     model: CanonicalModel,

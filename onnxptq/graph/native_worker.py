@@ -57,8 +57,9 @@ def convert(job: dict[str, Any], model: onnx.ModelProto) -> onnx.ModelProto:
 
 def simplify(job: dict[str, Any], model: onnx.ModelProto) -> onnx.ModelProto:
     """Fold constants and drop dead or idle nodes with onnxsim."""
-    # onnxsim imports torch for features that are not used here; torch alone takes a second to import.
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    # onnxsim imports them, where they are there, for features that are not used here; each takes longer than onnxsim.
+    for name in ("torch", "sympy"):
+        sys.modules[name] = None  # type: ignore[assignment]
     import onnxsim
 
     result: onnx.ModelProto

@@ -46,7 +46,7 @@ from onnxptq.validate.branches import BranchParity, compare_branches
 from onnxptq.validate.exposure import DEFAULT_GROUP_BYTES, sizes_of, staged
 from onnxptq.validate.metrics import OutputMeter, QualityMeter, sqnr_db
 from onnxptq.validate.reading import Pair, WrittenModel
-from onnxptq.validate.structure import constant_of, label, locate, row_blocks
+from onnxptq.validate.structure import constants_of, label, locate, row_blocks
 
 FAST_MARGIN_DB = 3.0
 _CHANCE_DB = 3 * 8.7
@@ -106,6 +106,7 @@ def check_parity(
     samples: Sequence[Sample],
     *,
     work_dir: Path,
+    elements: Mapping[str, int] = {},
     provider: Provider = "cpu",
     group_bytes: int = DEFAULT_GROUP_BYTES,
     progress: Progress | None = None,
@@ -115,6 +116,8 @@ def check_parity(
     Args:
         samples: a few feeds; at least one.
         work_dir: an existing folder for temporary files.
+        elements: how many elements activations of ``model`` have in one sample, as far as that is known; others cost
+            a run of the file.
         provider: of the fast session.
         group_bytes: largest size of the tensors of one sample that are exposed at once.
         progress: told about every run.
@@ -126,25 +129,29 @@ def check_parity(
         raise ValueError("parity needs at least one sample")
     written = WrittenModel(path)
     located = locate(written, model, plan)
-    meters = {q.quantizer_id: _EdgeMeter(q, solution.qparams[q.quantizer_id], model) for q in plan.quantizers}
-    activations = [q for q in plan.quantizers if q.role == "activation"]
-    constants = [q for q in plan.quantizers if q.role != "activation"]
-    with staged(path, work_dir) as copy:
-        _compare_activations(copy, activations, located, samples, meters, group_bytes, progress)
-        _compare_constants(
-            copy, constants, located, samples[0], meters, group_bytes, model, solution, progress
+    values = constants_of(model, solution, [q.tensor for q in plan.quantizers if q.role != "activation"])
+    edges = [
+        _Edge(
+            pair=located[q.quantizer_id],
+            meter=_EdgeMeter(q, solution.qparams[q.quantizer_id], model),
+            constant=values.get(q.tensor),
+            elements=elements.get(q.tensor),
         )
-        edges = tuple(meters[q.quantizer_id].result() for q in plan.quantizers)
-        for quantizer, edge in zip(plan.quantizers, edges, strict=True):
+        for q in plan.quantizers
+    ]
+    with staged(path, work_dir) as copy:
+        meant = _compare_edges(copy, edges, model.judged, samples, group_bytes, progress)
+        found = tuple(edge.meter.result() for edge in edges)
+        for quantizer, edge in zip(plan.quantizers, found, strict=True):
             if edge.different:
                 raise OutputCheckError(
                     f"{path}: {label(quantizer, model)} computes other values than the simulation: "
                     f"{edge.different} of {edge.elements} elements, by up to {edge.max_steps:.3g} steps."
                 )
         branches = compare_branches(copy, model, solution, samples, group_bytes)
-        is_coarse = any(q.qtype.bits < 8 for q in activations)
-        outputs = _compare_outputs(copy, path, model, samples, provider, is_coarse, progress)
-    return Parity(samples=len(samples), edges=edges, outputs=outputs, provider=provider, branches=branches)
+        is_coarse = any(q.qtype.bits < 8 for q in plan.quantizers if q.role == "activation")
+        outputs = _compare_outputs(copy, path, model, samples, meant, provider, is_coarse, progress)
+    return Parity(samples=len(samples), edges=found, outputs=outputs, provider=provider, branches=branches)
 
 
 class _EdgeMeter:
@@ -184,59 +191,64 @@ class _EdgeMeter:
         )
 
 
-def _compare_activations(
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Edge:
+    """A quantizer of the file, what counts its differences, the float values of a constant that it encodes, and how
+    many elements an activation has in a sample, if that is known."""
+
+    pair: Pair
+    meter: _EdgeMeter
+    constant: Array | None
+    elements: int | None
+
+    def fetched(self, sample: Sample, *, is_first: bool) -> list[str]:
+        """What a run on ``sample`` must return. Weights and biases do not depend on it: the first run shows them."""
+        if self.constant is not None:
+            return [self.pair.output] if is_first else []
+        # A graph input is no output that a run can return; its values are in the feed itself.
+        return [name for name in (self.pair.source, self.pair.output) if name and name not in sample]
+
+
+def _compare_edges(
     path: Path,
-    quantizers: Sequence[Quantizer],
-    located: Mapping[str, Pair],
+    edges: Sequence[_Edge],
+    outputs: Sequence[str],
     samples: Sequence[Sample],
-    meters: Mapping[str, _EdgeMeter],
     group_bytes: int,
     progress: Progress | None,
-) -> None:
-    pairs = [located[q.quantizer_id] for q in quantizers]
-    # A graph input is no output that a run can return; its values are in the feed itself.
-    units = [[name for name in (p.source, p.output) if name and name not in samples[0]] for p in pairs]
-    names = sorted({name for unit in units for name in unit})
-    sizes = sizes_of(path, names, samples[0], exact=True)
-    groups = group_within(units, sizes, group_bytes)
-    tick = started(progress, "check activations", len(groups) * len(samples))
-    for members in groups:
-        fetched = sorted({name for i in members for name in units[i]})
-        session = open_exposed(path, fetched, exact=True)
-        for sample in samples:
-            values = {**sample, **session.run(sample, fetched)}
-            for i in members:
-                meters[quantizers[i].quantizer_id].update(
-                    values[pairs[i].source or ""], values[pairs[i].output]
-                )
+) -> Sequence[Sample]:
+    """Meter every edge in the exact session; returns the ``outputs`` of every sample there."""
+    units = [edge.fetched(samples[0], is_first=True) for edge in edges]
+    groups = group_within(units, _sizes(path, edges, samples[0]), group_bytes) or [[]]
+    tick = started(progress, "check quantizers", len(groups) * len(samples))
+    meant: list[Sample] = []
+    for number, members in enumerate(groups):
+        exposed = {name for i in members for name in units[i]} | set(outputs)
+        session = open_exposed(path, sorted(exposed), exact=True)
+        for position, sample in enumerate(samples):
+            is_first = position == 0
+            fetched = {name for i in members for name in edges[i].fetched(sample, is_first=is_first)}
+            values = session.run(sample, sorted(fetched | set(outputs if number == 0 else ())))
+            if number == 0:
+                meant.append({name: values[name] for name in outputs})
+            values |= sample
+            for edge in (edges[i] for i in members):
+                if edge.constant is None:
+                    edge.meter.update(values[edge.pair.source or ""], values[edge.pair.output])
+                elif is_first:
+                    edge.meter.update(edge.constant, values[edge.pair.output])
             tick()
+    return meant
 
 
-def _compare_constants(
-    path: Path,
-    quantizers: Sequence[Quantizer],
-    located: Mapping[str, Pair],
-    sample: Sample,
-    meters: Mapping[str, _EdgeMeter],
-    group_bytes: int,
-    model: CanonicalModel,
-    solution: Solution,
-    progress: Progress | None,
-) -> None:
-    """Weights and biases do not depend on the feed: one run shows them."""
-    units = [[located[q.quantizer_id].output] for q in quantizers]
-    sizes = sizes_of(path, [unit[0] for unit in units], sample, exact=True)
-    groups = group_within(units, sizes, group_bytes)
-    tick = started(progress, "check constants", len(groups))
-    for members in groups:
-        fetched = [units[i][0] for i in members]
-        values = open_exposed(path, fetched, exact=True).run(sample, fetched)
-        for i in members:
-            quantizer = quantizers[i]
-            meters[quantizer.quantizer_id].update(
-                constant_of(model, solution, quantizer.tensor), values[units[i][0]]
-            )
-        tick()
+def _sizes(path: Path, edges: Sequence[_Edge], sample: Sample) -> Mapping[str, int]:
+    """Bytes of what the edges need; a quantizer's output is as large as what it reads."""
+    activations = [edge for edge in edges if edge.constant is None]
+    sizes = {e.pair.source or "": 4 * e.elements for e in activations if e.elements is not None}
+    unknown = {e.pair.source or "" for e in activations} - sizes.keys()
+    sizes |= sizes_of(path, sorted(unknown), sample, exact=True)
+    sizes |= {e.pair.output: sizes[e.pair.source or ""] for e in activations}
+    return sizes | {e.pair.output: 4 * e.constant.size for e in edges if e.constant is not None}
 
 
 def _compare_outputs(
@@ -244,27 +256,28 @@ def _compare_outputs(
     path: Path,
     model: CanonicalModel,
     samples: Sequence[Sample],
+    meant: Sequence[Sample],
     provider: Provider,
     is_coarse: bool,
     progress: Progress | None,
 ) -> tuple[OutputParity, ...]:
+    """Judge the default session by the float model; ``meant`` are the outputs of the exact one."""
     pairs = [(name, name) for name in model.judged]
     exact_meter, fast_meter = QualityMeter(pairs, ()), QualityMeter(pairs, ())
     tick = started(progress, "check outputs", len(samples))
     reference = Session(model.path)
     if model.boundary:
-        exact = open_exposed(copy, model.boundary, exact=True)
         fast = open_exposed(copy, model.boundary, provider=provider)
     else:
-        exact, fast = Session(copy, exact=True), Session(copy, provider=provider)
-    for sample in samples:
-        wanted, meant, done = reference.run(sample), exact.run(sample), fast.run(sample)
+        fast = Session(copy, provider=provider)
+    for sample, exact in zip(samples, meant, strict=True):
+        wanted, done = reference.run(sample), fast.run(sample)
         for name in model.outputs:
             if not _is_finite_where(wanted[name], done[name]):
                 raise OutputCheckError(
                     f"{path}: output '{name}' is NaN or Inf in onnxruntime's default session."
                 )
-        exact_meter.update(wanted, meant)
+        exact_meter.update(wanted, exact)
         fast_meter.update(wanted, done)
         tick()
     return tuple(

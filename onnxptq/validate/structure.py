@@ -7,7 +7,7 @@ canonical graph, node by node and initializer by initializer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +48,10 @@ def check_structure(path: Path, model: CanonicalModel, plan: QuantPlan, solution
         ) from error
     written = WrittenModel(path)
     located = locate(written, model, plan)
+    constants = constants_of(model, solution, [q.tensor for q in plan.quantizers if q.role != "activation"])
     for quantizer in plan.quantizers:
         pair = located[quantizer.quantizer_id]
-        problem = _difference(written, model, quantizer, pair, solution)
+        problem = _difference(written, quantizer, pair, solution, constants.get(quantizer.tensor))
         if problem:
             raise OutputCheckError(f"{path}: {label(quantizer, model)}: {problem}.")
     check_float_graph(written, model, plan, solution, located)
@@ -106,17 +107,17 @@ def _read_by(written: WrittenModel, quantizer: Quantizer, i: int) -> str | None:
 
 
 def _difference(
-    written: WrittenModel, model: CanonicalModel, quantizer: Quantizer, pair: Pair, solution: Solution
+    written: WrittenModel, quantizer: Quantizer, pair: Pair, solution: Solution, constant: Array | None
 ) -> str | None:
-    """What differs between a pair of the file and its quantizer, or None."""
+    """What differs between a pair of the file and its quantizer (of a ``constant``, if given), or None."""
     qparams = solution.qparams[quantizer.quantizer_id]
     for kind, parameters in (("QuantizeLinear", pair.quantize), ("DequantizeLinear", pair.dequantize)):
         if parameters is not None:
             problem = _parameter_difference(parameters, qparams)
             if problem:
                 return f"{problem} of its {kind} differs from the solution"
-    if quantizer.role != "activation":
-        return _constant_difference(written, model, quantizer, pair, solution)
+    if constant is not None:
+        return _constant_difference(written, pair, qparams, constant)
     if pair.quantize is None:
         return "it is a constant in the file"
     return _clip_difference(pair, qparams)
@@ -141,16 +142,12 @@ def _clip_difference(pair: Pair, qparams: QParams) -> str | None:
     return None if is_same else "the bounds of its Clip are not the ends of its grid"
 
 
-def _constant_difference(
-    written: WrittenModel, model: CanonicalModel, quantizer: Quantizer, pair: Pair, solution: Solution
-) -> str | None:
+def _constant_difference(written: WrittenModel, pair: Pair, qparams: QParams, value: Array) -> str | None:
     if pair.integers is None:
         return "it is no constant in the file"
-    value = constant_of(model, solution, quantizer.tensor)
     found = written.value(pair.integers)
     if found.shape != value.shape:
         return f"its integers have shape {list(found.shape)} instead of {list(value.shape)}"
-    qparams = solution.qparams[quantizer.quantizer_id]
     for block, params in row_blocks(value, qparams):
         different = found[block] != quantize(np.asarray(value[block], np.float32), params)
         if different.any():
@@ -158,14 +155,18 @@ def _constant_difference(
     return None
 
 
-def constant_of(model: CanonicalModel, solution: Solution, tensor: str) -> Array:
-    """The float values that a constant quantizer encodes: the solution's where it has them."""
-    value = solution.weights.get(tensor)
-    if value is None:
-        constant = model.graph.tensors()[tensor]
+def constants_of(model: CanonicalModel, solution: Solution, tensors: Iterable[str]) -> Mapping[str, Array]:
+    """The float values that constant quantizers encode: the solution's where it has them."""
+    known = model.graph.tensors()
+
+    def value(tensor: str) -> Array:
+        if tensor in solution.weights:
+            return np.asarray(solution.weights[tensor])
+        constant = known[tensor]
         assert isinstance(constant, gs.Constant)
-        value = constant.values
-    return np.asarray(value)
+        return np.asarray(constant.values)
+
+    return {tensor: value(tensor) for tensor in tensors}
 
 
 def row_blocks(value: Array, qparams: QParams) -> Iterator[tuple[slice | tuple[()], QParams]]:

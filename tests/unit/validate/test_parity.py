@@ -39,6 +39,17 @@ def test_groups_do_not_change_the_result(int8: Written, tmp_path: Path, group_by
     assert _check(int8, tmp_path, group_bytes=group_bytes) == _check(int8, tmp_path)
 
 
+def test_known_sizes_spare_the_run_that_measures_them(
+    int8: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = _check(int8, tmp_path, group_bytes=5_000)
+    elements = {q.tensor: 100 for q in int8.plan.quantizers if q.role == "activation"}
+    measured: list[str] = []
+    monkeypatch.setattr(parity, "sizes_of", lambda _, names, *__, **___: measured.extend(names) or {})
+    assert _check(int8, tmp_path, group_bytes=5_000, elements=elements) == plain
+    assert measured == []
+
+
 def test_sqnr_is_that_of_the_sessions(int8: Written, tmp_path: Path) -> None:
     result = {output.name: output for output in _check(int8, tmp_path).outputs}
     for exact in (True, False):
