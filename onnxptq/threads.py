@@ -1,10 +1,11 @@
-"""Work of numpy in threads: it lets go of the interpreter lock while it reads an array."""
+"""Work of numpy and onnxruntime in threads: both let go of the interpreter lock while they compute."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -23,3 +24,40 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(function, items))
+
+
+@contextmanager
+def behind(
+    function: Callable[[T], object], *, waits: bool = False
+) -> Iterator[Callable[[Sequence[T]], None]]:
+    """Lets threads call ``function`` with items while the caller prepares the next ones.
+
+    Args:
+        waits: be done with a lot of items before the caller goes on, because no two may be held at once.
+
+    Yields:
+        What hands a lot over. It waits until the last lot is done, so calls for one never meet those for another;
+        within a lot they must not depend on each other. What ``function`` raises comes with the next lot, or at the
+        end.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        pending: list[Future[None]] = []
+
+        def settle() -> None:
+            while pending:
+                pending.pop().result()
+
+        def hand_over(items: Sequence[T]) -> None:
+            settle()
+            # A few long tasks: one for every item would take longer than a small item does.
+            pending.extend(pool.submit(_call, function, items[start::THREADS]) for start in range(THREADS))
+            if waits:
+                settle()
+
+        yield hand_over
+        settle()
+
+
+def _call(function: Callable[[T], object], items: Sequence[T]) -> None:
+    for item in items:
+        function(item)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from onnxptq.calibrate.exposing import measured_shapes, open_group
@@ -17,7 +16,7 @@ from onnxptq.calibrate.statistics import StatisticsBuilder, TensorStatistics
 from onnxptq.errors import MemoryBudgetError
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.runtime import Provider, first_sample, group_within
-from onnxptq.threads import THREADS
+from onnxptq.threads import behind
 from onnxptq.types import Array, CanonicalModel, Feeds, Progress, Sample, Skip, started
 
 DEFAULT_GROUP_BYTES = 1 << 30
@@ -76,7 +75,9 @@ def calibrate(
     inputs = {spec.name for spec in model.inputs}
     internal = [name for name in tensors if name not in inputs]
     shapes = _shapes(model, sample, internal, provider)
-    groups = _group({name: 4 * math.prod(shape) for name, shape in shapes.items()}, group_bytes, model)
+    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+    groups = _group(sizes, group_bytes, model)
+    largest = max((sum(sizes[name] for name in group) for group in groups), default=0)
     anchored = [name for name, shape in shapes.items() if shape]
     seen = ranks.run(
         _observed,
@@ -86,6 +87,7 @@ def calibrate(
         anchored,
         histogram,
         frozenset(apart),
+        2 * largest > group_bytes,
         provider,
         feeds=feeds,
         progress=progress,
@@ -106,6 +108,15 @@ class _Seen:
     others: dict[str, StatisticsBuilder]
     broken: dict[str, str]
 
+    def observe(self, found: tuple[str, StatisticsBuilder, Array]) -> None:
+        """Add the values of one tensor to its builder."""
+        name, builder, values = found
+        if name not in self.broken:
+            try:
+                builder.update(values)
+            except ValueError as error:
+                self.broken[name] = str(error)
+
     def merge(self, other: _Seen) -> None:
         for mine, theirs in ((self.builders, other.builders), (self.others, other.others)):
             for name, builder in mine.items():
@@ -121,28 +132,31 @@ def _observed(
     anchored: Sequence[str],
     histogram: bool,
     apart: Collection[int],
+    waits: bool,
     provider: Provider,
     *,
     feeds: Feeds | None = None,
     progress: Progress | None = None,
 ) -> _Seen:
-    """All samples of ``feeds``, which rank 0 has, dealt among ``ranks``."""
+    """All samples of ``feeds``, which rank 0 has, dealt among ``ranks``. While one is run the last one is observed,
+    unless ``waits``, because no two may be held at once."""
     seen = _Seen(
         builders={name: StatisticsBuilder(histogram=histogram) for name in tensors},
         others={name: StatisticsBuilder(histogram=histogram) for name in tensors},
         broken={},
     )
     tick = started(progress, "calibrate", len(feeds) * len(groups) if feeds else 0)
-    with ThreadPoolExecutor(THREADS) as pool:
+    with behind(seen.observe, waits=waits) as hand_over:
         for number, group in enumerate(groups):
             session = open_group(model, group, anchored, provider, ranks.rank) if group else None
             for position, sample in ranks.deal(None if feeds is None else _told(feeds, tick)):
                 into = seen.others if position in apart else seen.builders
+                values = {} if session is None else session.run(sample, group)
                 if number == 0:
-                    _observe({k: v for k, v in sample.items() if k in into}, into, seen.broken, pool)
-                if session is not None:
-                    # Not bound to a name: it would keep one sample's tensors through the next run.
-                    _observe(session.run(sample, group), into, seen.broken, pool)
+                    values |= {name: value for name, value in sample.items() if name in into}
+                hand_over([(name, into[name], value) for name, value in values.items()])
+                # A name would keep these tensors through the next run, when the observers are done with them.
+                del values
     for other in ranks.gather(seen)[1:]:
         seen.merge(other)
     return seen
@@ -152,27 +166,6 @@ def _told(feeds: Feeds, tick: Callable[[], None]) -> Iterator[Sample]:
     for sample in feeds:
         yield sample
         tick()
-
-
-def _observe(
-    values: Mapping[str, Array],
-    builders: Mapping[str, StatisticsBuilder],
-    broken: dict[str, str],
-    pool: ThreadPoolExecutor,
-) -> None:
-    """Add one sample's values; every tensor has a builder of its own, so threads cannot meet."""
-
-    def update(name: str) -> tuple[str, str] | None:
-        try:
-            builders[name].update(values[name])
-        except ValueError as error:
-            return name, str(error)
-        return None
-
-    # numpy lets go of the interpreter lock while it reads an array.
-    for failed in pool.map(update, [name for name in values if name not in broken]):
-        if failed is not None:
-            broken[failed[0]] = failed[1]
 
 
 def _finish(

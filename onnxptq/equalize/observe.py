@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from onnxptq.graph.classes import Classes, Literals
 from onnxptq.runtime import Provider, Session, group_within, open_exposed
+from onnxptq.threads import behind
 from onnxptq.types import Array, CanonicalModel, Feeds, Sample
 
 Floats = npt.NDArray[np.float64]
@@ -69,15 +71,23 @@ def observe(
     builders = {name: _Builder(labels[name]) for name in labels}
     inputs = {spec.name for spec in model.inputs}
     groups = _groups([name for name in labels if name not in inputs], sizes, group_bytes)
-    for number, group in enumerate(groups or [[]]):
-        session = _opened(model, group, provider)
-        for sample in drawn(feeds, positions):
-            values = dict(session.run(sample, group)) if session else {}
-            if number == 0:
-                values |= {name: value for name, value in sample.items() if name in builders}
-            for name, value in values.items():
-                builders[name].update(value)
-            tick()
+
+    def update(found: tuple[str, Array]) -> None:
+        name, value = found
+        builders[name].update(value)
+
+    largest = max((sum(_bytes(group, sizes).values()) for group in groups), default=0)
+    with behind(update, waits=2 * largest > group_bytes) as hand_over:
+        for number, group in enumerate(groups or [[]]):
+            session = _opened(model, group, provider)
+            for sample in drawn(feeds, positions):
+                values = dict(session.run(sample, group)) if session else {}
+                if number == 0:
+                    values |= {name: value for name, value in sample.items() if name in builders}
+                hand_over(list(values.items()))
+                # A name would keep these tensors through the next run, when they may be done with.
+                del values
+                tick()
     spreads = {name: builder.result(classes) for name, builder in builders.items()}
     return {name: spread for name, spread in spreads.items() if spread is not None}
 
@@ -88,8 +98,13 @@ def group_count(names: Collection[str], sizes: Mapping[str, tuple[int, ...]], gr
 
 
 def _groups(names: Sequence[str], sizes: Mapping[str, tuple[int, ...]], limit: int) -> list[list[str]]:
-    taken = {name: 4 * int(np.prod(sizes[name], dtype=np.int64)) for name in names}
-    return [[names[i] for i in members] for members in group_within([[name] for name in names], taken, limit)]
+    units = [[name] for name in names]
+    return [[names[i] for i in members] for members in group_within(units, _bytes(names, sizes), limit)]
+
+
+def _bytes(names: Sequence[str], sizes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """What tensors take in float32."""
+    return {name: 4 * math.prod(sizes[name]) for name in names}
 
 
 def _opened(model: CanonicalModel, names: Sequence[str], provider: Provider) -> Session | None:
