@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,11 +29,13 @@ from onnxptq.graph.save import save_graph
 from onnxptq.placing import Selectors, selector_notes
 from onnxptq.publish import write_texts
 from onnxptq.qdq import insert_quantizers
+from onnxptq.recipe import Recipe
 from onnxptq.running import Checks, Data, Run, Solved
 from onnxptq.runtime import count_kernels, infer_types, require_loadable
 from onnxptq.samples import ListFeeds, pick_samples
 from onnxptq.solving import Solver
 from onnxptq.targets import WRITTEN_OUT
+from onnxptq.threads import import_meanwhile
 from onnxptq.types import CanonicalModel, Feeds, QuantPlan, Sample, Solution
 from onnxptq.validate.compare import Comparison, compare
 from onnxptq.validate.latency import Latency, measure_latency
@@ -62,6 +65,8 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
         RecipeError: the recipe's plan is not for this model.
         SelectorError: a pattern matches nothing. See :func:`onnxptq.forming.require_choices` for more.
     """
+    # Native processes prepare the model, and this one would only wait for them.
+    import_meanwhile(*_libraries(run.recipe))
     with run.timed("canonicalize"):
         model = canonicalize(
             source,
@@ -85,6 +90,14 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
         apply_bit_plan(run, model, read_bit_plan(Path(run.recipe.plan)), Path(run.recipe.plan))
     require_choices(run, selectors)
     return model
+
+
+def _libraries(recipe: Recipe) -> Iterator[str]:
+    """Large libraries that a run with ``recipe`` will import."""
+    if recipe.equalize and recipe.method != "rtn":
+        yield "scipy.optimize"
+    if recipe.is_solved_by_packs or recipe.needs_torch:
+        yield "torch"
 
 
 def allocated(run: Run, source: CanonicalModel, form: Prepared) -> Prepared:

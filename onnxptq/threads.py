@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -56,6 +58,21 @@ def behind(
 
         yield hand_over
         settle()
+
+
+def import_meanwhile(*modules: str) -> None:
+    """Import libraries in a thread, for a caller who will need them and has to wait for something else before.
+
+    What fails here fails again where it is needed. The thread is no daemon: at its end the interpreter waits for it,
+    which native code that is half loaded might not survive otherwise.
+    """
+
+    def load() -> None:
+        for name in modules:
+            with suppress(Exception):
+                importlib.import_module(name)
+
+    threading.Thread(target=load, name="import").start()
 
 
 def _call(function: Callable[[T], object], items: Sequence[T]) -> None:

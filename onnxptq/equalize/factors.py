@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize
 
 from onnxptq.equalize.noise import ActivationTerm, Floats, Term, WeightTerm, smooth_noise, total_noise
 
@@ -71,6 +70,9 @@ def choose(terms: Sequence[Term], low: Floats, high: Floats, *, snap: bool) -> C
 def _descend(
     terms: Sequence[Term], start: Floats, alive: np.ndarray, ends: tuple[Floats, Floats], p: int
 ) -> Floats:
+    # It takes a quarter of a second, which runs that rescale nothing need not wait for.
+    from scipy import optimize
+
     noise = smooth_noise(terms, p)
     scale, _ = noise(start)
     if scale <= 0:

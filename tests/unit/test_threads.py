@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
-from onnxptq.threads import behind
+from onnxptq.threads import behind, import_meanwhile
 
 
 def test_every_item_of_every_lot_is_worked_on() -> None:
@@ -50,3 +52,14 @@ def test_what_a_call_raises_comes_with_the_next_lot_or_at_the_end(lots: int) -> 
     with pytest.raises(ValueError, match="item 0"):
         work()
     assert handed == [0]
+
+
+def test_libraries_are_imported_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "library_of_this_test"
+    (tmp_path / f"{name}.py").write_text("import threading\nwhere = threading.current_thread()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import_meanwhile("no_such_library_of_this_test", name)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and thread.name == "import":
+            thread.join(60.0)
+    assert sys.modules.pop(name).where is not threading.main_thread()
