@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from onnxptq.graph import proto
 from onnxptq.graph.index import GraphIndex, read_tensors
 from onnxptq.graph.linear import find_linears
 from onnxptq.graph.surgeon import quiet_surgeon
@@ -48,11 +49,11 @@ class Selection:
 
 def find_selection(graph: gs.Graph) -> Selection:
     """The part behind selections in a sorted graph. Tensors of unknown type are taken for others than floats."""
-    if not any(node.op in SELECTING for node in graph.nodes):
+    if not any(map(_selects, graph.nodes)):
         return Selection()
     layers = {layer.node.name for layer in find_linears(GraphIndex(graph))}
     computed = _computed(graph, layers)
-    selecting = {node.name for node in graph.nodes if node.op in SELECTING and _reads(node, computed)}
+    selecting = {node.name for node in graph.nodes if _selects(node) and _reads(node, computed)}
     behind = _behind(graph, selecting)
     ranking = _ranking(graph, layers, computed, {node.name for node in behind})
     if ranking:
@@ -82,6 +83,12 @@ def _computed(graph: gs.Graph, layers: Collection[str]) -> set[str]:
         if node.name in layers or (node.op not in _SHAPE_READERS and _reads(node, computed)):
             computed.update(t.name for t in node.outputs if t.name)
     return computed
+
+
+def _selects(node: gs.Node) -> bool:
+    """Whether ``node``, or one inside its subgraphs, is a selection."""
+    inner = (a.nodes for a in node.attrs.values() if isinstance(a, gs.Graph))
+    return node.op in SELECTING or any(_selects(own) for nodes in inner for own in nodes)
 
 
 def _reads(node: gs.Node, tensors: Collection[str]) -> bool:
@@ -121,7 +128,7 @@ def selected_within(index: GraphIndex, nodes: Sequence[str], selection: Selectio
     """What ``nodes``, in running order, write behind a selection that is one of them."""
     written: set[str] = set()
     for node in (index.by_name[name] for name in nodes):
-        is_selecting = node.op in SELECTING and node.name in selection.nodes
+        is_selecting = _selects(node) and node.name in selection.nodes
         if is_selecting or any(t.name in written for t in read_tensors(node)):
             written.update(t.name for t in node.outputs if t.name)
     return frozenset(written)
@@ -145,7 +152,7 @@ class Ends:
 def ends_of(reference: Path, quantized: Path) -> Ends:
     """The ends of the network of two files, as far as both name its tensors."""
     model = onnx.load(str(reference), load_external_data=False)
-    if not any(node.op_type in SELECTING for node in model.graph.node):
+    if not any(node.op_type in SELECTING for node in proto.walk_nodes(model)):
         return Ends()
     with quiet_surgeon():
         selection = find_selection(gs.import_onnx(onnx.shape_inference.infer_shapes(model)))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from onnxptq.graph.boundary import ends_of, find_selection, selected_within, without_boundary
 from onnxptq.graph.canonicalize import canonicalize
@@ -84,6 +85,26 @@ def test_ranking_for_a_selection_is_part_of_it_unless_layers_are_between() -> No
     other = find_selection(import_graph(_ranked(has_layer_behind=True), Path()))
     assert other.nodes == {"kept", "y"}
     assert {tensor.name for tensor in other.boundary} == {"again", "best"}
+
+
+def test_a_selection_in_a_branch_is_one() -> None:
+    net = Net(seed=1, opset=17)
+    y = net.linear("fc", "x", 8, 8)
+    branches = {}
+    for name, reads in (("then", y), ("else", "x")):
+        nodes = [
+            helper.make_node("NonZero", [reads], [f"{name}.places"]),
+            helper.make_node("Cast", [f"{name}.places"], [f"{name}.y"], to=TensorProto.FLOAT),
+        ]
+        output = helper.make_tensor_value_info(f"{name}.y", TensorProto.FLOAT, [2, "n"])
+        branches[f"{name}_branch"] = helper.make_graph(nodes, name, [], [output])
+    above = net.op(
+        "Greater", "above", net.op("ReduceMax", "most", y, keepdims=0), net.constant("0", np.float32(0))
+    )
+    graph = import_graph(net.proto({"x": [4, 8]}, [net.op("If", "y", above, **branches)]), Path())
+    found = find_selection(graph)
+    assert found.outputs == ("y",)
+    assert "fc" in {tensor.name for tensor in found.boundary}
 
 
 def test_parts_of_one_tensor_count_as_one() -> None:
