@@ -7,8 +7,9 @@
     deferred     (e V) / s,   (V e) / s   (s along the axis that is multiplied)   ->  softmax(u) V,   V softmax(u)
 
 and softmax(x - m) = softmax(x) where m is the same along the axis, as the largest x is. Exact in real arithmetic;
-what overflowed without the largest x taken off no longer does. A constant that is added to s, against division by 0,
-goes where the largest x is taken off and it is below 2^-24: s is at least 1 then, and float32 rounds it away.
+what overflowed without the largest x taken off no longer does. Where it is taken off, s is at least 1, and what
+guards the division against 0 goes: a constant below 2^-24 that is added to s, which float32 rounds away, and a lower
+bound of s that is at most 1.
 
 Whatever else reads e, s or logsoftmax(u) still does. Declined: sums over several axes, sums that do not line up with
 e (without ``keepdims``, unless an Unsqueeze follows or the axes lead), products that anything but the division reads,
@@ -127,6 +128,8 @@ def _quotients(node: gs.Node) -> Iterator[tuple[gs.Tensor, gs.Tensor]]:
                 yield node.inputs[1 - i], inverse.inputs[0]
             elif inverse is not None and is_op(inverse, "Div") and _number(*inverse.inputs) == 1.0:
                 yield node.inputs[1 - i], inverse.inputs[1]
+            elif inverse is not None and is_op(inverse, "Pow") and _number(*inverse.inputs[::-1]) == -1.0:
+                yield node.inputs[1 - i], inverse.inputs[0]
 
 
 def _exponent(tensor: gs.Tensor) -> gs.Tensor | None:
@@ -155,20 +158,30 @@ def _match_logarithm(log: gs.Tensor) -> Match | None:
 
 def _match_sum(bottom: gs.Tensor) -> Match | None:
     """``bottom`` as a sum of exponentials of the match's source."""
-    added, epsilon = producer(bottom), 0.0
-    if added is not None and is_op(added, "Add"):
-        first, second = added.inputs
-        for constant, other in ((first, second), (second, first)):
-            value = _number(constant, other)
-            if value is not None:
-                bottom, epsilon = other, value
-    found = _reduced(bottom, "ReduceSum")
+    whole = _unguarded(bottom)
+    found = _reduced(whole, "ReduceSum")
     exponent = _exponent(found.source) if found is not None else None
     if found is None or exponent is None:
         return None
     match = Match(exponent, found.axes)
-    is_lost = epsilon == 0.0 or (0.0 < epsilon < _LOST and _is_at_most_zero(match))
-    return match if is_lost else None
+    return match if whole is bottom or _is_at_most_zero(match) else None
+
+
+def _unguarded(bottom: gs.Tensor) -> gs.Tensor:
+    """A sum that ``bottom`` guards against 0, and is the same as where the sum is at least 1; else ``bottom``."""
+    guard = producer(bottom)
+    if guard is None or not is_op(guard, "Add", "Max", "Clip") or len(guard.inputs) < 2:
+        return bottom
+    if is_op(guard, "Clip"):
+        least = scalar_constant(guard.inputs[1])
+        has_end = len(guard.inputs) > 2 and not guard.inputs[2].is_empty()
+        return guard.inputs[0] if least is not None and least <= 1.0 and not has_end else bottom
+    first, second = guard.inputs[:2]
+    for constant, other in ((first, second), (second, first)):
+        value = _number(constant, other) if len(guard.inputs) == 2 else None
+        if value is not None and (0.0 <= value < _LOST if is_op(guard, "Add") else value <= 1.0):
+            return other
+    return bottom
 
 
 def _is_at_most_zero(match: Match) -> bool:

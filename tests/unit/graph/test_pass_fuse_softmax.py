@@ -16,7 +16,12 @@ from tests.unit.graph.graph_helpers import apply, build, node, random
 # Sums and exponentials in float32 by two formulas: some roundings of 6e-8, against the largest output.
 ROUNDING = 1e-6
 SHAPE = ["n", 4, 6]
-WEIGHTS = {"one": np.array(1, np.float32), "v": random(6, 5), "row": random(6)}
+WEIGHTS = {
+    "one": np.array(1, np.float32),
+    "minus": np.array(-1, np.float32),
+    "v": random(6, 5),
+    "row": random(6),
+}
 
 
 def reduce(
@@ -56,11 +61,14 @@ PRODUCT = node("MatMul", "e v", "p")
 DIVIDE = [node("Div", "e s", "y")]
 RECIPROCAL = [node("Reciprocal", "s", "r"), node("Mul", "e r", "y")]
 INVERSE = [node("Div", "one s", "r"), node("Mul", "r e", "y")]
+POWER = [node("Pow", "s minus", "r"), node("Mul", "e r", "y")]
 
 
 @pytest.mark.parametrize("opset", [13, 17, 18, 21])
 @pytest.mark.parametrize("shift", ["largest", ""], ids=["shifted", "plain"])
-@pytest.mark.parametrize("tail", [DIVIDE, RECIPROCAL, INVERSE], ids=["divide", "reciprocal", "inverse"])
+@pytest.mark.parametrize(
+    "tail", [DIVIDE, RECIPROCAL, INVERSE, POWER], ids=["divide", "reciprocal", "inverse", "power"]
+)
 def test_a_quotient(tmp_path: Path, tail: Sequence[onnx.NodeProto], shift: str, opset: int) -> None:
     model = written(tail, shift=shift, opset=opset)
     count, ops, graph = apply(model, fuse_softmax.run, tmp_path, tolerance=ROUNDING)
@@ -189,9 +197,34 @@ def test_an_epsilon(tmp_path: Path, size: float, expected: int) -> None:
     assert (count, ops["Softmax"]) == (expected, expected)
 
 
+GUARDS = {
+    "sum": node("Add", "eps s", "t"),
+    "bound": node("Max", "s eps", "t"),
+    "clip": node("Clip", "s eps", "t"),
+}
+
+
+@pytest.mark.parametrize("guard", ["bound", "clip"])
+@pytest.mark.parametrize(("least", "expected"), [(1e-3, 1), (1.0, 1), (1.1, 0)])
+def test_a_lower_bound(tmp_path: Path, guard: str, least: float, expected: int) -> None:
+    model = written([GUARDS[guard], node("Div", "e t", "y")], eps=np.array(least, np.float32))
+    count, ops, _ = apply(model, fuse_softmax.run, tmp_path, tolerance=ROUNDING * expected)
+    assert (count, ops["Softmax"]) == (expected, expected)
+
+
+def test_bounds_on_both_sides_stay(tmp_path: Path) -> None:
+    model = written(
+        [node("Clip", "s eps top", "t"), node("Div", "e t", "y")],
+        eps=np.array(1e-3, np.float32),
+        top=np.array(2, np.float32),
+    )
+    assert apply(model, fuse_softmax.run, tmp_path, tolerance=0)[0] == 0
+
+
+@pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("shift", ["", "m"])
-def test_an_epsilon_counts_where_sums_may_be_small(tmp_path: Path, shift: str) -> None:
-    tail = [node("Add", "eps s", "t"), node("Div", "e t", "y")]
+def test_guards_count_where_sums_may_be_small(tmp_path: Path, shift: str, guard: str) -> None:
+    tail = [GUARDS[guard], node("Div", "e t", "y")]
     model = written(tail, shift=shift, eps=np.array(1e-8, np.float32), m=np.full(1, 20, np.float32))
     assert apply(model, fuse_softmax.run, tmp_path, tolerance=0)[0] == 0
 
