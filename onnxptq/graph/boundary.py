@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from onnxptq.graph import proto
 from onnxptq.graph.index import GraphIndex, read_tensors
 from onnxptq.graph.linear import find_linears
+from onnxptq.graph.names import name_nodes
 from onnxptq.graph.surgeon import quiet_surgeon
 
 SELECTING = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
@@ -154,6 +155,7 @@ def ends_of(reference: Path, quantized: Path) -> Ends:
     model = onnx.load(str(reference), load_external_data=False)
     if not any(node.op_type in SELECTING for node in proto.walk_nodes(model)):
         return Ends()
+    name_nodes(model.graph)
     with quiet_surgeon():
         selection = find_selection(gs.import_onnx(onnx.shape_inference.infer_shapes(model)))
     other = onnx.load(str(quantized), load_external_data=False)

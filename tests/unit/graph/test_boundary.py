@@ -151,3 +151,13 @@ def test_two_files_are_compared_by_the_tensors_that_both_name(tmp_path: Path) ->
     onnx.save(residual_block(), str(tmp_path / "c.onnx"))
     plain = ends_of(tmp_path / "c.onnx", tmp_path / "c.onnx")
     assert (plain.inner, plain.selected) == ((), ())
+
+
+@pytest.mark.parametrize("name", ["", "same"])
+def test_nodes_of_a_file_need_no_names_of_their_own(name: str, tmp_path: Path) -> None:
+    for is_behind_a_layer, selected in ((True, ("y",)), (False, ())):
+        model = _masked(is_behind_a_layer=is_behind_a_layer)
+        for node in model.graph.node:
+            node.name = name
+        onnx.save(model, str(tmp_path / "net.onnx"))
+        assert ends_of(tmp_path / "net.onnx", tmp_path / "net.onnx").selected == selected
