@@ -53,6 +53,10 @@ samples do not tell exactly."""
 MOST_TOGETHER = 64
 """Samples in one pass, at most: beyond it nothing runs faster."""
 
+PASS_BYTES = 64 << 20
+"""Activations of one pass where nothing is learnt: larger ones leave the processor's cache, and the system fills fresh
+pages for them. Learning takes what the budget leaves: between small passes the allocator would keep twice as much."""
+
 _ADAROUND: Mapping[str, Any] = {
     "weights": "adaround",
     "is_closed_form_first": False,
@@ -238,14 +242,15 @@ def solve_by_packs(
         behind = accumulate(reversed([need.activations for need in needs]))
         needs = [replace(n, activations=a) for n, a in zip(needs, reversed(list(behind)), strict=True)]
     spare = _memory(recipe) // 2
-    together = [_together((spare - need.parameters) // max(1, need.activations)) for need in needs]
+    most = spare if settings.steps else PASS_BYTES
+    together = [_together(need, min(most, spare - need.parameters)) for need in needs]
     whole = whole_network(packing.packs) if settings.is_tuned else None
     tuned_together, untuned = 0, ""
     if whole is not None and not _has_floats(model):
         whole, untuned = None, "Scales and biases were not learnt on the outputs: none of them holds floats."
     if whole is not None:
         need = pack_memory(whole, plan, *sizes, samples=len(samples), batch=1, keeps_integers=True)
-        tuned_together = _together((spare - need.parameters) // max(1, need.activations))
+        tuned_together = _together(need, spare - need.parameters)
         if need.activations + need.parameters > spare:
             whole, untuned = None, _unfit(need, spare)
     folder = work_dir / "packs" / _key(model, plan, start, samples, packing, settings, recipe, device)
@@ -294,9 +299,10 @@ def _unfit(need: PackMemory, spare: int) -> str:
     )
 
 
-def _together(most: int) -> int:
-    """Samples in one pass: a power of two, so that passes end where the samples of a process do."""
-    return 1 << max(0, min(MOST_TOGETHER, most).bit_length() - 1) if most > 0 else 1
+def _together(need: PackMemory, most: int) -> int:
+    """Samples in one pass of ``most`` bytes: a power of two, so that passes end where the samples of a process do."""
+    count = min(MOST_TOGETHER, most // max(1, need.activations))
+    return 1 << count.bit_length() - 1 if count > 0 else 1
 
 
 def _memory(recipe: Recipe) -> int:
