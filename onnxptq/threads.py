@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
+
+from onnxptq.memory import return_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,36 +31,43 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return list(pool.map(function, items))
 
 
-@contextmanager
-def behind(
-    function: Callable[[T], object], *, waits: bool = False
-) -> Iterator[Callable[[Sequence[T]], None]]:
-    """Lets threads call ``function`` with items while the caller prepares the next ones.
+def at_once(function: Callable[[T], R], items: Iterable[T], count: int = 2) -> Iterator[R]:
+    """``function`` of every item, in their order, with ``count`` calls at work at a time.
 
-    Args:
-        waits: be done with a lot of items before the caller goes on, because no two may be held at once.
-
-    Yields:
-        What hands a lot over. It waits until the last lot is done, so calls for one never meet those for another;
-        within a lot they must not depend on each other. What ``function`` raises comes with the next lot, or at the
-        end.
+    Two runs of a network fill the processors where one alone leaves gaps, between operators and within those that are
+    too small to divide.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
-        pending: list[Future[None]] = []
+    with ThreadPoolExecutor(count) as pool:
+        working: deque[Future[R]] = deque()
+        for item in items:
+            working.append(pool.submit(function, item))
+            if len(working) == count:
+                yield working.popleft().result()
+        while working:
+            yield working.popleft().result()
 
-        def settle() -> None:
-            while pending:
-                pending.pop().result()
 
-        def hand_over(items: Sequence[T]) -> None:
-            settle()
-            # A few long tasks: one for every item would take longer than a small item does.
-            pending.extend(pool.submit(_call, function, items[start::THREADS]) for start in range(THREADS))
-            if waits:
-                settle()
+def use_each(
+    make: Callable[[T], Sequence[R]], use: Callable[[R], object], items: Iterable[T], count: int = 2
+) -> Iterator[None]:
+    """``make`` things of every item, ``count`` items at a time, and ``use`` them, those of one item at a time.
 
-        yield hand_over
-        settle()
+    What was made of no more than ``count`` items is held. Items may be done in any order; calls of ``use`` for the
+    things of one item must not depend on each other. Yields once per item.
+    """
+    turn = threading.Lock()
+    with ThreadPoolExecutor(THREADS) as users:
+
+        def work(item: T) -> None:
+            made = make(item)
+            # A few long tasks: one for every small thing would take longer than the thing itself.
+            parts = [made[start::THREADS] for start in range(THREADS)]
+            with turn:
+                list(users.map(lambda part: [use(thing) for thing in part], parts))
+
+        yield from at_once(work, items, count)
+    # Every thread has its own heap, and glibc would keep what passed through it.
+    return_memory()
 
 
 def import_meanwhile(*modules: str) -> None:
@@ -73,8 +83,3 @@ def import_meanwhile(*modules: str) -> None:
                 importlib.import_module(name)
 
     threading.Thread(target=load, name="import").start()
-
-
-def _call(function: Callable[[T], object], items: Sequence[T]) -> None:
-    for item in items:
-        function(item)

@@ -7,6 +7,7 @@ does not depend either on how many processes share the samples.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from onnxptq.calibrate.exposing import measured_shapes, open_group
 from onnxptq.calibrate.statistics import StatisticsBuilder, TensorStatistics
 from onnxptq.errors import MemoryBudgetError
 from onnxptq.ranks import ALONE, Ranks
-from onnxptq.runtime import Provider, first_sample, group_within
-from onnxptq.threads import behind
+from onnxptq.runtime import Provider, Session, first_sample, group_within
+from onnxptq.threads import use_each
 from onnxptq.types import Array, CanonicalModel, Feeds, Progress, Sample, Skip, started
 
 DEFAULT_GROUP_BYTES = 1 << 30
@@ -87,7 +88,7 @@ def calibrate(
         anchored,
         histogram,
         frozenset(apart),
-        2 * largest > group_bytes,
+        2 if 2 * largest <= group_bytes else 1,
         provider,
         feeds=feeds,
         progress=progress,
@@ -102,26 +103,31 @@ def calibrate(
 
 @dataclass(slots=True)
 class _Seen:
-    """What samples have shown: ``others`` are the ones set apart, ``broken`` says what is wrong with a tensor."""
+    """What samples have shown: ``others`` are those at the positions ``apart``; ``broken`` says what is wrong with a
+    tensor, and at which position first."""
 
     builders: dict[str, StatisticsBuilder]
     others: dict[str, StatisticsBuilder]
-    broken: dict[str, str]
+    apart: Collection[int]
+    broken: dict[str, tuple[int, str]] = field(default_factory=dict)
 
-    def observe(self, found: tuple[str, StatisticsBuilder, Array]) -> None:
-        """Add the values of one tensor to its builder."""
-        name, builder, values = found
-        if name not in self.broken:
-            try:
-                builder.update(values)
-            except ValueError as error:
-                self.broken[name] = str(error)
+    def observe(self, found: tuple[int, str, Array]) -> None:
+        """Add the values of one tensor at one position."""
+        position, name, values = found
+        # Samples come in any order, and the first that is broken is told.
+        if name in self.broken and self.broken[name][0] < position:
+            return
+        try:
+            (self.others if position in self.apart else self.builders)[name].update(values)
+        except ValueError as error:
+            self.broken[name] = position, str(error)
 
     def merge(self, other: _Seen) -> None:
         for mine, theirs in ((self.builders, other.builders), (self.others, other.others)):
             for name, builder in mine.items():
                 builder.merge(theirs[name])
-        self.broken = {**other.broken, **self.broken}
+        for name, what in other.broken.items():
+            self.broken[name] = min(what, self.broken.get(name, what))
 
 
 def _observed(
@@ -132,34 +138,38 @@ def _observed(
     anchored: Sequence[str],
     histogram: bool,
     apart: Collection[int],
-    waits: bool,
+    at_a_time: int,
     provider: Provider,
     *,
     feeds: Feeds | None = None,
     progress: Progress | None = None,
 ) -> _Seen:
-    """All samples of ``feeds``, which rank 0 has, dealt among ``ranks``. While one is run the last one is observed,
-    unless ``waits``, because no two may be held at once."""
+    """All samples of ``feeds``, which rank 0 has, dealt among ``ranks`` and run ``at_a_time``."""
     seen = _Seen(
         builders={name: StatisticsBuilder(histogram=histogram) for name in tensors},
         others={name: StatisticsBuilder(histogram=histogram) for name in tensors},
-        broken={},
+        apart=apart,
     )
     tick = started(progress, "calibrate", len(feeds) * len(groups) if feeds else 0)
-    with behind(seen.observe, waits=waits) as hand_over:
-        for number, group in enumerate(groups):
-            session = open_group(model, group, anchored, provider, ranks.rank) if group else None
-            for position, sample in ranks.deal(None if feeds is None else _told(feeds, tick)):
-                into = seen.others if position in apart else seen.builders
-                values = {} if session is None else session.run(sample, group)
-                if number == 0:
-                    values |= {name: value for name, value in sample.items() if name in into}
-                hand_over([(name, into[name], value) for name, value in values.items()])
-                # A name would keep these tensors through the next run, when the observers are done with them.
-                del values
+    for number, group in enumerate(groups):
+        session = open_group(model, group, anchored, provider, ranks.rank) if group else None
+        run = functools.partial(_run, session, group, frozenset(tensors if number == 0 else ()))
+        dealt = ranks.deal(None if feeds is None else _told(feeds, tick))
+        for _ in use_each(run, seen.observe, dealt, at_a_time):
+            pass
     for other in ranks.gather(seen)[1:]:
         seen.merge(other)
     return seen
+
+
+def _run(
+    session: Session | None, group: Sequence[str], direct: Collection[str], dealt: tuple[int, Sample]
+) -> list[tuple[int, str, Array]]:
+    """Values of ``group`` and of those inputs that are in ``direct``, each with the position of the sample."""
+    position, sample = dealt
+    values = {} if session is None else session.run(sample, group)
+    values |= {name: value for name, value in sample.items() if name in direct}
+    return [(position, name, value) for name, value in values.items()]
 
 
 def _told(feeds: Feeds, tick: Callable[[], None]) -> Iterator[Sample]:
@@ -172,7 +182,7 @@ def _finish(
     model: CanonicalModel,
     builders: Mapping[str, StatisticsBuilder],
     fitting: Mapping[str, TensorStatistics],
-    broken: Mapping[str, str],
+    broken: Mapping[str, tuple[int, str]],
     samples: int,
 ) -> Calibration:
     statistics: dict[str, TensorStatistics] = {}
@@ -180,7 +190,7 @@ def _finish(
     for name, builder in builders.items():
         result = builder.result()
         if name in broken:
-            missing[name] = f"its values contain {broken[name]} during calibration"
+            missing[name] = f"its values contain {broken[name][1]} during calibration"
         elif result is None:
             missing[name] = "it is empty in every calibration sample"
         else:

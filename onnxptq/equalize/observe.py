@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from onnxptq.graph.classes import Classes, Literals
 from onnxptq.runtime import Provider, Session, group_within, open_exposed
-from onnxptq.threads import behind
+from onnxptq.threads import use_each
 from onnxptq.types import Array, CanonicalModel, Feeds, Sample
 
 Floats = npt.NDArray[np.float64]
@@ -77,19 +78,22 @@ def observe(
         builders[name].update(value)
 
     largest = max((sum(_bytes(group, sizes).values()) for group in groups), default=0)
-    with behind(update, waits=2 * largest > group_bytes) as hand_over:
-        for number, group in enumerate(groups or [[]]):
-            session = _opened(model, group, provider)
-            for sample in drawn(feeds, positions):
-                values = dict(session.run(sample, group)) if session else {}
-                if number == 0:
-                    values |= {name: value for name, value in sample.items() if name in builders}
-                hand_over(list(values.items()))
-                # A name would keep these tensors through the next run, when they may be done with.
-                del values
-                tick()
+    for number, group in enumerate(groups or [[]]):
+        run = functools.partial(
+            _run, _opened(model, group, provider), group, frozenset() if number else builders.keys()
+        )
+        for _ in use_each(run, update, drawn(feeds, positions), 2 if 2 * largest <= group_bytes else 1):
+            tick()
     spreads = {name: builder.result(classes) for name, builder in builders.items()}
     return {name: spread for name, spread in spreads.items() if spread is not None}
+
+
+def _run(
+    session: Session | None, group: Sequence[str], direct: Collection[str], sample: Sample
+) -> list[tuple[str, Array]]:
+    """Values of ``group``, and of those inputs that are in ``direct``."""
+    values = {} if session is None else session.run(sample, group)
+    return [*values.items(), *((name, value) for name, value in sample.items() if name in direct)]
 
 
 def group_count(names: Collection[str], sizes: Mapping[str, tuple[int, ...]], group_bytes: int) -> int:

@@ -13,8 +13,8 @@ from onnxptq.lowering.joining import can_be_joined, joined
 from onnxptq.lowering.module import Walk
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.quantized import Hooks, set_hooks
+from onnxptq.memory import SLACK, return_memory
 from onnxptq.ranks import ALONE, Ranks
-from onnxptq.reconstruct.vault import SLACK, return_memory
 
 UNIT = 16
 """Consecutive samples that one process takes as a whole: the rows that a layer is solved on are picked from passes,

@@ -21,6 +21,7 @@ from onnxptq.graph.index import GraphIndex, probability_outputs
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.output_loss import asked_loss
 from onnxptq.lowering.quantized import quantizing_hooks, set_hooks
+from onnxptq.memory import return_memory
 from onnxptq.quantizers.low_rank import Factors
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.reconstruct.branches import branched
@@ -38,7 +39,7 @@ from onnxptq.reconstruct.sequential import rounded, solve_layers
 from onnxptq.reconstruct.suffix import Suffix, wanted_outputs
 from onnxptq.reconstruct.training import train
 from onnxptq.reconstruct.tuning import tune
-from onnxptq.reconstruct.vault import Vault, return_memory
+from onnxptq.reconstruct.vault import Vault
 from onnxptq.types import (
     CanonicalModel,
     LayerRank,

@@ -19,12 +19,12 @@ from itertools import pairwise
 import torch
 
 from onnxptq.lowering.network import Values
+from onnxptq.memory import SLACK, return_memory
 from onnxptq.reconstruct.learning import Learning
 from onnxptq.reconstruct.objective import Norms, Objective, noise_over_signal, norms_of
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 from onnxptq.reconstruct.suffix import Suffix
-from onnxptq.reconstruct.vault import SLACK, return_memory
 
 RANKINGS = 10
 """How often samples are ranked anew where the easy ones come first."""

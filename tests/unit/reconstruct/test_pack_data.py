@@ -284,7 +284,7 @@ def test_the_budget_holds_whatever_comes_and_goes(tmp_path: Path) -> None:
 
 _FRAGMENTED = """
 import re, torch
-from onnxptq.reconstruct.vault import return_memory
+from onnxptq.memory import return_memory
 
 def resident():
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10
