@@ -102,12 +102,14 @@ class Equalization:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Job:
-    """The request and what is read once for all of its parts."""
+    """The request and what is read once for all of its parts. ``free_variables`` gives the variables of a tensor's
+    channels that are not pinned."""
 
     model: CanonicalModel
     feeds: Feeds
     index: GraphIndex
     trace: Trace
+    free_variables: Callable[[str], frozenset[int]]
     shapes: Shapes
     wanted: tuple[str, ...]
     symmetric: bool
@@ -119,12 +121,6 @@ class _Job:
     group_bytes: int
     limit: float
     snap: bool
-
-    def free_variables(self, name: str) -> set[int]:
-        """Variables of a tensor's channels that are not pinned."""
-        classes = self.trace.classes
-        roots = np.unique(classes.roots(self.trace.labels[name])).tolist()
-        return {variable_of(root)[0] for root in roots if not classes.is_pinned(root)}
 
 
 def find_rescaling(
@@ -177,6 +173,7 @@ def find_rescaling(
         feeds=feeds,
         index=index,
         trace=trace,
+        free_variables=functools.cache(functools.partial(_free_variables, trace)),
         shapes=shapes,
         wanted=tuple(name for name in dict.fromkeys(tensors) if name in trace.labels),
         symmetric=symmetric,
@@ -190,6 +187,11 @@ def find_rescaling(
         snap=snap,
     )
     return Rescaling(job, sample, progress)
+
+
+def _free_variables(trace: Trace, name: str) -> frozenset[int]:
+    roots = np.unique(trace.classes.roots(trace.labels[name])).tolist()
+    return frozenset(variable_of(root)[0] for root in roots if not trace.classes.is_pinned(root))
 
 
 class Rescaling:
@@ -288,10 +290,10 @@ def _divide(total: int, samples: int) -> tuple[tuple[int, ...], tuple[int, ...]]
     return tuple(i for i in chosen if i not in apart), tuple(sorted(apart))
 
 
-def _observe(job: _Job, free: set[int], progress: Progress | None) -> dict[str, Spread]:
+def _observe(job: _Job, free: Collection[int], progress: Progress | None) -> dict[str, Spread]:
     names = [name for name in job.wanted if job.free_variables(name)]
     sources = (product.source for product in job.trace.products if product.rows is not None)
-    names += [name for name in sources if free & job.free_variables(name)]
+    names += [name for name in sources if not job.free_variables(name).isdisjoint(free)]
     names += sorted(tensors_behind(job.index, job.trace))
     names += [bounds.tensor for bounds in job.trace.bounds]
     labels = {name: job.trace.labels[name] for name in dict.fromkeys(names)}

@@ -17,6 +17,7 @@ import hashlib
 import importlib.metadata
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,15 @@ def canonicalize(
     """
     tick = started(progress, "Reading the model", 5)
     model = read_model(path)
-    check_model(model, path)
+    with ThreadPoolExecutor(1) as pool:
+        # The checker has a process of its own, which takes as long as the hash of the file.
+        verdict = pool.submit(check_model, model, path)
+        contents = _sha256(model, path)
+        verdict.result()
     tick()
     source_bytes = model_bytes(model, path)
     # Of no effect on a model without such nodes: its form stays the same for all targets.
     held = sorted(set(expanded) & _operators(model))
-    contents = _sha256(model, path)
     fingerprint = _fingerprint(contents, (opset, min_opset, simplify, *held))
     tick()
     draft = _Draft(source=path, model=model, infer_types=infer_types)
