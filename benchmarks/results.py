@@ -88,9 +88,13 @@ def default_path() -> Path:
 
 
 def command_line() -> str:
-    """This command as anyone would type it."""
+    """This command as anyone would type it, without where its results went."""
     module = Path(sys.argv[0]).stem
-    text = " ".join(["python", "-m", f"benchmarks.{module}", *map(shlex.quote, sys.argv[1:])])
+    given = sys.argv[1:]
+    if "--out" in given:
+        place = given.index("--out")
+        given = given[:place] + given[place + 2 :]
+    text = " ".join(["python", "-m", f"benchmarks.{module}", *map(shlex.quote, given)])
     return text.replace(str(testbed_path().resolve()), "$ONNXPTQ_TESTBED").replace(str(ROOT), ".")
 
 

@@ -54,8 +54,8 @@ MOST_TOGETHER = 64
 """Samples in one pass, at most: beyond it nothing runs faster."""
 
 PASS_BYTES = 64 << 20
-"""Activations of one pass where nothing is learnt: larger ones leave the processor's cache, and the system fills fresh
-pages for them. Learning takes what the budget leaves: between small passes the allocator would keep twice as much."""
+"""Activations of one pass where nothing is learnt: larger ones leave the processor's cache, and the system fills
+fresh pages for them. Learning takes what the budget leaves: between small passes the allocator keeps twice as much."""
 
 _ADAROUND: Mapping[str, Any] = {
     "weights": "adaround",

@@ -96,6 +96,8 @@ class Session:
         fused: with ``exact``, let onnxruntime fuse float operators: the same arithmetic up to float rounding,
             in a fraction of the time.
         threads: intra-op threads, 0 for onnxruntime's choice.
+        tuned: let the provider measure its convolution kernels at the first run, as it does by itself. That takes
+            seconds per session, and which kernel wins may change from run to run.
         optimized_path: if given, onnxruntime writes the graph it really runs there.
 
     ``outputs`` has the name, the type as onnxruntime writes it, and the shape of every output.
@@ -113,6 +115,7 @@ class Session:
         exact: bool = False,
         fused: bool = False,
         threads: int = 0,
+        tuned: bool = False,
         optimized_path: Path | None = None,
     ) -> None:
         require_runtime()
@@ -134,14 +137,16 @@ class Session:
             options.optimized_model_filepath = str(optimized_path)
         self.provider = provider
         self._label = label(model)
-        self._session = self._load(ort, model, options, exact=exact)
+        self._session = self._load(ort, model, options, exact=exact, tuned=tuned)
         self.input_names = tuple(i.name for i in self._session.get_inputs())
         self.outputs: Sequence[tuple[str, str, Sequence[int | str | None]]] = tuple(
             (o.name, o.type, tuple(o.shape)) for o in self._session.get_outputs()
         )
         self.output_names = tuple(name for name, _, _ in self.outputs)
 
-    def _load(self, ort: Any, model: Path | bytes, options: ort.SessionOptions, *, exact: bool) -> Any:
+    def _load(
+        self, ort: Any, model: Path | bytes, options: ort.SessionOptions, *, exact: bool, tuned: bool
+    ) -> Any:
         wanted = _PROVIDERS[self.provider]
         if wanted not in ort.get_available_providers():
             raise EnvironmentMismatchError(
@@ -149,9 +154,12 @@ class Session:
                 "Install onnxptq[gpu] on a machine with an NVIDIA GPU, or ask for --provider cpu.",
             )
         providers: list[Any] = [wanted] if self.provider == "cpu" else [wanted, _PROVIDERS["cpu"]]
-        if exact and self.provider == "cuda":
-            # By default products of float32 are taken with 10 bits of mantissa.
-            providers[0] = (wanted, {"use_tf32": "0"})
+        if self.provider == "cuda":
+            settings = {} if tuned else {"cudnn_conv_algo_search": "HEURISTIC"}
+            if exact:
+                # By default products of float32 are taken with 10 bits of mantissa.
+                settings["use_tf32"] = "0"
+            providers[0] = (wanted, settings)
         source = str(model) if isinstance(model, Path) else model
         try:
             session = ort.InferenceSession(source, options, providers=providers)

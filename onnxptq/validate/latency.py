@@ -61,8 +61,8 @@ def measure_latency(
     if pairs < 2:
         raise ValueError("at least two pairs are needed")
     sessions = (
-        Session(reference, provider=provider, threads=threads),
-        Session(quantized, provider=provider, threads=threads),
+        Session(reference, provider=provider, threads=threads, tuned=True),
+        Session(quantized, provider=provider, threads=threads, tuned=True),
     )
     tick = started(progress, "measure latency", pairs)
     begin = time.perf_counter()

