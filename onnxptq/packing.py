@@ -55,7 +55,7 @@ MOST_TOGETHER = 64
 
 PASS_BYTES = 64 << 20
 """Activations of one pass where nothing is learnt: larger ones leave the processor's cache, and the system fills
-fresh pages for them. Learning takes what the budget leaves: between small passes the allocator keeps twice as much."""
+fresh pages for them. Learning takes what the budget leaves: between small passes the allocator keeps twice that."""
 
 _ADAROUND: Mapping[str, Any] = {
     "weights": "adaround",
