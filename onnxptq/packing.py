@@ -17,7 +17,7 @@ import torch
 
 from onnxptq.errors import MemoryBudgetError
 from onnxptq.graph.index import is_constant
-from onnxptq.lowering import check_supported
+from onnxptq.lowering import foreign_nodes
 from onnxptq.lowering.network import BlockNetwork
 from onnxptq.partition.blocks import find_blocks
 from onnxptq.partition.pack import PackMemory, pack_blocks, pack_memory, whole_network
@@ -371,7 +371,7 @@ def _packs(packing: Packing, most: int | None) -> tuple[Pack, ...]:
 def _standing_alone(model: CanonicalModel, blocks: Sequence[Block]) -> tuple[int, ...]:
     """The first and the last block, and those with an operator that no gradient passes: what is in front of it would
     learn nothing beside it."""
-    foreign = {gap.node for gap in check_supported(model.graph)}
+    foreign = foreign_nodes(model.graph)
     stopping = [block.index for block in blocks if not foreign.isdisjoint(block.nodes)]
     ends = [0, len(blocks) - 1] if len(blocks) > 2 else []
     return tuple(sorted({*ends, *stopping}))

@@ -48,10 +48,11 @@ def prepare_foreign(node: gs.Node, opsets: Mapping[str, int], gap: Unsupported) 
     if reason:
         return replace(gap, reason=f"{gap.reason}, and {reason}")
     static = {i: t for i, t in enumerate(node.inputs) if _is_built_in(t)}
+    outer = captured(node)
     kernel = ForeignKernel(
         node=node,
         opsets=opsets,
-        names=tuple("" if i in static else t.name for i, t in enumerate(node.inputs)) + captured(node),
+        names=tuple("" if i in static else t.name for i, t in enumerate(node.inputs)) + outer,
         initializers=tuple(static.values()),
     )
     entry = Entry(
@@ -63,7 +64,7 @@ def prepare_foreign(node: gs.Node, opsets: Mapping[str, int], gap: Unsupported) 
         host_output=False,
         note="",
     )
-    return Prepared(node, entry, kernel, frozenset(static), captured(node))
+    return Prepared(node, entry, kernel, frozenset(static), outer)
 
 
 def require_supported(graph: gs.Graph, *, may_run_foreign: bool = True) -> None:
@@ -89,6 +90,11 @@ def unsupported_nodes(graph: gs.Graph, *, may_run_foreign: bool = True) -> tuple
     named = {node.name: node for node in graph.nodes}
     results = (prepare_foreign(named[gap.node], opsets, gap) for gap in gaps)
     return tuple(result for result in results if isinstance(result, Unsupported))
+
+
+def foreign_nodes(graph: gs.Graph) -> frozenset[str]:
+    """Names of the nodes that have no torch form, so that no gradient passes them."""
+    return frozenset(gap.node for gap in check_supported(graph))
 
 
 def refusal(refused: Sequence[Unsupported]) -> UnsupportedOperatorError:

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.graph.attention import is_mixing
 from onnxptq.graph.index import is_constant
-from onnxptq.lowering import check_supported
+from onnxptq.lowering import foreign_nodes
 from onnxptq.partition.dataflow import Dataflow
 from onnxptq.partition.operators import is_linear
 from onnxptq.partition.units import Limits, Span, Sweep
@@ -49,8 +49,7 @@ def find_blocks(
         raise ValueError(f"max_live and max_linears start at 1, got {max_live} and {max_linears}")
     flow = Dataflow(graph)
     limits = Limits(max_live=max_live, max_linears=max_linears, max_weights=max_weights)
-    foreign = {gap.node for gap in check_supported(graph)}
-    spans = Sweep(flow, limits, foreign).spans()
+    spans = Sweep(flow, limits, foreign_nodes(graph)).spans()
     blocks = tuple(_block_of_span(flow, i, span) for i, span in enumerate(spans))
     return join_halves(graph, blocks) if join else blocks
 

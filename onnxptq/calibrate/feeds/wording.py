@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from onnxptq.listing import listed
+
 FORMATS = (
     "a folder of pictures (jpg, png, bmp, webp, tiff, gif), a folder of .npy or .npz files, one .npz keyed "
     "by input name, one .npy, or test_data_set_*/input_*.pb"
@@ -17,9 +19,7 @@ def quote(shape: Sequence[int | str | None]) -> str:
 
 def listing(names: Iterable[str], most: int = 6) -> str:
     """The first few names, comma separated, and how many more there are."""
-    every = list(names)
-    text = ", ".join(repr(name) for name in every[:most])
-    return f"{text} and {len(every) - most} more" if len(every) > most else text
+    return listed([repr(name) for name in names], most)
 
 
 def first_line(error: BaseException) -> str:
