@@ -11,7 +11,7 @@ layers in front by heart, sample by sample, and fails on every other sample.
 
 from __future__ import annotations
 
-import numpy as np
+import torch
 
 from onnxptq.reconstruct.gram import Gram, Matrix
 from onnxptq.types import FloatArray
@@ -20,31 +20,37 @@ DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 """lam as a share of the mean diagonal of G."""
 
 
-def choose_damping(matrix: FloatArray, first: Gram, second: Gram) -> float:
+def choose_damping(
+    matrix: FloatArray, first: Gram, second: Gram, *, device: str | torch.device = "cpu"
+) -> float:
     """The best of ``DAMPINGS`` for the layer; the larger one where two are equal.
 
     Args:
         matrix: (groups, channels, K) float weights.
         first, second: sums of two halves of the samples, both with rows.
+        device: where torch works it out.
     """
-    errors = _errors(matrix, first, second) + _errors(matrix, second, first)
-    best = len(DAMPINGS) - 1 - int(np.argmin(errors[::-1]))
-    return DAMPINGS[best]
+    weight = torch.from_numpy(matrix).to(device, torch.float64)
+    errors = list(map(sum, zip(_errors(weight, first, second), _errors(weight, second, first), strict=True)))
+    return DAMPINGS[min(range(len(DAMPINGS)), key=lambda i: (errors[i], -i))]
 
 
-def _errors(matrix: FloatArray, seen: Gram, unseen: Gram) -> Matrix:
+def _errors(weight: torch.Tensor, seen: Gram, unseen: Gram) -> list[float]:
     """E per damping, with lam fitted to ``seen``."""
-    weight = matrix.astype(np.float64)
-    values, basis = np.linalg.eigh(seen.quantized)
-    strength = np.maximum(np.einsum("gkk->g", seen.quantized) / seen.quantized.shape[1], 1e-30)
-    turned = np.swapaxes(basis, 1, 2)
-    target = weight @ np.swapaxes(seen.mixed, 1, 2) @ basis
+
+    def on_device(sums: Matrix) -> torch.Tensor:
+        return torch.from_numpy(sums).to(weight.device)
+
+    quantized = on_device(seen.quantized)
+    values, basis = torch.linalg.eigh(quantized)
+    strength = quantized.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)
+    target = weight @ on_device(seen.mixed).mT @ basis
     plain = weight @ basis
-    square = turned @ unseen.quantized @ basis
-    cross = weight @ np.swapaxes(turned @ unseen.mixed, 1, 2)
+    square = basis.mT @ on_device(unseen.quantized) @ basis
+    cross = weight @ (basis.mT @ on_device(unseen.mixed)).mT
     found = []
     for damping in DAMPINGS:
         ridge = (damping * strength)[:, None, None]
-        new = (target + ridge * plain) / (np.maximum(values, 0.0)[:, None, :] + ridge)
-        found.append(float(((new @ square) * new).sum() - 2.0 * (new * cross).sum()))
-    return np.asarray(found) / max(1, unseen.rows)
+        new = (target + ridge * plain) / (values.clamp_min(0.0)[:, None, :] + ridge)
+        found.append(((new @ square) * new).sum() - 2.0 * (new * cross).sum())
+    return [float(error) / max(1, unseen.rows) for error in torch.stack(found).cpu()]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -154,33 +154,52 @@ def _rows(layer: Linear, value: FloatArray, limit: int) -> FloatArray:
     if layer.node.op == "Conv":
         return _patches(layer, value, limit)
     rows = value.reshape(-1, value.shape[-1])
-    return rows[_picked(len(rows), limit)][None]
+    return rows[picked(len(rows), limit)][None]
+
+
+class Window(NamedTuple):
+    """What one output position of a convolution sees, an entry per spatial axis."""
+
+    reach: list[int]
+    strides: list[int]
+    dilations: list[int]
+    pads: list[tuple[int, int]]
+
+
+def window_of(layer: Linear) -> Window:
+    """The window of a convolution without automatic padding."""
+    attrs, kernel = layer.node.attrs, layer.weight.shape[2:]
+    spatial = len(kernel)
+    dilations = list(attrs.get("dilations", [1] * spatial))
+    pads = list(attrs.get("pads", [0] * (2 * spatial)))
+    return Window(
+        reach=[(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)],
+        strides=list(attrs.get("strides", [1] * spatial)),
+        dilations=dilations,
+        pads=list(zip(pads[:spatial], pads[spatial:], strict=True)),
+    )
 
 
 def _patches(layer: Linear, value: FloatArray, limit: int) -> FloatArray:
     """Patches of a convolution's input, (groups, n, channels per group * kernel)."""
-    attrs, spatial = layer.node.attrs, value.ndim - 2
-    kernel = list(layer.weight.shape[2:])
-    strides = list(attrs.get("strides", [1] * spatial))
-    dilations = list(attrs.get("dilations", [1] * spatial))
-    pads = list(attrs.get("pads", [0] * (2 * spatial)))
-    padded = np.pad(value, [(0, 0), (0, 0), *zip(pads[:spatial], pads[spatial:], strict=True)])
-    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-    windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=tuple(range(2, 2 + spatial)))
-    positions = tuple(slice(None, None, s) for s in strides)
-    taps = tuple(slice(None, None, d) for d in dilations)
+    window, spatial = window_of(layer), value.ndim - 2
+    padded = np.pad(value, [(0, 0), (0, 0), *window.pads])
+    axes = tuple(range(2, 2 + spatial))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, window.reach, axis=axes)
+    positions = tuple(slice(None, None, s) for s in window.strides)
+    taps = tuple(slice(None, None, d) for d in window.dilations)
     strided: tuple[Any, ...] = (..., *positions, *taps)
     windows = windows[strided]
     windows = np.moveaxis(windows, 1, 1 + spatial)
     places = windows.shape[: 1 + spatial]
-    chosen = _picked(math.prod(places), limit)
+    chosen = picked(math.prod(places), limit)
     # Only the chosen positions are ever copied out of the overlapping view.
-    picked = windows[np.unravel_index(chosen, places)]
-    grouped = picked.reshape(len(chosen), layer.group, -1)
+    patches = windows[np.unravel_index(chosen, places)]
+    grouped = patches.reshape(len(chosen), layer.group, -1)
     return np.ascontiguousarray(np.moveaxis(grouped, 1, 0))
 
 
-def _picked(size: int, limit: int) -> npt.NDArray[np.int64]:
+def picked(size: int, limit: int) -> npt.NDArray[np.int64]:
     """Which of ``size`` rows are taken, at most ``limit``, in order.
 
     They follow the golden ratio: equal steps would meet the same column of every picture, or the same token of every

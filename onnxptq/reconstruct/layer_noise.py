@@ -67,8 +67,9 @@ def layer_noise(
             continue
         sums, squares, noise, count = 0.0, 0.0, np.zeros(2), 0
         for _, _, value, other in inner.at(layer.input.name, hooks):
-            read = other.numpy() if reader is None else fake_quantize(other.numpy(), solution.qparams[reader])
-            rows = layer_rows(layer, value.numpy(), read, _ROWS)
+            read = other.cpu().numpy()
+            read = read if reader is None else fake_quantize(read, solution.qparams[reader])
+            rows = layer_rows(layer, value.cpu().numpy(), read, _ROWS)
             assert rows is not None
             wanted = _applied(own, rows[0])
             sums += float(wanted.sum())

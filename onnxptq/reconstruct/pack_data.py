@@ -180,7 +180,7 @@ class InnerValues:
             if sum(self._held.values()) + held <= data.spare:
                 self._stopped[number], self._held[number] = walks, held
             del walks
-            yield Inner(number, len(part), value.cpu(), changed.cpu())
+            yield Inner(number, len(part), value, changed)
 
 
 def _owner(number: int, ranks: Ranks) -> int:

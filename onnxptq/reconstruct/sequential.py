@@ -16,14 +16,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
+import torch
 
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear
 from onnxptq.lowering.quantized import Hooks, quantizing_hooks
+from onnxptq.quantizers import torch_affine
 from onnxptq.quantizers.affine import fake_quantize
 from onnxptq.ranks import Ranks
 from onnxptq.reconstruct.closed_form import round_weights
 from onnxptq.reconstruct.damping import DAMPINGS, choose_damping
+from onnxptq.reconstruct.device_rows import add_on_device, device_rows
 from onnxptq.reconstruct.gram import Gram, has_rows, layer_rows, weight_matrix, weight_tensor
 from onnxptq.reconstruct.pack_data import InnerValues, PackData
 from onnxptq.reconstruct.rounding import compensable_layers, width_of
@@ -121,7 +124,7 @@ def solve_layers(
         weights: dict[str, Array] = {}
         branches: dict[str, Branch] = {}
         if data.ranks.rank == 0:
-            solved = solve(_task(index, layer, halves, weight), solution)
+            solved = solve(_task(index, layer, halves, weight, data.network.device), solution)
             weights = {
                 n: value for n, value in solved.weights.items() if value is not solution.weights.get(n)
             }
@@ -156,16 +159,30 @@ def _sums(
         pieces = -(-limit * groups * width // _ELEMENTS_AT_ONCE)
         parts = min(max(pieces, 2), max(1, len(value)))
         for k, (x, other) in enumerate(
-            zip(*(np.array_split(v.numpy(), parts) for v in (value, changed)), strict=True)
+            zip(*(torch.tensor_split(v, parts) for v in (value, changed)), strict=True)
         ):
-            read = other if qparams is None else fake_quantize(other, qparams)
-            rows = layer_rows(layer, x, read, -(-limit // parts))
-            assert rows is not None
-            halves[(number + k) % 2].add(*rows)
+            _add(halves[(number + k) % 2], layer, x, other, qparams, -(-limit // parts))
     return [half for half in (half.sum_over(ranks) for half in halves) if half.rows]
 
 
-def _task(index: GraphIndex, layer: Linear, halves: Sequence[Gram], weight: str) -> LayerTask:
+def _add(
+    gram: Gram, layer: Linear, value: torch.Tensor, changed: torch.Tensor, qparams: QParams | None, limit: int
+) -> None:
+    """Add about ``limit`` rows of what the layer reads: in the float network, and in the quantized one before
+    ``qparams``."""
+    if value.device.type != "cpu":
+        read = changed if qparams is None else torch_affine.fake_quantize(changed, qparams)
+        add_on_device(gram, device_rows(layer, value, limit), device_rows(layer, read, limit))
+        return
+    array = changed.numpy() if qparams is None else fake_quantize(changed.numpy(), qparams)
+    rows = layer_rows(layer, value.numpy(), array, limit)
+    assert rows is not None
+    gram.add(*rows)
+
+
+def _task(
+    index: GraphIndex, layer: Linear, halves: Sequence[Gram], weight: str, device: torch.device
+) -> LayerTask:
     matrix = weight_matrix(layer, np.asarray(layer.weight.values, np.float32))
     channels = matrix.shape[0] * matrix.shape[1]
     has_bias = (
@@ -181,7 +198,7 @@ def _task(index: GraphIndex, layer: Linear, halves: Sequence[Gram], weight: str)
         matrix=matrix,
         gram=gram,
         sums=gram.centred() if has_bias else gram,
-        ridge=choose_damping(matrix, *used) if len(used) == 2 else DAMPINGS[-1],
+        ridge=choose_damping(matrix, *used, device=device) if len(used) == 2 else DAMPINGS[-1],
         bias=layer.bias if has_bias else None,
     )
 

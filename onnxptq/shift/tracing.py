@@ -193,6 +193,8 @@ def _begin(t: ShiftTracer, node: gs.Node, index: int | None, axis: int) -> None:
     if index is not None and t.has_input(node, index):
         t.constant(node, index)
     shape = t.shape(node.outputs[0])
+    if not shape:
+        raise Declined("a single number has no channels")
     axis %= len(shape)
     labels = t.classes.fresh([n if a == axis else 1 for a, n in enumerate(shape)])
     t.write(node.outputs[0], labels)

@@ -85,7 +85,7 @@ def test_without_a_grid_it_is_the_least_squares_solution(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights so fine that rounding them is nothing, damping off, against ``lstsq`` on the rows themselves."""
-    monkeypatch.setattr(sequential, "choose_damping", lambda *_: 1e-9)
+    monkeypatch.setattr(sequential, "choose_damping", lambda *_, **__: 1e-9)
     monkeypatch.setattr(sequential, "ROUNDING_DAMPING", 1e-9)
     made = _one_layer(tmp_path, kind=kind)
     fine = QType(bits=24, qmin=-(2**23), qmax=2**23 - 1, storage="int32")

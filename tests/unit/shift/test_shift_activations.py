@@ -73,7 +73,15 @@ def gated() -> onnx.ModelProto:
     return net.end(net.linear("y", act, WIDTH, 5))
 
 
-@pytest.mark.parametrize("build", [product_and_bias, rectified, two_readers, gemms, gated])
+def scaled() -> onnx.ModelProto:
+    """A product of two single numbers, as attention scales are computed, multiplies the channels behind."""
+    net = Activated()
+    y = net.linear("y", net.begin(), WIDTH, 5)
+    total = net.op("ReduceSum", "total", "x", keepdims=0)
+    return net.end(net.op("Mul", "z", y, net.op("Mul", "factor", total, net.constant("c", np.float32(0.1)))))
+
+
+@pytest.mark.parametrize("build", [product_and_bias, rectified, two_readers, gemms, gated, scaled])
 def test_one_subtraction_centres_the_channels_for_every_reader(
     build: Callable[[], onnx.ModelProto], tmp_path: Path
 ) -> None:
