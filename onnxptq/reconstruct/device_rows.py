@@ -18,7 +18,7 @@ from onnxptq.reconstruct.gram import Gram, Matrix, picked, window_of
 
 
 def device_rows(layer: Linear, value: torch.Tensor, limit: int) -> torch.Tensor:
-    """About ``limit`` rows of what a layer that ``has_rows`` reads, those that ``layer_rows`` picks: (groups, n, K)."""
+    """Rows of what a layer that ``has_rows`` reads, those that ``layer_rows`` picks: (groups, n, K)."""
     if layer.node.op == "Conv":
         return _patches(layer, value, limit)
     rows = value.reshape(-1, value.shape[-1])
