@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg.lapack import dtrtri
 
 from onnxptq.reconstruct.gram import Gram, Matrix
 from onnxptq.types import FloatArray, QParams
@@ -134,6 +135,7 @@ def _inverse_factor(matrix: Matrix) -> Matrix:
     With the rows and columns reversed, matrix = L L^T gives U = reversed(L^-1).
     """
     lower = np.linalg.cholesky(matrix[:, ::-1, ::-1])
-    inverse = np.linalg.solve(lower, np.broadcast_to(np.eye(matrix.shape[1]), matrix.shape))
+    # What is above the diagonal stays as it was: zero.
+    inverse = np.stack([dtrtri(each, lower=1)[0] for each in lower])
     factor: Matrix = np.ascontiguousarray(inverse[:, ::-1, ::-1])
     return factor

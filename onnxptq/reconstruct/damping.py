@@ -5,7 +5,8 @@ and C_v, the ridge solution W' = W (C^T + lam I) (G + lam I)^-1 is judged by
 
     E(lam) = tr(W' G_v W'^T) - 2 tr(W C_v^T W'^T)       the part of sum || W x - W' x' ||^2 that depends on it
 
-and the other way round. A wide layer behind a small map sees few rows: there a weak ridge learns the errors of the
+and the other way round. W counts only through W^T W, so its R of W = Q R takes its place where that is smaller. A
+wide layer behind a small map sees few rows: there a weak ridge learns the errors of the
 layers in front by heart, sample by sample, and fails on every other sample.
 """
 
@@ -31,6 +32,8 @@ def choose_damping(
         device: where torch works it out.
     """
     weight = torch.from_numpy(matrix).to(device, torch.float64)
+    if weight.shape[1] > weight.shape[2]:
+        weight = torch.linalg.qr(weight, mode="r").R
     errors = list(map(sum, zip(_errors(weight, first, second), _errors(weight, second, first), strict=True)))
     return DAMPINGS[min(range(len(DAMPINGS)), key=lambda i: (errors[i], -i))]
 
@@ -41,16 +44,16 @@ def _errors(weight: torch.Tensor, seen: Gram, unseen: Gram) -> list[float]:
     def on_device(sums: Matrix) -> torch.Tensor:
         return torch.from_numpy(sums).to(weight.device)
 
-    quantized = on_device(seen.quantized)
-    values, basis = torch.linalg.eigh(quantized)
+    quantized, square = on_device(seen.quantized), on_device(unseen.quantized)
     strength = quantized.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)
-    target = weight @ on_device(seen.mixed).mT @ basis
-    plain = weight @ basis
-    square = basis.mT @ on_device(unseen.quantized) @ basis
-    cross = weight @ (basis.mT @ on_device(unseen.mixed)).mT
+    target, cross = weight @ on_device(seen.mixed).mT, weight @ on_device(unseen.mixed).mT
+    one = torch.eye(weight.shape[2], dtype=weight.dtype, device=weight.device)
     found = []
     for damping in DAMPINGS:
         ridge = (damping * strength)[:, None, None]
-        new = (target + ridge * plain) / (values.clamp_min(0.0)[:, None, :] + ridge)
+        factor, failed = torch.linalg.cholesky_ex(quantized + ridge * one)
+        new = torch.cholesky_solve((target + ridge * weight).mT, factor).mT
+        # Sums about the mean of inputs that hardly leave it need not be definite: such a group keeps its weight.
+        new = torch.where((failed == 0)[:, None, None], new, weight)
         found.append(((new @ square) * new).sum() - 2.0 * (new * cross).sum())
     return [float(error) / max(1, unseen.rows) for error in torch.stack(found).cpu()]

@@ -55,6 +55,18 @@ MOVEMENT_OPS = frozenset(
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 """Activations that kernels fuse into the linear operator before them; nothing may stand in between."""
 
+HOLDS_WEIGHTS = {
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), "recurrent layers stay in float"),
+    **dict.fromkeys(
+        ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"), "this target leaves {op} in float"
+    ),
+    "Gather": "a table that is looked up stays in float",
+}
+"""Why the weights of an operator without a row stay as they are; those of other domains are unknown anyway."""
+
+FEW_WEIGHTS = 64
+"""Constants of fewer values are no weights worth a word."""
+
 Bias = Literal["int32", "float"]
 
 
@@ -137,11 +149,17 @@ class Placer:
     # ---- rows ---------------------------------------------------------------------------------
 
     def apply(self, table: Mapping[str, Row]) -> None:
-        """Quantize every node that has a row and is not declined."""
+        """Quantize every node that has a row and is not declined. Weights of others are told to stay as they are."""
         for node in self.index.nodes:
-            row = table.get(node.op) if node.domain in ("", None) else None
+            is_standard = node.domain in ("", None)
+            row = table.get(node.op) if is_standard else None
             if row is not None:
                 self.apply_row(node, row)
+                continue
+            reason = HOLDS_WEIGHTS.get(node.op) if is_standard else "operators of {domain} stay in float"
+            if reason and any(_is_weight(tensor) for tensor in node.inputs):
+                told = reason.format(op=node.op, domain=node.domain)
+                self.skips.append(Skip(site=node.name, reason=self.request.declined.get(node.name, told)))
 
     def apply_row(self, node: gs.Node, row: Row) -> None:
         """Quantize ``node`` as ``row`` says, unless there is a reason not to."""
@@ -333,6 +351,15 @@ _BOUNDED: Mapping[str, tuple[float, float]] = {
     "Softmax": (0.0, 1.0),
     "Tanh": (-1.0, 1.0),
 }
+
+
+def _is_weight(tensor: gs.Tensor) -> bool:
+    return (
+        is_constant(tensor)
+        and is_float32(tensor)
+        and len(tensor.shape) >= 2
+        and math.prod(tensor.shape) >= FEW_WEIGHTS
+    )
 
 
 def known_bounds(node: gs.Node | None) -> tuple[float, float] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto
 
 from onnxptq.graph.index import GraphIndex
 from onnxptq.targets import TARGETS, PlacementRequest, candidate_tensors
@@ -399,6 +400,36 @@ def test_declined_and_uncalibrated_nodes_are_listed(target: str, tmp_path: Path)
     )
     assert plan.quantizers == ()
     assert _reasons(plan) == {"conv1": "because", "conv2": "its input 'relu' cannot be calibrated: NaN"}
+
+
+@ALL
+def test_weights_of_operators_without_a_row_are_listed(target: str, tmp_path: Path) -> None:
+    net = Net()
+    taken = net.op(
+        "Gather", "taken", net.weight("table", 50, 8), net.op("Cast", "ids", "x", to=TensorProto.INT64)
+    )
+    gates = [net.weight(name, 1, 24, width) for name, width in (("w", 8), ("r", 6))]
+    hidden = net.op("LSTM", "hidden", taken, *gates, hidden_size=6)
+    net.op("MatMul", "y", hidden, net.weight("f", 6, 12))
+    # Not weights: two values per channel, and numbers that are added.
+    net.op("PRelu", "z", taken, net.weight("slope", 1, 8))
+    net.op("Add", "shifted", taken, net.weight("places", 4, 8))
+    graph = graph_of(net.proto({"x": [12, 4]}, ["y", "z", "shifted"]), tmp_path)
+    (custom,) = (node for node in graph.nodes if node.op == "MatMul")
+    custom.op, custom.domain = "FusedMatMul", "com.microsoft"
+    plan = TARGETS[target](GraphIndex(graph), PlacementRequest(declined={"hidden": "no"}))
+    assert _reasons(plan) == {
+        "taken": "a table that is looked up stays in float",
+        "hidden": "no",
+        "y": "operators of com.microsoft stay in float",
+    }
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "tensorrt"])
+def test_transposed_convolutions_are_quantized_or_listed(target: str, tmp_path: Path) -> None:
+    plan = _place(LINEARS["conv_transpose"][0], tmp_path, target)
+    wanted = {"y": "this target leaves ConvTranspose in float"} if target == "ort-cpu" else {}
+    assert _reasons(plan) == wanted
 
 
 def test_integer_products_are_left_alone(tmp_path: Path) -> None:
