@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from onnxptq.graph.boundary import find_selection, selected_within
+from onnxptq.graph.boundary import Selection, find_selection, selected_within
 from onnxptq.graph.index import GraphIndex, probability_outputs
 from onnxptq.lowering.network import BlockNetwork, Values
 from onnxptq.lowering.output_loss import asked_loss
@@ -36,7 +36,7 @@ from onnxptq.reconstruct.pack_data import UNIT, PackData, most_together, run_all
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 from onnxptq.reconstruct.rank_search import RankChoice, choose_ranks
 from onnxptq.reconstruct.sequential import rounded, solve_layers
-from onnxptq.reconstruct.suffix import Suffix, wanted_outputs
+from onnxptq.reconstruct.suffix import Suffix, Wanted, wanted_outputs
 from onnxptq.reconstruct.training import train
 from onnxptq.reconstruct.tuning import tune
 from onnxptq.reconstruct.vault import Vault
@@ -131,91 +131,162 @@ def _reconstructed(
     progress: Progress | None = None,
 ) -> Reconstruction:
     """On every rank; ``samples`` are those of rank 0, which hands them out and keeps the checkpoints."""
+    job = _begun(ranks, model, plan, solution, packs, settings, resources, seed, samples)
+    is_tuned = whole is not None and settings.is_tuned and settings.steps > 0
+    # Held apart from those that the first packs read and forget.
+    inputs = [{n: job.vault.keep(v.detach()) for n, v in values.items()} for values in job.floats if is_tuned]
+    state = Finished(solution=solution, settled=frozenset(), outcome=None)
+    outcomes: list[PackOutcome] = []
+    tick = started(progress, "solve packs", len(packs))
+    for position in range(len(packs)):
+        state = _advanced(job, position, state)
+        if state.outcome is not None:
+            outcomes.append(state.outcome)
+        tick()
+    tuning = None
+    if is_tuned:
+        assert whole is not None
+        state = _tuned(job, whole, inputs, state, progress)
+        tuning = state.outcome
+    solution = with_bias_grids(model.graph, plan, state.solution)
+    return Reconstruction(solution=solution, outcomes=tuple(outcomes), tuning=tuning)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Job:
+    """What all packs are solved with, on one rank.
+
+    ``floats`` and ``quants`` hold this rank's samples at the ends of packs, as :class:`PackData` takes them, and move
+    on with every pack. ``count`` samples are on all ranks, ``order`` says which of them judge: the same everywhere,
+    so that at the end no gradient has seen them. ``wanted`` are the network's outputs where they count in every pack.
+    """
+
+    model: CanonicalModel
+    plan: QuantPlan
+    start: Solution
+    packs: Sequence[Pack]
+    settings: Learning
+    resources: Resources
+    seed: int
+    ranks: Ranks
+    network: BlockNetwork
+    index: GraphIndex
+    selection: Selection
+    vault: Vault
+    floats: Sequence[Values]
+    quants: Sequence[Values]
+    count: int
+    order: Sequence[int]
+    importance: Mapping[str, torch.Tensor]
+    wanted: Wanted | None
+
+    def generator(self, position: int) -> torch.Generator:
+        """The random stream of a pack, or of what follows the last."""
+        return torch.Generator().manual_seed((self.seed << 20) + position)
+
+
+def _begun(
+    ranks: Ranks,
+    model: CanonicalModel,
+    plan: QuantPlan,
+    start: Solution,
+    packs: Sequence[Pack],
+    settings: Learning,
+    resources: Resources,
+    seed: int,
+    samples: Sequence[Sample],
+) -> _Job:
     network = BlockNetwork(model.graph, packs, judged=model.judged, device=resources.device)
-    index = GraphIndex(model.graph)
     vault = Vault(resources.scratch, resources.cache_bytes)
     count = ranks.broadcast(len(samples))
-    numbers = ranks.share(count, UNIT)
     floats = _handed_out(ranks, samples, count, network.inputs)
-    quants = [dict(values) for values in floats]
-    if not (settings.is_tuned and settings.steps):
-        whole = None
-    # Held apart from those that the first packs read and forget.
-    inputs = [{n: vault.keep(v.detach()) for n, v in values.items()} for values in floats if whole]
     importance: Mapping[str, torch.Tensor] = {}
     if settings.steps and settings.weighting > 0.0:
-        own = dict(zip(numbers, floats, strict=True))
+        own = dict(zip(ranks.share(count, UNIT), floats, strict=True))
         importance = _importance(model, network, own, settings, seed, ranks)
     wanted = None
     if settings.steps and settings.is_global:
         asked = asked_loss(model, settings.output_loss)
         wanted = wanted_outputs(network, floats, probability_outputs(model.graph), vault.keep, ranks, asked)
-    # The same samples judge everywhere: at the end no gradient has seen them.
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    start, state = solution, Finished(solution=solution, settled=frozenset(), outcome=None)
-    outcomes: list[PackOutcome] = []
-    selection = find_selection(model.graph)
-    tick = started(progress, "solve packs", len(packs))
-    for position, pack in enumerate(packs):
-        # What the quantized network selects does not belong to what the float one selects, row by row.
-        reads = quants if selection.nodes.isdisjoint(pack.nodes) else floats
-        limit = resources.together[position] if wanted is None or wanted.is_joinable else 1
-        together = most_together(network, position, floats, limit, ranks)
-        after = run_all(network, position, floats, together, vault.keep)
-        return_memory()
-        data = PackData(
-            network,
-            position,
-            floats,
-            reads,
-            after,
-            together,
-            importance,
-            ranks,
-            count,
-            incomparable=selected_within(index, pack.nodes, selection),
-            spare=vault.spare,
-        )
-        suffix = None if wanted is None else Suffix(data, wanted)
-        generator = torch.Generator().manual_seed((seed << 20) + position)
-        solve = functools.partial(
-            _solved, index, pack, plan, start, state, data, settings, generator, suffix, order
-        )
-        state = _recalled(position, state, solve, resources.checkpoints, ranks)
-        if state.outcome is not None:
-            outcomes.append(state.outcome)
-        set_hooks(network.modules[position], quantizing_hooks(model.graph, pack, plan, state.solution))
-        return_memory()
-        moved = run_all(network, position, reads, together, vault.keep)
-        return_memory()
-        network.modules[position].clear_hooks()
-        later = network.read_behind(position)
-        _move_on(floats, after, later, vault)
-        _move_on(quants, moved, later, vault)
-        tick()
-    tuning = None
-    if whole is not None:
-        tuned = functools.partial(
-            tune,
-            model,
-            whole,
-            plan,
-            state,
-            inputs,
-            settings,
-            order=order,
-            limit=resources.tuned_together,
-            generator=torch.Generator().manual_seed((seed << 20) + len(packs)),
-            ranks=ranks,
-            count=count,
-            keep=vault.keep,
-            device=resources.device,
-            progress=progress,
-        )
-        state = _recalled(len(packs), state, tuned, resources.checkpoints, ranks)
-        tuning = state.outcome
-    solution = with_bias_grids(model.graph, plan, state.solution)
-    return Reconstruction(solution=solution, outcomes=tuple(outcomes), tuning=tuning)
+    return _Job(
+        model=model,
+        plan=plan,
+        start=start,
+        packs=packs,
+        settings=settings,
+        resources=resources,
+        seed=seed,
+        ranks=ranks,
+        network=network,
+        index=GraphIndex(model.graph),
+        selection=find_selection(model.graph),
+        vault=vault,
+        floats=floats,
+        quants=[dict(values) for values in floats],
+        count=count,
+        order=torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist(),
+        importance=importance,
+        wanted=wanted,
+    )
+
+
+def _advanced(job: _Job, position: int, state: Finished) -> Finished:
+    """What follows ``state`` once the pack at ``position`` is solved; the samples move on behind it."""
+    pack, network, vault = job.packs[position], job.network, job.vault
+    # What the quantized network selects does not belong to what the float one selects, row by row.
+    reads = job.quants if job.selection.nodes.isdisjoint(pack.nodes) else job.floats
+    limit = job.resources.together[position] if job.wanted is None or job.wanted.is_joinable else 1
+    together = most_together(network, position, job.floats, limit, job.ranks)
+    after = run_all(network, position, job.floats, together, vault.keep)
+    return_memory()
+    data = PackData(
+        network,
+        position,
+        job.floats,
+        reads,
+        after,
+        together,
+        job.importance,
+        job.ranks,
+        job.count,
+        incomparable=selected_within(job.index, pack.nodes, job.selection),
+        spare=vault.spare,
+    )
+    state = _recalled(job, position, state, lambda: _solved(job, pack, state, data))
+    set_hooks(network.modules[position], quantizing_hooks(job.model.graph, pack, job.plan, state.solution))
+    return_memory()
+    moved = run_all(network, position, reads, together, vault.keep)
+    return_memory()
+    network.modules[position].clear_hooks()
+    later = network.read_behind(position)
+    _move_on(job.floats, after, later, vault)
+    _move_on(job.quants, moved, later, vault)
+    return state
+
+
+def _tuned(
+    job: _Job, whole: Pack, inputs: Sequence[Values], state: Finished, progress: Progress | None
+) -> Finished:
+    """What follows ``state`` once scales and biases are learnt on the outputs that belong to ``inputs``."""
+    end = len(job.packs)
+    tuned = functools.partial(
+        tune,
+        job.model,
+        whole,
+        job.plan,
+        state,
+        inputs,
+        job.settings,
+        order=job.order,
+        limit=job.resources.tuned_together,
+        generator=job.generator(end),
+        ranks=job.ranks,
+        count=job.count,
+        keep=job.vault.keep,
+        device=job.resources.device,
+        progress=progress,
+    )
+    return _recalled(job, end, state, tuned)
 
 
 def _move_on(values: Sequence[Values], found: Sequence[Values], later: Collection[str], vault: Vault) -> None:
@@ -251,17 +322,11 @@ def _handed_out(ranks: Ranks, samples: Sequence[Sample], count: int, inputs: Seq
     ]
 
 
-def _recalled(
-    position: int,
-    state: Finished,
-    solve: Callable[[], Finished],
-    checkpoints: Checkpoints | None,
-    ranks: Ranks,
-) -> Finished:
+def _recalled(job: _Job, position: int, state: Finished, solve: Callable[[], Finished]) -> Finished:
     """What follows ``state`` at ``position``, from the checkpoints of rank 0 where it is known."""
-    store = checkpoints if ranks.rank == 0 else None
+    store = job.resources.checkpoints if job.ranks.rank == 0 else None
     known = None if store is None else store.load(position, state.solution, state.settled)
-    known = ranks.broadcast(known)
+    known = job.ranks.broadcast(known)
     if known is None:
         known = solve()
         if store is not None:
@@ -269,18 +334,10 @@ def _recalled(
     return known
 
 
-def _solved(
-    index: GraphIndex,
-    pack: Pack,
-    plan: QuantPlan,
-    start: Solution,
-    state: Finished,
-    data: PackData,
-    settings: Learning,
-    generator: torch.Generator,
-    suffix: Suffix | None,
-    order: Sequence[int],
-) -> Finished:
+def _solved(job: _Job, pack: Pack, state: Finished, data: PackData) -> Finished:
+    """What follows ``state`` once ``pack`` is solved."""
+    index, plan, settings = job.index, job.plan, job.settings
+    generator = job.generator(data.position)
     solution = state.solution
 
     def quantizers(terms: Mapping[str, Sequence[Factors]]) -> PackQuantizers:
@@ -296,7 +353,7 @@ def _solved(
             device=data.network.device,
         )
 
-    judges = order[: settings.judges(len(data))] or order
+    judges = job.order[: settings.judges(len(data))] or job.order
     objective = Objective(data, norms_of(data, judges))
 
     def noise(solution: Solution) -> float:
@@ -330,11 +387,12 @@ def _solved(
     ids, steps = learned.learned_ids(), 0
     noises: Mapping[str, tuple[float, float]] = {}
     if settings.steps and not learned.is_empty:
-        _, after, steps = train(data, learned, settings, generator, suffix, order=order)
+        suffix = None if job.wanted is None else Suffix(data, job.wanted)
+        _, after, steps = train(data, learned, settings, generator, suffix, order=job.order)
         # Other processors may have rounded otherwise.
         learned.restore(data.ranks.broadcast(learned.state()))
         solution = learned.hardened()
-        noises = layer_noise(index, pack, plan, data, choices, start=start, solution=solution)
+        noises = layer_noise(index, pack, plan, data, choices, start=job.start, solution=solution)
     elif writes_floats:
         after = noise(solution)
     outcome = None
