@@ -63,8 +63,10 @@ class Gram:
                 self.mixed += transposed @ rows
             if self.floats is not None:
                 self.floats += np.swapaxes(rows, 1, 2) @ rows
-            self.float_total += rows.sum(axis=1, dtype=np.float64)
-            self.quantized_total += quantized.sum(axis=1, dtype=np.float64)
+            # As exact as the products above, and many times faster than sums along that axis.
+            ones = np.ones(rows.shape[1], np.float32)
+            self.float_total += ones @ rows
+            self.quantized_total += ones @ quantized
         self.rows += rows.shape[1]
 
     def plus(self, other: Gram) -> Gram:

@@ -46,7 +46,10 @@ _ROWS_PER_INPUT = 64
 them by heart: ResNet-20 at 3 bits then agrees with its float network on 74 % of unseen samples instead of 82."""
 
 _ROWS_PER_LAYER = 16_384
-"""Rows over all samples, at least."""
+"""Rows over all samples, at least, unless these are ``_ENOUGH_PER_INPUT``."""
+
+_ENOUGH_PER_INPUT = 512
+"""Rows per input that narrow layers need no more than: a depthwise kernel has 9 inputs, and hundreds of groups."""
 
 _ELEMENTS_AT_ONCE = 1 << 24
 """Elements of the rows that are added in one go; hundreds of groups would fill gigabytes otherwise."""
@@ -151,7 +154,9 @@ def _sums(
     cannot be told."""
     if not has_rows(layer):
         return []
-    each = -(-max(_ROWS_PER_LAYER, _ROWS_PER_INPUT * width_of(layer)) // inner.count)
+    wide = width_of(layer)
+    wanted = max(_ROWS_PER_INPUT * wide, min(_ROWS_PER_LAYER, _ENOUGH_PER_INPUT * wide))
+    each = -(-wanted // inner.count)
     groups, _, width = weight_matrix(layer, layer.weight.values).shape
     halves = [Gram.empty(groups, width, has_floats=has_floats) for _ in range(2)]
     for number, samples, value, changed in inner.at(layer.input.name, hooks):

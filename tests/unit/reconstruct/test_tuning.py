@@ -49,17 +49,12 @@ def _scale(found: Reconstruction, quantizer: Quantizer) -> bytes:
 def test_outputs_come_closer_and_integers_stay(
     build: Callable[[], onnx.ModelProto], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Far from the best scales there is something to gain for certain.
     monkeypatch.setattr(
         tuning, "TUNING", replace(tuning.TUNING, activation_scale_rate=3e-3, weight_scale_rate=3e-3)
     )
     made = case(build(), tmp_path, samples=96, weight_bits=3, activation_bits=6)
-    wider = {
-        i: replace(q, scale=q.scale * np.float32(1.5)) if q.qtype.bits == 6 else q
-        for i, q in made.start.qparams.items()
-    }
-    made = replace(made, start=replace(made.start, qparams=wider))
-    packs, tuned = made.solved(SOLVED), made.solved(TUNED)
+    # What rounding to nearest leaves can be taken back for certain.
+    packs, tuned = (made.solved(replace(s, is_closed_form_first=False)) for s in (SOLVED, TUNED))
     assert packs.tuning is None
     assert tuned.outcomes == packs.outcomes
     assert tuned.tuning is not None
