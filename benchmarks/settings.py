@@ -61,21 +61,27 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
-def _few_bits(weights: int, activations: int, method: str, beds: tuple[str, ...]) -> Setting:
+def _few_bits(
+    weights: int, activations: int, method: str, beds: tuple[str, ...], *, steps: int | None = None
+) -> Setting:
     """Every product of the network at these bits, first and last layer included.
 
-    ``method`` is ``rtn``, an effort of ``pack-ptq``, or ``auto-`` and an effort.
+    ``method`` is ``rtn``, an effort of ``pack-ptq``, or ``auto-`` and an effort; ``steps`` of gradients are taken in
+    each pack, or as many as the effort takes.
     """
-    solved = {"method": "pack-ptq", "effort": method}
-    if method.startswith("auto-"):
+    solved: dict[str, Any] = {"method": "pack-ptq", "effort": method}
+    if method == "rtn":
+        solved = {"method": "rtn"}
+    elif method.startswith("auto-"):
         solved = {"method": "auto", "effort": method.removeprefix("auto-")}
-    chosen = {"method": "rtn"} if method == "rtn" else solved
     bits = {"weight_bits": weights, "activation_bits": activations}
+    if steps is not None:
+        solved = {**solved, "steps": steps}
     return Setting(
         tool=OURS,
-        name=f"w{weights}a{activations}-{method}",
+        name=f"w{weights}a{activations}-{method}" + ("" if steps is None else f"-{steps}"),
         beds=beds,
-        recipe={"target": "simulate", "samples": 1024, **bits, **chosen},
+        recipe={"target": "simulate", "samples": 1024, **bits, **solved},
         split="learning",
     )
 
@@ -96,12 +102,13 @@ SETTINGS: tuple[Setting, ...] = (
         _few_bits(weights, activations, method, beds)
         for weights, activations, beds in (
             (6, 6, ("vit",)),
-            (4, 8, ("resnet20", "efficientnet", "vit")),
+            (4, 8, ("resnet20", "efficientnet", "vit", "pointnet")),
             (4, 4, ("resnet20", "efficientnet", "vit", "pointnet", "swin", "points")),
             (3, 3, ("resnet20", "vit", "pointnet", "swin", "points")),
         )
         for method in ("rtn", "fast", "balanced", "auto-balanced")
     ),
+    _few_bits(4, 4, "auto-balanced", ("efficientnet",), steps=600),
     # Without attention, and without gradient steps, auto and pack-ptq are the same.
     *(
         _few_bits(weights, activations, "auto-fast", ("vit", "swin", "points"))
@@ -157,6 +164,7 @@ FLOORS: Mapping[tuple[str, str], Floor] = {
     ("efficientnet", "onnxptq:w4a8-auto-balanced"): Floor(top1_loss=2.5),
     ("efficientnet", "onnxptq:w4a4-balanced"): Floor(top1_loss=8.0),
     ("efficientnet", "onnxptq:w4a4-auto-balanced"): Floor(top1_loss=8.0),
+    ("efficientnet", "onnxptq:w4a4-auto-balanced-600"): Floor(top1_loss=8.0),
     ("vit", "onnxptq:w4a8-fast"): Floor(top1_loss=1.0),
     ("vit", "onnxptq:w4a8-auto-fast"): Floor(top1_loss=1.0),
     ("vit", "onnxptq:w4a4-fast"): Floor(top1_loss=3.0),

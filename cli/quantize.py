@@ -86,6 +86,11 @@ from .progress import TerminalProgress
     help="Ranks that merge chooses from, as far as a layer goes. Left out: 10,20,50,100,150.",
 )
 @click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    help="Gradient steps per pack, instead of as many as --effort takes.",
+)
+@click.option(
     "--easy-first/--no-easy-first",
     default=None,
     help="Gradient steps see the samples with the lowest loss first. Left out: with aiqvit.",

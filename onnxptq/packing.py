@@ -125,6 +125,8 @@ def learning(recipe: Recipe) -> Learning:
         found = replace(found, weights="low-rank", **_LOW_RANK[recipe.reconstruction_effort])
         if recipe.low_rank_candidates:
             found = replace(found, ranks=recipe.low_rank_candidates)
+    if recipe.steps is not None:
+        found = _lengthened(found, recipe.steps)
     return replace(
         found,
         is_global=recipe.loss == "global-local",
@@ -134,6 +136,14 @@ def learning(recipe: Recipe) -> Learning:
         is_easy_first=recipe.is_easy_first,
         focuses_softmax=recipe.learns_focus,
     )
+
+
+def _lengthened(settings: Learning, steps: int) -> Learning:
+    """``steps`` in all, of which a search for ranks keeps its share; samples are taken as many times more often."""
+    usual = settings.search_steps + settings.steps
+    searching = settings.search_steps * steps // usual
+    passes = None if settings.passes is None else settings.passes * steps / usual
+    return replace(settings, search_steps=searching, steps=steps - searching, passes=passes)
 
 
 def torch_device() -> str:

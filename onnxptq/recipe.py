@@ -50,6 +50,7 @@ class Recipe(BaseModel):
             corrections of their weights.
         effort: how packs are solved. ``fast`` takes no gradient step, ``balanced`` a few hundred per pack,
             ``paper`` 20 000. None is ``fast`` for ``auto`` and ``balanced`` for the other methods.
+        steps: gradient steps per pack, instead of as many as the effort takes; the size of a step stays the same.
         max_pack_blocks: blocks in a pack at most.
         output_loss: how the network's outputs are compared where blocks are scored, bits chosen and scales tuned:
             ``kl`` divergence of class scores, ``relative`` squared error, or ``auto`` by their shapes. Scores of
@@ -112,6 +113,7 @@ class Recipe(BaseModel):
     target: Target = "ort-cpu"
     method: Method = "auto"
     effort: Effort | None = None
+    steps: int | None = Field(default=None, ge=1)
     max_pack_blocks: int | None = Field(default=4, ge=1)
     loss: Literal["plain", "fisher", "global-local"] = "plain"
     output_loss: Literal["auto", "kl", "relative"] = "auto"
@@ -198,6 +200,8 @@ class Recipe(BaseModel):
             )
         if self.effort == "fast" and self.method in _LEARNT:
             raise ValueError(f"method {self.method} is learnt: it needs effort balanced or paper")
+        if self.steps is not None and not self.learns:
+            raise ValueError("steps are gradient steps: they need effort balanced or paper")
         if self.loss != "plain" and not self.learns:
             raise ValueError(
                 f"loss {self.loss} is made small by gradient steps: it needs effort balanced or paper"

@@ -52,7 +52,7 @@ class Learning:
     adds_branches: bool = False
     steps: int = 300
     batch: int = 32
-    passes: int | None = 24
+    passes: float | None = 24
     is_easy_first: bool = False
     focuses_softmax: bool = False
     mixing: float = 0.0

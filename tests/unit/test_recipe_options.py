@@ -39,6 +39,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"low_rank_candidates": (4,)}, "are ranks of low_rank merge"),
     ({"low_rank_candidates": (), "method": "aiqvit"}, "holds no rank"),
     ({"low_rank_candidates": "4,0", "method": "aiqvit"}, "greater than or equal to 1"),
+    *(({"steps": 600, **values}, "steps are gradient steps") for values in NOTHING_LEARNT),
+    ({"steps": 0, "method": "pack-ptq"}, "greater than or equal to 1"),
     *(({"loss": "fisher", **values}, "loss fisher is made small by gradient steps") for values in NOTHING_LEARNT),
     (
         {"allocator": "greedy", "average_bits": 4.0, "average_activation_bits": 6.0},
