@@ -5,9 +5,8 @@ and C_v, the ridge solution W' = W (C^T + lam I) (G + lam I)^-1 is judged by
 
     E(lam) = tr(W' G_v W'^T) - 2 tr(W C_v^T W'^T)       the part of sum || W x - W' x' ||^2 that depends on it
 
-and the other way round. W counts only through W^T W, so its R of W = Q R takes its place where that is smaller. A
-wide layer behind a small map sees few rows: there a weak ridge learns the errors of the
-layers in front by heart, sample by sample, and fails on every other sample.
+and the other way round, over a selection of the outputs. A wide layer behind a small map sees few rows: there a weak
+ridge learns the errors of the layers in front by heart, sample by sample, and fails on every other sample.
 """
 
 from __future__ import annotations
@@ -20,6 +19,9 @@ from onnxptq.types import FloatArray
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 """lam as a share of the mean diagonal of G."""
 
+OUTPUTS = 128
+"""Outputs of a group whose errors are added up, about: they all read the same inputs, and more tell nothing new."""
+
 
 def choose_damping(
     matrix: FloatArray, first: Gram, second: Gram, *, device: str | torch.device = "cpu"
@@ -31,9 +33,8 @@ def choose_damping(
         first, second: sums of two halves of the samples, both with rows.
         device: where torch works it out.
     """
-    weight = torch.from_numpy(matrix).to(device, torch.float64)
-    if weight.shape[1] > weight.shape[2]:
-        weight = torch.linalg.qr(weight, mode="r").R
+    stride = -(-matrix.shape[1] // OUTPUTS)
+    weight = torch.from_numpy(matrix[:, ::stride]).to(device, torch.float64)
     errors = list(map(sum, zip(_errors(weight, first, second), _errors(weight, second, first), strict=True)))
     return DAMPINGS[min(range(len(DAMPINGS)), key=lambda i: (errors[i], -i))]
 

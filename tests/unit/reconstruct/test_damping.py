@@ -55,6 +55,26 @@ def test_the_choice_is_that_of_brute_force(rows: int, noise: float, groups: int)
     assert errors[DAMPINGS.index(chosen)] == pytest.approx(min(errors), rel=1e-3)
 
 
+def test_a_selection_of_many_outputs_tells_enough() -> None:
+    matrix = RNG.standard_normal((1, 300, 24)).astype(np.float32)
+    halves = _halves(60, 24, 2.0)
+    errors = _brute_force(matrix, halves)
+    chosen = choose_damping(matrix, *(_gram(*half) for half in halves))
+    assert errors[DAMPINGS.index(chosen)] == pytest.approx(min(errors), rel=0.02)
+
+
+def test_a_group_whose_sums_are_not_definite_does_not_decide() -> None:
+    """As sums about the mean are where inputs hardly leave it: what rounding has left over."""
+    matrix = RNG.standard_normal((2, 8, 24)).astype(np.float32)
+    halves = _halves(30, 24, 4.0, groups=2)
+    grams = [_gram(*half) for half in halves]
+    for gram in grams:
+        left_over = RNG.standard_normal((24, 24))
+        gram.quantized[1] = 1e3 * (left_over + left_over.T)
+    alone = choose_damping(matrix[:1], *(_gram(x[:1], read[:1]) for x, read in halves))
+    assert choose_damping(matrix, *grams) == alone
+
+
 def test_few_rows_of_noise_ask_for_more_than_many_rows() -> None:
     matrix = RNG.standard_normal((1, 8, 48)).astype(np.float32)
     many = choose_damping(matrix, *(_gram(*half) for half in _halves(20_000, 48, 1.0)))
