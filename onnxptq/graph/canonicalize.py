@@ -126,11 +126,7 @@ def canonicalize(
     """
     tick = started(progress, "Reading the model", 5)
     model = read_model(path)
-    with ThreadPoolExecutor(1) as pool:
-        # The checker has a process of its own, which takes as long as the hash of the file.
-        verdict = pool.submit(check_model, model, path)
-        contents = _sha256(model, path)
-        verdict.result()
+    contents = _checked_hash(model, path)
     tick()
     source_bytes = model_bytes(model, path)
     # Of no effect on a model without such nodes: its form stays the same for all targets.
@@ -187,6 +183,16 @@ def canonicalize(
         user_nodes=user_nodes(reference, graph, regions),
         renamed_source=renamed_source,
     )
+
+
+def _checked_hash(model: onnx.ModelProto, path: Path) -> str:
+    """The hash of the file and its external data, once the checker has found nothing wrong."""
+    with ThreadPoolExecutor(1) as pool:
+        # The checker has a process of its own, which takes as long as the hash of the file.
+        verdict = pool.submit(check_model, model, path)
+        contents = _sha256(model, path)
+        verdict.result()
+    return contents
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from onnxptq.reconstruct.damping import DAMPINGS, choose_damping
 from onnxptq.reconstruct.device_rows import add_on_device, device_rows
 from onnxptq.reconstruct.gram import Gram, has_rows, layer_rows, weight_matrix, weight_tensor
 from onnxptq.reconstruct.pack_data import InnerValues, PackData
-from onnxptq.reconstruct.rounding import compensable_layers, width_of
+from onnxptq.reconstruct.rounding import compensable_layers
 from onnxptq.types import Array, Branch, FloatArray, Pack, QParams, QuantPlan, Solution
 
 MAX_WIDTH = 8192
@@ -154,10 +154,9 @@ def _sums(
     cannot be told."""
     if not has_rows(layer):
         return []
-    wide = width_of(layer)
-    wanted = max(_ROWS_PER_INPUT * wide, min(_ROWS_PER_LAYER, _ENOUGH_PER_INPUT * wide))
-    each = -(-wanted // inner.count)
     groups, _, width = weight_matrix(layer, layer.weight.values).shape
+    wanted = max(_ROWS_PER_INPUT * width, min(_ROWS_PER_LAYER, _ENOUGH_PER_INPUT * width))
+    each = -(-wanted // inner.count)
     halves = [Gram.empty(groups, width, has_floats=has_floats) for _ in range(2)]
     for number, samples, value, changed in inner.at(layer.input.name, hooks):
         limit = each * samples

@@ -55,16 +55,16 @@ MOVEMENT_OPS = frozenset(
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 """Activations that kernels fuse into the linear operator before them; nothing may stand in between."""
 
-HOLDS_WEIGHTS = {
+_WITHOUT_A_ROW = {
     **dict.fromkeys(("LSTM", "GRU", "RNN"), "recurrent layers stay in float"),
     **dict.fromkeys(
         ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"), "this target leaves {op} in float"
     ),
     "Gather": "a table that is looked up stays in float",
 }
-"""Why the weights of an operator without a row stay as they are; those of other domains are unknown anyway."""
+"""Why weights stay as they are, by operator, where a target has no row for it."""
 
-FEW_WEIGHTS = 64
+_FEW_WEIGHTS = 64
 """Constants of fewer values are no weights worth a word."""
 
 Bias = Literal["int32", "float"]
@@ -151,15 +151,12 @@ class Placer:
     def apply(self, table: Mapping[str, Row]) -> None:
         """Quantize every node that has a row and is not declined. Weights of others are told to stay as they are."""
         for node in self.index.nodes:
-            is_standard = node.domain in ("", None)
-            row = table.get(node.op) if is_standard else None
+            row = table.get(node.op) if node.domain in ("", None) else None
             if row is not None:
                 self.apply_row(node, row)
-                continue
-            reason = HOLDS_WEIGHTS.get(node.op) if is_standard else "operators of {domain} stay in float"
-            if reason and any(_is_weight(tensor) for tensor in node.inputs):
-                told = reason.format(op=node.op, domain=node.domain)
-                self.skips.append(Skip(site=node.name, reason=self.request.declined.get(node.name, told)))
+            elif reason := _why_weights_stay(node):
+                reason = self.request.declined.get(node.name, reason)
+                self.skips.append(Skip(site=node.name, reason=reason))
 
     def apply_row(self, node: gs.Node, row: Row) -> None:
         """Quantize ``node`` as ``row`` says, unless there is a reason not to."""
@@ -353,12 +350,22 @@ _BOUNDED: Mapping[str, tuple[float, float]] = {
 }
 
 
+def _why_weights_stay(node: gs.Node) -> str | None:
+    """What is told of a node that a target has no row for; None where it holds no weights."""
+    if not any(_is_weight(tensor) for tensor in node.inputs):
+        return None
+    if node.domain not in ("", None):
+        return f"operators of {node.domain} stay in float"
+    reason = _WITHOUT_A_ROW.get(node.op)
+    return reason and reason.format(op=node.op)
+
+
 def _is_weight(tensor: gs.Tensor) -> bool:
     return (
         is_constant(tensor)
         and is_float32(tensor)
         and len(tensor.shape) >= 2
-        and math.prod(tensor.shape) >= FEW_WEIGHTS
+        and math.prod(tensor.shape) >= _FEW_WEIGHTS
     )
 
 
