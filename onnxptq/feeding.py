@@ -49,6 +49,8 @@ def open_data(
             note = None if opened is None else pictures_note(opened, recipe.preprocess)
             if note is not None:
                 run.note(note)
+        if recipe.is_solved_by_packs and len(feeds.rows) < feeds.source.total:
+            run.note(_unused_note(feeds))
         calibrating, heldout = _apart(run, feeds, given)
         if heldout is None and labels is not None:
             raise FeedError("Labels were given, but there are no held-out samples.", "Give --eval.")
@@ -62,6 +64,15 @@ def open_data(
             is_random=feeds.source.is_random,
             is_heldout_random=(given or feeds).source.is_random,
         )
+
+
+def _unused_note(feeds: RecordFeeds) -> str:
+    """Tells that there is more to solve weights from than is read."""
+    total = feeds.source.total
+    return (
+        f"{len(feeds.rows)} of {total} samples are used. With few bits more samples give better results: "
+        f"--samples {total} takes all of them, and as much longer."
+    )
 
 
 def _labels(model: CanonicalModel, source: object, feeds: Feeds) -> npt.NDArray[np.int64] | None:

@@ -86,6 +86,23 @@ def test_methods_of_others(method: str, tmp_path: Path) -> None:
             assert row.blocks == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "limit", "is_told"), [("pack-ptq", 16, True), ("pack-ptq", 24, False), ("rtn", 16, False)]
+)
+def test_samples_that_are_left_out_are_told(method: str, limit: int, is_told: bool, tmp_path: Path) -> None:
+    """Where weights are learnt from samples; rounding to nearest would gain nothing from more."""
+    path = tmp_path / "net.onnx"
+    onnx.save(residual_block(), str(path))
+    recipe = {"target": "simulate", "weight_bits": 4, "method": method, "effort": "fast", "samples": limit}
+    recipe |= {"holdout": 0.0, "simplify": False}
+    if method == "rtn":
+        del recipe["effort"]
+    found = onnxptq.quantize(path, calibration=feeds(ONE, 24), recipe=recipe, work_dir=tmp_path / "work")
+    told = [note for note in found.report.notes if note.startswith(f"{limit} of 24 samples are used.")]
+    assert len(told) == is_told
+    assert all("--samples 24 takes all of them" in note for note in told)
+
+
 def test_units_of_adaround_hold_one_layer_each(tmp_path: Path) -> None:
     made = case(residual_block(), tmp_path, samples=2)
 
