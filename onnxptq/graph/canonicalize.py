@@ -42,7 +42,7 @@ from onnxptq.graph.surgeon import import_graph
 from onnxptq.listing import listed
 from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip, started
 
-FORM = 9
+FORM = 10
 """Version of the canonical form: part of the fingerprint, raised when results change."""
 
 LARGE_MODEL_BYTES = 1_500_000_000
@@ -52,16 +52,21 @@ _CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _FOLD_LIMIT = "64MB"
 # Steps of onnxsim that are left out: our own passes do them exactly and keep the user's names (batch norm),
-# they hide the linear layers behind Reshape nodes, merge weights that are quantized separately, or write the body
-# of a Loop once per iteration, each with weights of its own. Constant conditions of If are still decided.
+# they hide the linear layers behind Reshape nodes or within operators of com.microsoft, merge weights that are
+# quantized separately, or write the body of a Loop once per iteration, each with weights of its own. Constant
+# conditions of If are still decided.
 _SKIPPED_OPTIMIZERS = (
     "eliminate_duplicate_initializer",
     "eliminate_loop_with_const_trip_count",
+    "fuse_attention",
     "fuse_bn_into_conv",
+    "fuse_gqa",
     "fuse_matmul_add_bias_into_gemm",
     "fuse_matmul_add_bias_into_gemm_batched",
     "fuse_qkv",
+    "fuse_rope",
 )
+_BEFORE = "before.onnx"
 _HASH_CHUNK = 1 << 22
 _NUMPY_TYPES = frozenset(
     {
@@ -365,14 +370,25 @@ def _clean(
     # With shapes known, conversion keeps operators that it would otherwise wrap in Reshape nodes.
     convert = ["infer", *convert] if convert else []
     if simplify:
+        known = _domains(draft.model)
         try:
             _run(draft, scratch, ["read", *convert, "simplify", "infer"], options)
         except NativeError as failure:
             if failure.step == "simplify":
                 draft.notes.append(f"onnxsim could not clean this model and was skipped: {failure.reason}")
         else:
-            return
+            added = sorted(_domains(draft.model) - known)
+            if not added:
+                return
+            # What it merges into them could not be quantized, nor run elsewhere.
+            draft.notes.append(f"onnxsim wrote operators of {listed(added)} and was skipped.")
+            draft.model = onnx.load(str(scratch / _BEFORE), load_external_data=False)
     _native(draft, scratch, ["read", *convert, "infer"], options)
+
+
+def _domains(model: onnx.ModelProto) -> set[str]:
+    """Domains of operators that are not ONNX's own."""
+    return {node.domain for node in proto.walk_nodes(model)}.difference(proto.ONNX_DOMAINS)
 
 
 def _native(draft: _Draft, scratch: Path, steps: list[str], options: Mapping[str, Any]) -> None:
@@ -388,7 +404,7 @@ def _native(draft: _Draft, scratch: Path, steps: list[str], options: Mapping[str
 
 
 def _run(draft: _Draft, scratch: Path, steps: list[str], options: Mapping[str, Any]) -> None:
-    before, after = scratch / "before.onnx", scratch / "after.onnx"
+    before, after = scratch / _BEFORE, scratch / "after.onnx"
     before.write_bytes(draft.model.SerializeToString())
     run_native(steps, draft.source, input_path=before, output=after, options=options)
     draft.model = onnx.load(str(after), load_external_data=False)

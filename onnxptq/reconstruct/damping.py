@@ -48,11 +48,12 @@ def _errors(weight: torch.Tensor, seen: Gram, unseen: Gram) -> list[float]:
     quantized, square = on_device(seen.quantized), on_device(unseen.quantized)
     strength = quantized.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)
     target, cross = weight @ on_device(seen.mixed).mT, weight @ on_device(unseen.mixed).mT
-    one = torch.eye(weight.shape[2], dtype=weight.dtype, device=weight.device)
     found = []
     for damping in DAMPINGS:
         ridge = (damping * strength)[:, None, None]
-        factor, failed = torch.linalg.cholesky_ex(quantized + ridge * one)
+        held = quantized.clone()
+        held.diagonal(dim1=1, dim2=2).add_(ridge[:, 0])
+        factor, failed = torch.linalg.cholesky_ex(held)
         new = torch.cholesky_solve((target + ridge * weight).mT, factor).mT
         # Sums about the mean of inputs that hardly leave it need not be definite: such a group keeps its weight.
         new = torch.where((failed == 0)[:, None, None], new, weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -556,3 +557,53 @@ def test_attention_nodes_are_written_out_on_request(kind: str, mask: bool, tmp_p
     assert len(found.scores) == 1
     feed = feed_for(model)
     assert_close(run(model, feed), run(result.path, feed), 1e-5)
+
+
+def encoder_attention() -> onnx.ModelProto:
+    """Attention over two heads as exporters write it, with layers for queries, keys and values of their own."""
+    nodes = [node("Constant", "", "four", value=numpy_helper.from_array(np.array(4.0, np.float32)))]
+    for letter in "qkv":
+        nodes += [
+            node("MatMul", f"x {letter}w", f"{letter}m"),
+            node("Add", f"{letter}b {letter}m", f"{letter}a"),
+            node("Reshape", f"{letter}a heads", f"{letter}r"),
+            node(
+                "Transpose", f"{letter}r", f"{letter}t", perm=[0, 2, 3, 1] if letter == "k" else [0, 2, 1, 3]
+            ),
+        ]
+    nodes += [
+        node("MatMul", "qt kt", "scores"),
+        node("Div", "scores four", "scaled"),
+        node("Softmax", "scaled", "p", axis=-1),
+        node("MatMul", "p vt", "o"),
+        node("Transpose", "o", "ot", perm=[0, 2, 1, 3]),
+        node("Reshape", "ot flat", "or"),
+        node("MatMul", "or ow", "y"),
+    ]
+    weights: dict[str, Any] = {f"{letter}w": random(32, 32, seed=i) for i, letter in enumerate("qkvo")}
+    weights |= {f"{letter}b": random(32, seed=i) for i, letter in enumerate("qkv")}
+    weights |= {"heads": np.array([0, 5, 2, 16]), "flat": np.array([0, 5, 32])}
+    return build(nodes, {"x": ["n", 5, 32]}, ["y"], weights)
+
+
+def test_attention_stays_a_product_of_matrices(tmp_path: Path) -> None:
+    """onnxsim would merge it, with the layers in front of it, into an operator of com.microsoft."""
+    model = encoder_attention()
+    result = canonical(tmp_path, model)
+    assert ops(result)["MatMul"] == 6
+    assert {n.domain for n in result.graph.nodes} <= {"", None}
+    feed = feed_for(model, symbol=2)
+    assert_close(run(model, feed), run(result.path, feed), FLOAT_ROUNDING)
+
+
+def test_onnxsim_is_left_out_where_it_writes_operators_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [name for name in module._SKIPPED_OPTIMIZERS if name != "fuse_attention"]
+    monkeypatch.setattr(module, "_SKIPPED_OPTIMIZERS", kept)
+    model = encoder_attention()
+    result = canonical(tmp_path, model)
+    assert "onnxsim wrote operators of com.microsoft and was skipped." in result.notes
+    assert ops(result)["MatMul"] == 6
+    feed = feed_for(model, symbol=2)
+    assert_close(run(model, feed), run(result.path, feed), FLOAT_ROUNDING)
