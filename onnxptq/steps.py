@@ -218,6 +218,8 @@ def check(
             group_bytes=run.group_bytes,
             progress=run.progress,
         )
+        for note in parity.notes:
+            run.note(note)
     quality = layers = nearest = None
     if data.heldout is not None:
         with run.timed("measure quality"):

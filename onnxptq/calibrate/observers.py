@@ -84,6 +84,10 @@ def choose_qparams(
         case "mse":
             low, high = _mse(statistics, qtype, symmetric, observer.norm)
     low, high = low * observer.margin, high * observer.margin
+    if statistics.absmax == 0.0:
+        # Samples tell no range of what they leave at zero. In steps as fine as the smallest scale, integer kernels
+        # could not hold the bias of the layer that reads it, and nothing else would come through.
+        high = float(qtype.qmax - qtype.qmin)
     if bounds is not None:
         low, high = max(low, bounds[0]), min(high, bounds[1])
     if symmetric:

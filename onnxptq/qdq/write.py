@@ -257,5 +257,9 @@ def _axis_attributes(qparams: QParams) -> dict[str, int]:
 def _constant(name: str, values: Array, storage: str) -> gs.Constant:
     if storage not in _NARROW:
         return gs.Constant(name, np.asarray(values).astype(storage))
-    packed = onnx.helper.make_tensor(name, _NARROW[storage], list(values.shape), values.reshape(-1).tolist())
-    return gs.Constant(name, LazyValues(packed))
+    # Raw bytes, two values in each: the other field of a tensor takes up to ten bytes for a negative pair.
+    nibbles = np.asarray(values).astype(np.int8).reshape(-1).view(np.uint8) & 0xF
+    low, high = np.append(nibbles, np.zeros(nibbles.size % 2, np.uint8)).reshape(-1, 2).T
+    packed = (low | high << 4).tobytes()
+    stored = onnx.helper.make_tensor(name, _NARROW[storage], list(values.shape), packed, raw=True)
+    return gs.Constant(name, LazyValues(stored))

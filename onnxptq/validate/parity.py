@@ -49,6 +49,9 @@ from onnxptq.validate.reading import Pair, WrittenModel
 from onnxptq.validate.structure import constants_of, label, locate, row_blocks
 
 FAST_MARGIN_DB = 3.0
+_NOTABLE_DB = 3.0
+"""A loss to integer kernels that is told."""
+
 _CHANCE_DB = 3 * 8.7
 CEILING_DB = 60.0
 
@@ -96,6 +99,21 @@ class Parity:
     def max_steps(self) -> float:
         """Largest difference of all edges in the exact session, in quantization steps."""
         return max((edge.max_steps for edge in self.edges), default=0.0)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Outputs that integer kernels compute much worse than they are meant.
+
+        With few bits that is no reason to refuse them: on a few samples one step more or less moves all of a sample.
+        """
+        return tuple(
+            f"Output {o.name!r} has {o.fast_sqnr_db:.1f} dB in onnxruntime's default session on {self.samples} "
+            f"samples, and {o.exact_sqnr_db:.1f} dB in the file's own arithmetic."
+            for o in self.outputs
+            if o.exact_sqnr_db is not None
+            and o.fast_sqnr_db is not None
+            and o.exact_sqnr_db - o.fast_sqnr_db > _NOTABLE_DB
+        )
 
 
 def check_parity(

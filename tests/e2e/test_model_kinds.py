@@ -287,3 +287,18 @@ def test_placement_patterns_with_all_defaults(bench: Bench, name: str) -> None:
     report = json.loads(done.out)
     assert report["parity"]["max_steps"] == 0
     assert min(o["sqnr_db"] for o in report["outputs"]) > CLOSE_DB
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "tensorrt", "simulate"])
+def test_a_layer_that_nothing_passes(bench: Bench, target: str) -> None:
+    """What is always zero has no range, and the layer behind it has a bias that its integers must hold."""
+    net = Net(seed=1)
+    x = net.op("Relu", "r0", net.conv("stem", "x", (16, 3, 3, 3)))
+    low = net.constant("low", np.full(16, -80, np.float32))
+    dead = net.op("Conv", "c1", x, net.weight("c1.w", 16, 16, 3, 3), low, pads=[1] * 4)
+    inner = net.op("Relu", "r2", net.conv("c2", net.op("Relu", "r1", dead), (16, 16, 3, 3)))
+    y = net.op("Relu", "r3", net.op("Add", "sum", net.conv("c4", inner, (16, 16, 3, 3)), x))
+    bench.write(net.proto({"x": ["n", 3, 8, 8]}, [net.conv("last", y, (8, 16, 3, 3))]))
+    np.savez(bench.data, x=np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32))
+    report = _quantized(bench, "--target", target)
+    assert report["outputs"][0]["sqnr_db"] > 30.0

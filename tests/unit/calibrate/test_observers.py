@@ -155,7 +155,16 @@ def test_a_tensor_of_zeros_gets_a_usable_scale(name: str) -> None:
     statistics = _statistics(np.zeros(10, np.float32))
     for qtype, symmetric in GRIDS:
         found = choose_qparams(statistics, qtype, symmetric=symmetric, observer=Observer(name=name))  # type: ignore[arg-type]
-        assert found.scale > 0
+        assert 0.99 <= found.scale <= 3.01
+        bounded = choose_qparams(
+            statistics,
+            qtype,
+            symmetric=symmetric,
+            observer=Observer(name=name),  # type: ignore[arg-type]
+            bounds=(0.0, 6.0),
+        )
+        # The largest integer stands for the bound, the smallest may lie beyond its mirror image.
+        assert 0.0 < bounded.scale * (qtype.qmax - int(bounded.zero_point)) <= 6.0001
 
 
 @pytest.mark.parametrize("name", ["mse", "entropy"])

@@ -267,7 +267,8 @@ def test_int4_weights_survive_saving(bits: int, shape: tuple[int, int], tmp_path
     path = _write(model, tmp_path, [_weight("w", 1, ("y", 1), qtype=qtype)], {"w": qparams})
     (stored,) = [t for t in onnx.load(str(path)).graph.initializer if t.name == "w_quantized"]
     assert stored.data_type == TensorProto.INT4
-    assert len(stored.raw_data) <= (values.size + 1) // 2
+    assert len(stored.raw_data) == (values.size + 1) // 2
+    assert stored.ByteSize() < 40 + values.size
     scale = qparams.scale.reshape(1, -1)
     np.testing.assert_array_equal(
         numpy_helper.to_array(stored).astype(np.float32) * scale, fake_quantize(values, qparams)

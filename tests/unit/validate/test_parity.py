@@ -13,7 +13,7 @@ from onnxptq.errors import OutputCheckError
 from onnxptq.runtime import Session, group_within
 from onnxptq.types import Sample
 from onnxptq.validate import exposure, parity
-from onnxptq.validate.parity import Parity, check_parity
+from onnxptq.validate.parity import OutputParity, Parity, check_parity
 from tests.unit.validate.written_model import Written, run_outputs, samples
 
 
@@ -141,3 +141,14 @@ def test_groups_cover_the_units_within_the_limit() -> None:
     units = [["a"], ["a", "b"], ["c"], ["d"], ["d", "a"]]
     groups = group_within(units, sizes, 8)
     assert groups == [[0, 1], [2], [3, 4]]  # a is counted once; c alone exceeds the limit
+
+
+def test_what_integer_kernels_lose_is_told() -> None:
+    outputs = (
+        OutputParity(name="fine", exact_sqnr_db=20.0, fast_sqnr_db=18.0),
+        OutputParity(name="lost", exact_sqnr_db=23.7, fast_sqnr_db=3.6),
+        OutputParity(name="classes", exact_sqnr_db=None, fast_sqnr_db=None),
+    )
+    (note,) = Parity(samples=2, edges=(), outputs=outputs, provider="cpu").notes
+    assert "'lost' has 3.6 dB" in note
+    assert "23.7 dB" in note
