@@ -32,6 +32,7 @@ from onnxptq.samples import Draw
 from onnxptq.solving import FOCUS_SAMPLES, Solver
 from onnxptq.targets import TARGETS
 from onnxptq.types import CanonicalModel, QParams, QuantPlan
+from onnxptq.validate.changed import changed_tensors
 
 _SLACK = 256
 """Bytes by which annotations may grow with digits."""
@@ -130,10 +131,13 @@ def _bytes_beside_weights(solver: Solver, packing: Packing, draft: BitPlan) -> i
     start = solver.start
     if "branch" in solver.recipe.low_rank_choices:
         start = replace(start, branches=largest_branches(GraphIndex(model.graph), plan))
+    changed = changed_tensors(
+        model, solver.samples.correction[0], work_dir=solver.scratch, provider=solver.recipe.provider
+    )
     whole = save_graph(
         insert_quantizers(model.graph, plan, start),
         solver.scratch / "start.onnx",
-        model_metadata=reporting.model_annotations(model, plan, solver.recipe, draft),
+        model_metadata=reporting.model_annotations(model, plan, solver.recipe, draft, changed),
         node_metadata=reporting.node_annotations(model, plan, packing, draft, start.branches),
     )
     return whole - weight_bytes(model, plan) + _SLACK

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from onnxptq.arguments import model_path
 from onnxptq.calibrate.feeds import (
     ImagePreprocess,
@@ -19,11 +21,13 @@ from onnxptq.calibrate.feeds import (
     read_labels,
 )
 from onnxptq.errors import FeedError, OnnxPtqError, OutputCheckError, QualityGateError, UsageError
+from onnxptq.graph import proto
 from onnxptq.graph.boundary import ends_of
 from onnxptq.graph.links import numbered_copy
 from onnxptq.graph.specs import input_specs
 from onnxptq.runtime import Provider, require_runtime
 from onnxptq.types import InputSpec, Progress
+from onnxptq.validate.changed import recorded
 from onnxptq.validate.compare import Comparison, compare
 from onnxptq.validate.metrics import OutputMetrics, comparable
 
@@ -89,6 +93,7 @@ def validate(
                     exact=exact,
                     inner=ends.inner,
                     selected=ends.selected,
+                    changed=_changed(first, second) if layers else (),
                     provider=provider,
                     work_dir=Path(scratch),
                     progress=progress,
@@ -100,6 +105,12 @@ def validate(
     random = "The data are random: what was measured says nothing of real inputs."
     notes = (random if feeds.source.is_random else None, pictures_note(feeds, options))
     return replace(found, notes=(*(note for note in notes if note is not None), *renamed, *found.notes))
+
+
+def _changed(*paths: Path) -> set[str]:
+    """What the files themselves say they hold in other forms."""
+    models = (onnx.load(str(path), load_external_data=False) for path in paths)
+    return {name for model in models for name in recorded(proto.metadata(model.metadata_props))}
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def quantize(
             form = steps.allocated(run, float_model, form)
             solved = steps.solved(run, form)
             with staging(target) as staged:
-                steps.write(run, form.model, solved, staged)
+                steps.write(run, form.model, solved, staged, data.samples.correction[0])
                 checks = steps.check(run, float_model, form, solved, staged, data)
                 report = steps.report(run, form.model, solved, form.statistics, staged, target, data, checks)
                 folder = steps.write_report(run, report, report_dir)

@@ -37,6 +37,7 @@ from onnxptq.solving import Solver
 from onnxptq.targets import WRITTEN_OUT
 from onnxptq.threads import import_meanwhile
 from onnxptq.types import CanonicalModel, Feeds, QuantPlan, Sample, Solution
+from onnxptq.validate.changed import changed_tensors
 from onnxptq.validate.compare import Comparison, compare
 from onnxptq.validate.latency import Latency, measure_latency
 from onnxptq.validate.parity import check_parity
@@ -170,14 +171,18 @@ def _packing(solver: Solver) -> Packing | None:
     return solver.packing if solver.packed is None else solver.packed.packing
 
 
-def write(run: Run, model: CanonicalModel, solved: Solved, path: Path) -> None:
-    """Write the QDQ file with its provenance, and what was decided about each node."""
+def write(run: Run, model: CanonicalModel, solved: Solved, path: Path, sample: Sample) -> None:
+    """Write the QDQ file with its provenance, what was decided about each node, and which tensors hold, on
+    ``sample``, other values than the user's."""
     plan, solution = solved.plan, solved.solution
     with run.timed("write"):
+        changed = changed_tensors(
+            model, sample, work_dir=run.scratch, provider=run.recipe.provider, group_bytes=run.group_bytes
+        )
         save_graph(
             _quantized(model, plan, solution),
             path,
-            model_metadata=reporting.model_annotations(model, plan, run.recipe, run.bit_plan),
+            model_metadata=reporting.model_annotations(model, plan, run.recipe, run.bit_plan, changed),
             node_metadata=reporting.node_annotations(
                 model, plan, solved.packing, run.bit_plan, solution.branches
             ),

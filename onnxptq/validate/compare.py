@@ -48,6 +48,7 @@ def compare(
     scores: Collection[str] | None = None,
     inner: Sequence[str] = (),
     selected: Collection[str] = (),
+    changed: Collection[str] = (),
     group_bytes: int = DEFAULT_GROUP_BYTES,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -65,6 +66,7 @@ def compare(
         scores: names of the outputs that hold class scores; None to decide by shape.
         inner: tensors of both files that are compared as outputs are.
         selected: names of the reference's outputs that have as many rows as a model finds.
+        changed: inner tensors that mean something else in the two files, and are not compared.
         group_bytes: largest size of the inner tensors of one sample that are held at once.
 
     Raises:
@@ -109,8 +111,12 @@ def compare(
     if layers:
         with ExitStack() as stack:
             paths = [stack.enter_context(staged(path, work_dir)) for path in (reference, quantized)]
-            rows, remarks = compare_layers(paths[0], paths[1], inputs, kept, group_bytes, progress)
+            rows, remarks = compare_layers(
+                paths[0], paths[1], inputs, kept, group_bytes, progress, changed=changed
+            )
             notes += remarks
+        if len(kept) < len(feeds):
+            notes.append(f"The inner tensors were compared on {len(kept)} of the {len(feeds)} samples.")
     return Comparison(samples=len(feeds), outputs=results, layers=rows, notes=tuple(notes))
 
 

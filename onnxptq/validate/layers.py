@@ -14,7 +14,7 @@ that tools give to S and D play no part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +77,8 @@ def compare_layers(
     samples: Sequence[Sample],
     group_bytes: int,
     progress: Progress | None = None,
+    *,
+    changed: Collection[str] = (),
 ) -> tuple[tuple[LayerQuality, ...], list[str]]:
     """Compare the shared float tensors in exact sessions.
 
@@ -85,12 +87,21 @@ def compare_layers(
         inputs: (name in the reference, name in the quantized model) of each graph input.
         samples: keyed by the reference's input names; at least one.
         group_bytes: largest size of the tensors of one sample that are held at once.
+        changed: tensors that only share a name.
 
     Returns:
         The layers, and remarks about tensors of one name that could not be compared.
     """
     remarks: list[str] = []
     shared = shared_tensors(WrittenModel(reference), WrittenModel(quantized), dict(inputs), remarks)
+    others = [item.tensor for item in shared if item.tensor in changed]
+    if others:
+        remarks.append(
+            "Not compared, as the file was made from a form of the network in which they hold other values "
+            f"(channels rescaled, rotated or shifted, constants folded): {listed(others)}. Their noise is in the "
+            "report of the run that made it."
+        )
+        shared = [item for item in shared if item.tensor not in changed]
     feeds = [(dict(sample), {b: sample[a] for a, b in inputs}) for sample in samples]
     sizes: dict[str, int] = {}
     for side, path in enumerate((reference, quantized)):
