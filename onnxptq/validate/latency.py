@@ -44,7 +44,7 @@ def measure_latency(
     sample: Sample,
     *,
     pairs: int = 20,
-    seconds: float = 1.0,
+    seconds: float = 0.6,
     provider: Provider = "cpu",
     threads: int = 0,
     progress: Progress | None = None,
