@@ -17,7 +17,6 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxptq.runtime import Provider, concrete_shapes, group_within, open_exposed
-from onnxptq.threads import in_threads
 from onnxptq.types import Array, CanonicalModel, Sample
 from onnxptq.validate.exposure import DEFAULT_GROUP_BYTES, staged
 
