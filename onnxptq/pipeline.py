@@ -72,7 +72,7 @@ def quantize(
         target, {option: None if place is None else Path(place) for option, place in places.items()}
     )
     if report_dir is not None:
-        require_writable_folder(Path(report_dir))
+        require_writable_folder(Path(report_dir), steps.REPORT_FILES)
     with running.start(wanted, work_dir, progress, ranks) as run:
         float_model = steps.canonical_model(run, source)
         data = feeding.open_data(run, float_model, calibration, evaluation, labels)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from onnxptq.errors import OutputPathError
+from onnxptq.errors import OnnxPtqError, OutputPathError
 
 if sys.platform != "win32":
     import fcntl
@@ -39,26 +40,49 @@ def require_apart(output: Path, folders: Mapping[str, Path | None]) -> None:
             )
 
 
-def require_writable(path: Path) -> None:
-    """Raise OutputPathError unless a file could be created at ``path``; checked before any long work."""
-    folder = path.parent
-    if path.is_dir():
+def real_place(path: Path) -> Path:
+    """Where a file of that name is written: at the end of its symbolic links, which stay.
+
+    Raises:
+        OutputPathError: there is something else than a regular file, such as a folder, a device or a pipe.
+    """
+    place = Path(os.path.realpath(path))
+    if os.path.lexists(place) and not place.is_file():
+        what = "is a folder" if place.is_dir() else "is not a regular file"
         raise OutputPathError(
-            f"The output '{path}' is a folder.", "Name a file, for example model.int8.onnx."
+            f"The output '{path}' {what}.", "Name a file, for example model.int8.onnx, or another folder."
         )
+    return place
+
+
+def require_writable(path: Path) -> None:
+    """Raise OutputPathError unless a file could be written at ``path``; checked before any long work."""
+    place = real_place(path)
+    # Large weights would go there. They are looked for beside the model, so that no link may lead elsewhere.
+    data = place.with_name(f"{place.name}.data")
+    if os.path.lexists(data) and (data.is_symlink() or not data.is_file()):
+        raise OutputPathError(
+            f"'{data}', where large weights of the output would go, is not a regular file.",
+            "Choose another output, or remove it.",
+        )
+    # What the user wrote reads better than where it leads, as long as these are the same.
+    folder = place.parent if path.is_symlink() else path.parent
     if not folder.is_dir():
         raise OutputPathError(f"The folder '{folder}' does not exist.", "Create it or choose another output.")
     _require_room(folder)
 
 
-def require_writable_folder(folder: Path) -> None:
-    """Raise OutputPathError unless files could be created in ``folder``, which need not exist yet."""
+def require_writable_folder(folder: Path, names: Iterable[str] = ()) -> None:
+    """Raise OutputPathError unless files, ``names`` among them, could be written in ``folder``, which need not exist
+    yet."""
     place = folder
-    while not place.exists() and place != place.parent:
+    while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise OutputPathError(f"'{place}' is a file, not a folder.", "Choose another folder.")
+        raise OutputPathError(f"'{place}' is not a folder.", "Choose another folder.")
     _require_room(place)
+    for name in names:
+        real_place(folder / name)
 
 
 def _require_room(folder: Path) -> None:
@@ -141,23 +165,43 @@ def staging(path: Path) -> Iterator[Path]:
     """A path of the same name in a hidden folder beside ``path``; moved into place when the block succeeds.
 
     Everything in the hidden folder (external data too) moves, the file itself last; on any failure it is
-    removed and ``path`` is untouched.
+    removed and ``path`` is untouched. Where ``path`` is a symbolic link, all of this happens where it leads.
 
     Raises:
-        OutputPathError: the folder of ``path`` cannot be written.
+        OutputPathError: the folder of ``path`` cannot be written, or no regular file is there.
     """
-    with claimed_folder(path.parent, f".{path.name}.onnxptq-") as folder:
-        staged = folder / path.name
-        yield staged
+    place = real_place(path)
+    with claimed_folder(place.parent, f".{place.name}.onnxptq-") as folder:
+        staged = folder / place.name
+        with _named_as(path, staged):
+            yield staged
         try:
             for companion in sorted(folder.iterdir()):
                 if companion != staged:
-                    companion.replace(path.parent / companion.name)
-            staged.replace(path)
+                    companion.replace(place.parent / companion.name)
+            staged.replace(place)
         except OSError as error:
             raise OutputPathError(
                 f"'{path}' cannot be written: {error.strerror or error}.", "Choose another output."
             ) from error
+
+
+@contextmanager
+def _named_as(path: Path, staged: Path) -> Iterator[None]:
+    """Errors about ``staged``, and about files beside it, tell of ``path``, the only one that the user knows."""
+    folder = str(staged.parent)
+    beside = re.compile(rf"{re.escape(folder)}(/[^/\s']+)?")
+    try:
+        yield
+    except OnnxPtqError as error:
+        message = beside.sub(lambda _: str(path), error.message.replace(str(staged), str(path)))
+        if message == error.message:
+            raise
+        raise type(error)(message, error.remedy) from error
+    except OSError as error:
+        if error.errno in _SPACE_ERRORS and str(error.filename).startswith(folder):
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -179,21 +223,22 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
     """Write small text files into ``folder``, which is made if needed: all of them, or none.
 
     Raises:
-        OutputPathError: the folder cannot be written.
+        OutputPathError: the folder cannot be written, or no regular file is at one of their places.
     """
     is_new = not folder.exists()
-    temporary: dict[str, Path] = {}
+    temporary: dict[Path, Path] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             for name, text in texts.items():
-                descriptor, path = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-                temporary[name] = Path(path)
+                place = real_place(folder / name)
+                descriptor, path = tempfile.mkstemp(dir=place.parent, prefix=f".{name}.")
+                temporary[place] = Path(path)
                 with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                     file.write(text)
-                temporary[name].chmod(0o644)
-            for name, written in temporary.items():
-                written.replace(folder / name)
+                temporary[place].chmod(0o644)
+            for place, written in temporary.items():
+                written.replace(place)
         except BaseException:
             for written in temporary.values():
                 written.unlink(missing_ok=True)

@@ -53,6 +53,9 @@ PARITY_SAMPLES = 2
 RELAXATIONS = 3
 """How often more nodes may be left in float to reach the floor: what each gains is only predicted."""
 
+REPORT_FILES = ("report.json", "report.html", "plan.yaml")
+"""What a run may write into the folder of its report."""
+
 LAYER_SAMPLES = 4
 """Held-out samples on which every inner tensor is compared with the float network."""
 

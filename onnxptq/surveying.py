@@ -20,6 +20,8 @@ from onnxptq.validate.sensitivity import SensitivityReport
 
 DEFAULTS = Recipe(target="simulate", method="pack-ptq", weight_bits=4, activation_bits=4)
 
+_REPORT_FILES = ("sensitivity.json", "sensitivity.html")
+
 
 def sensitivity(
     model: str | Path,
@@ -51,7 +53,7 @@ def sensitivity(
     """
     require_runtime()
     if report_dir is not None:
-        require_writable_folder(Path(report_dir))
+        require_writable_folder(Path(report_dir), _REPORT_FILES)
     source_path, wanted = model_path(model), as_recipe(recipe, DEFAULTS).updated(equalize=False)
     with running.start(wanted, work_dir, progress, ranks) as run:
         source = steps.canonical_model(run, source_path)
@@ -74,6 +76,6 @@ def sensitivity(
             written = json.dumps(report.to_json(), indent=2) + "\n"
             write_texts(
                 Path(report_dir),
-                {"sensitivity.json": written, "sensitivity.html": render_sensitivity(report)},
+                dict(zip(_REPORT_FILES, (written, render_sensitivity(report)), strict=True)),
             )
     return report

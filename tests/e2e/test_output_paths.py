@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -60,6 +61,21 @@ def test_the_default_folder_of_the_report_at_the_place_of_the_output(bench: Benc
 def test_a_link_to_the_input_is_the_input(bench: Bench) -> None:
     (bench.folder / "link.onnx").symlink_to(bench.model)
     bench.refuses(2, "is the input model", do=lambda: bench.quantize("-o", bench.folder / "link.onnx"))
+
+
+def test_a_pipe_is_not_replaced(bench: Bench) -> None:
+    os.mkfifo(bench.folder / "pipe.onnx")
+    bench.refuses(2, "is not a regular file", do=lambda: bench.quantize("-o", bench.folder / "pipe.onnx"))
+    assert (bench.folder / "pipe.onnx").is_fifo()
+
+
+def test_a_link_stays_and_the_file_behind_it_is_written(bench: Bench) -> None:
+    place = bench.work.parent / "models" / "net.onnx"
+    place.parent.mkdir()
+    bench.output.symlink_to(place)
+    assert bench.quantize("--no-report").code == 0
+    assert bench.output.readlink() == place
+    onnx.checker.check_model(str(place))
 
 
 @pytest.mark.parametrize("option", ["-o", "--report", "--work-dir"])

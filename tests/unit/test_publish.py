@@ -5,13 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from onnxptq import publish
 from onnxptq.errors import OutputPathError
-from onnxptq.publish import claimed_folder, space_errors, staging, write_texts
+from onnxptq.publish import (
+    claimed_folder,
+    require_writable,
+    require_writable_folder,
+    space_errors,
+    staging,
+    write_texts,
+)
 
 
 def test_staging_moves_everything_at_the_end(tmp_path: Path) -> None:
@@ -24,6 +32,66 @@ def test_staging_moves_everything_at_the_end(tmp_path: Path) -> None:
         "net.onnx": b"model",
         "net.onnx.data": b"weights",
     }
+
+
+def test_staging_follows_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link, place = tmp_path / "net.onnx", tmp_path / "real" / "other.onnx"
+    link.symlink_to("real/other.onnx")
+    for content in (b"through a dangling link", b"over a file"):
+        require_writable(link)
+        with staging(link) as staged:
+            assert staged.parent.parent == place.parent
+            staged.write_bytes(content)
+        assert link.is_symlink()
+        assert place.read_bytes() == content
+    assert sorted(tmp_path.rglob("*")) == [link, place.parent, place]
+
+
+@pytest.mark.parametrize("is_linked", [False, True])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: Path(path).symlink_to(path)], ids=["pipe", "loop"])
+def test_what_is_no_regular_file_is_refused(
+    tmp_path: Path, make: Callable[[Path], object], is_linked: bool
+) -> None:
+    special, path = tmp_path / "special", tmp_path / "net.onnx"
+    make(special if is_linked else path)
+    if is_linked:
+        path.symlink_to(special)
+    with pytest.raises(OutputPathError, match=r"net\.onnx' is not a regular file"):
+        require_writable(path)
+    with pytest.raises(OutputPathError, match="regular"), staging(path):
+        pytest.fail("nothing may be written")
+    with pytest.raises(OutputPathError, match="regular"):
+        require_writable_folder(tmp_path, ["report.json", "net.onnx"])
+    with pytest.raises(OutputPathError, match="regular"):
+        write_texts(tmp_path, {"first": "", "net.onnx": ""})
+    assert not path.is_file()
+    assert {p.name for p in tmp_path.iterdir()} == ({"special", "net.onnx"} if is_linked else {"net.onnx"})
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: Path(path).symlink_to("elsewhere")])
+def test_large_weights_need_a_place_as_well(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "net.onnx.data")
+    with pytest.raises(OutputPathError, match=r"net\.onnx\.data'.* not a regular file"):
+        require_writable(tmp_path / "net.onnx")
+
+
+def test_texts_follow_links(tmp_path: Path) -> None:
+    (tmp_path / "report.json").symlink_to("kept.json")
+    write_texts(tmp_path, {"report.json": "1"})
+    assert (tmp_path / "report.json").is_symlink()
+    assert (tmp_path / "kept.json").read_text() == "1"
+
+
+@pytest.mark.parametrize("name", ["net.onnx", ".net.onnx.abc.tmp", "with blank.onnx", ""])
+def test_no_error_names_the_hidden_folder(tmp_path: Path, name: str) -> None:
+    target = tmp_path / (name if name.endswith(".onnx") else "net.onnx")
+    with pytest.raises(OutputPathError) as caught, space_errors(tmp_path), staging(target) as staged:
+        raise OSError(errno.ENOSPC, "No space left on device", str(staged.parent / name))
+    assert caught.value.message == f"'{target}' cannot be written: No space left on device."
+    with pytest.raises(OutputPathError) as caught, staging(target) as staged:
+        raise OutputPathError(f"{staged.parent / name} is full.", "Free space.")
+    assert caught.value.message == f"{target} is full."
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
