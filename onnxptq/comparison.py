@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -25,6 +24,7 @@ from onnxptq.graph import proto
 from onnxptq.graph.boundary import ends_of
 from onnxptq.graph.links import numbered_copy
 from onnxptq.graph.specs import input_specs
+from onnxptq.room import temporary_folder
 from onnxptq.runtime import Provider, require_runtime
 from onnxptq.types import InputSpec, Progress
 from onnxptq.validate.changed import recorded
@@ -70,15 +70,15 @@ def validate(
     _require_same_inputs(float_path, specs, other_path, input_specs(other_path))
     renamed: list[str] = []
     with (
-        tempfile.TemporaryDirectory(prefix="onnxptq-") as scratch,
-        _numbered((float_path, other_path), Path(scratch), renamed) as (first, second),
+        temporary_folder() as scratch,
+        _numbered((float_path, other_path), scratch, renamed) as (first, second),
     ):
         ends = ends_of(first, second)
         feeds = open_feeds(
             data,
             specs,
             preprocess=resolve_preprocess(specs, options),
-            spool_dir=Path(scratch),
+            spool_dir=scratch,
             limit=limit,
         )
         try:
@@ -95,7 +95,7 @@ def validate(
                     selected=ends.selected,
                     changed=_changed(first, second) if layers else (),
                     provider=provider,
-                    work_dir=Path(scratch),
+                    work_dir=scratch,
                     progress=progress,
                 )
         except OutputCheckError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from onnxptq.partition.describe import BlockRow, describe_blocks
 from onnxptq.placing import Selectors, placement_request, selector_notes
 from onnxptq.recipe import Recipe
 from onnxptq.reporting import labelled
+from onnxptq.room import temporary_folder
 from onnxptq.runtime import infer_types, require_loadable
 from onnxptq.targets import TARGETS, WRITTEN_OUT
 from onnxptq.types import CanonicalModel, Progress, Skip, UserNode
@@ -103,10 +103,10 @@ def inspect(
         SelectorError: a selector of ``recipe`` matches nothing.
     """
     source, recipe = model_path(model), as_recipe(recipe)
-    with tempfile.TemporaryDirectory(prefix="onnxptq-") as folder:
+    with temporary_folder() as folder:
         canonical = canonicalize(
             source,
-            Path(folder),
+            folder,
             opset=recipe.opset,
             simplify=recipe.simplify,
             expanded=sorted({op for ops in WRITTEN_OUT.values() for op in ops}),

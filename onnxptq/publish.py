@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -14,12 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from onnxptq.errors import OnnxPtqError, OutputPathError
+from onnxptq.room import SPACE_ERRORS
 
 if sys.platform != "win32":
     import fcntl
 
 _SETTLED_SECONDS = 5.0
-_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 
 def require_distinct(source: Path, output: Path) -> None:
@@ -199,24 +198,9 @@ def _named_as(path: Path, staged: Path) -> Iterator[None]:
             raise
         raise type(error)(message, error.remedy) from error
     except OSError as error:
-        if error.errno in _SPACE_ERRORS and str(error.filename).startswith(folder):
+        if error.errno in SPACE_ERRORS and str(error.filename).startswith(folder):
             error.filename = str(path)
         raise
-
-
-@contextmanager
-def space_errors(work_dir: Path) -> Iterator[None]:
-    """Turn a full or read-only disk, wherever it is met, into an OutputPathError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _SPACE_ERRORS:
-            raise
-        where = error.filename or work_dir
-        raise OutputPathError(
-            f"'{where}' cannot be written: {error.strerror}.",
-            "Free space, or choose another --output, --report, --work-dir or TMPDIR.",
-        ) from error
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:

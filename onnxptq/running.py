@@ -17,9 +17,10 @@ from onnxptq.calibrate.feeds import ImagePreprocess
 from onnxptq.calibrate.products import Focus
 from onnxptq.calibrate.run import DEFAULT_GROUP_BYTES
 from onnxptq.errors import OutputPathError
-from onnxptq.publish import claimed_folder, space_errors
+from onnxptq.publish import claimed_folder
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import Recipe
+from onnxptq.room import space_errors
 from onnxptq.solving import Samples
 from onnxptq.types import Feeds, Progress, QuantPlan, Solution
 from onnxptq.validate.compare import Comparison

@@ -374,7 +374,7 @@ def _clean(
         try:
             _run(draft, scratch, ["read", *convert, "simplify", "infer"], options)
         except NativeError as failure:
-            if failure.step == "simplify":
+            if failure.step in ("simplify", "write"):
                 draft.notes.append(f"onnxsim could not clean this model and was skipped: {failure.reason}")
         else:
             added = sorted(_domains(draft.model) - known)

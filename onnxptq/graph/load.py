@@ -14,7 +14,6 @@ as they lead to the folder that the model's own link leads to. onnxruntime asks 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from onnxptq.errors import AlreadyQuantizedError, InvalidModelError, Unsupported
 from onnxptq.graph import proto
 from onnxptq.graph.native import NativeError, run_native
 from onnxptq.graph.weights import load_inline
+from onnxptq.room import temporary_folder
 
 MIN_OPSET = 11
 """The oldest default operator set that is accepted; older ones lack inputs that the passes rely on."""
@@ -99,8 +99,8 @@ def check_model(model: onnx.ModelProto, path: Path) -> None:
     """
     try:
         if any(proto.is_external(tensor) for tensor in proto.walk_tensors(model)):
-            with tempfile.TemporaryDirectory(prefix="onnxptq-") as folder:
-                skeleton = Path(folder) / path.name
+            with temporary_folder() as folder:
+                skeleton = folder / path.name
                 skeleton.write_bytes(_without_external_data(model, path.parent).SerializeToString())
                 run_native("check", skeleton)
         else:

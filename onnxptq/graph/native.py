@@ -11,10 +11,11 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from onnxptq.room import SPACE_ERRORS, no_room, temporary_folder
 
 _WORKER = Path(__file__).with_name("native_worker.py")
 _BASE_MEMORY_MB = 6 * 1024
@@ -51,11 +52,13 @@ def run_native(
 
     Raises:
         NativeError: a step failed, crashed, ran out of time or out of memory; no ``output`` is left.
+        OutputPathError: there is no room for intermediate files.
+        OSError: there is none for ``output``.
     """
     names = [steps] if isinstance(steps, str) else list(steps)
     size = (input_path or source).stat().st_size
-    with tempfile.TemporaryDirectory(prefix="onnxptq-") as folder:
-        result = Path(folder) / "result.json"
+    with temporary_folder() as folder:
+        result = folder / "result.json"
         job = {
             "steps": names,
             "source": str(source),
@@ -65,7 +68,7 @@ def run_native(
             "memory_mb": _BASE_MEMORY_MB + _MEMORY_PER_MODEL_BYTE * (size >> 20),
             **(options or {}),
         }
-        job_path = Path(folder) / "job.json"
+        job_path = folder / "job.json"
         job_path.write_text(json.dumps(job), encoding="utf-8")
         try:
             _run(job_path, result, _BASE_SECONDS + _SECONDS_PER_GB * size / 2**30)
@@ -101,11 +104,22 @@ def _run(job_path: Path, result: Path, timeout: float) -> None:
     if code is None:
         raise NativeError(step, f"it did not finish within {timeout:.0f} s", True)
     if result.exists():
-        answer = json.loads(result.read_text(encoding="utf-8"))
-        raise NativeError(answer["step"], answer["reason"], False)
+        raise _failure(result.read_text(encoding="utf-8"))
     tail = " ".join(log.read_text(errors="replace").split())[-300:]
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     raise NativeError(step, f"the native library crashed ({how}) {tail}".rstrip(), True)
+
+
+def _failure(answer: str) -> Exception:
+    """What the worker has said; cut off where the disk was full."""
+    try:
+        told = json.loads(answer)
+    except ValueError:
+        return no_room("the disk is full")
+    if told["errno"] not in SPACE_ERRORS:
+        return NativeError(told["step"], told["reason"], False)
+    reason = os.strerror(told["errno"])
+    return OSError(told["errno"], reason) if told["step"] == "write" else no_room(reason)
 
 
 _STEP_NAMES = frozenset({"check", "read", "inline", "expand", "convert", "simplify", "infer", "write"})

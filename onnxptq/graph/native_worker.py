@@ -121,13 +121,14 @@ def main(job_path: Path) -> int:
     job = json.loads(job_path.read_text(encoding="utf-8"))
     _limit_memory(job["memory_mb"])
     model: onnx.ModelProto | None = None
-    step = "start"
+    step, number = "start", None
     try:
         for step in job["steps"]:
             print(step, flush=True)
             model = STEPS[step](job, model)
         if job.get("output"):
-            print("write", flush=True)
+            step = "write"
+            print(step, flush=True)
             assert model is not None
             onnx.save(model, job["output"])
     except MemoryError:
@@ -135,9 +136,11 @@ def main(job_path: Path) -> int:
     except Exception as error:
         text = " ".join(str(error).split())
         reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        number = error.errno if isinstance(error, OSError) else None
     else:
         return 0
-    Path(job["result"]).write_text(json.dumps({"step": step, "reason": reason[:500]}), encoding="utf-8")
+    told = {"step": step, "reason": reason[:500], "errno": number}
+    Path(job["result"]).write_text(json.dumps(told), encoding="utf-8")
     return 1
 
 

@@ -132,6 +132,23 @@ def test_a_disk_that_fills_up(bench: Bench, kilobytes: int) -> None:
     assert [p for p in bench.work.iterdir() if not p.name.startswith("calibration-")] == []
 
 
+@pytest.mark.parametrize(
+    ("command", "limit"), [("inspect", 0), ("inspect", 100), ("inspect", 3000), ("validate", 0)]
+)
+def test_no_room_for_intermediate_files(bench: Bench, command: str, limit: int) -> None:
+    place = bench.work.parent / "intermediate"
+    place.mkdir()
+    given = (bench.model, bench.model, "--data", bench.data) if command == "validate" else (bench.model,)
+    bench.refuses(
+        2,
+        "TMPDIR",
+        str(place),
+        do=lambda: process(
+            command, *given, "--quiet", preexec_fn=_limited(limit), env={"TMPDIR": str(place)}
+        ),
+    )
+
+
 def _full(*_: Any, **__: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -16,10 +16,10 @@ from onnxptq.publish import (
     claimed_folder,
     require_writable,
     require_writable_folder,
-    space_errors,
     staging,
     write_texts,
 )
+from onnxptq.room import space_errors
 
 
 def test_staging_moves_everything_at_the_end(tmp_path: Path) -> None:
@@ -167,15 +167,3 @@ def test_both_texts_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(OutputPathError, match="No space left"):
         write_texts(tmp_path / "b", {"one": "1", "two": "2"})
     assert not (tmp_path / "b").exists()
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EFBIG])
-def test_a_full_disk_names_the_file(tmp_path: Path, number: int) -> None:
-    with pytest.raises(OutputPathError, match="some/file") as caught, space_errors(tmp_path):
-        raise OSError(number, os.strerror(number), "some/file")
-    assert "TMPDIR" in caught.value.remedy
-
-
-def test_other_errors_pass() -> None:
-    with pytest.raises(FileNotFoundError), space_errors(Path()):
-        raise FileNotFoundError(errno.ENOENT, "gone", "x")

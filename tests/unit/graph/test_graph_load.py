@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random as stdlib_random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from onnxptq.errors import AlreadyQuantizedError, InvalidModelError, OnnxPtqError, UnsupportedModelError
+from onnxptq.errors import (
+    AlreadyQuantizedError,
+    InvalidModelError,
+    OnnxPtqError,
+    OutputPathError,
+    UnsupportedModelError,
+)
 from onnxptq.graph import native
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.load import load_model, model_bytes, read_model
@@ -366,3 +373,21 @@ def test_mutated_files_through_the_native_steps(tmp_path: Path, seed: int) -> No
     if caught is not None:
         assert str(path) in caught.message
         assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "answer", ["", '{"step": "check", "reason": "OSError", "errno": 28}'], ids=["cut off", "told"]
+)
+def test_a_native_process_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, sys\n"
+        "job = json.load(open(sys.argv[1]))\n"
+        f"open(job['result'], 'w').write({answer!r})\n"
+        "sys.exit(1)\n"
+    )
+    monkeypatch.setattr(native, "_WORKER", worker)
+    with pytest.raises(OutputPathError, match=r"full|No space left") as caught:
+        load_model(saved(tmp_path, linear()))
+    assert tempfile.gettempdir() in caught.value.message
+    assert "TMPDIR" in caught.value.remedy
