@@ -13,8 +13,16 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from onnxptq.errors import EXIT_INTERRUPTED, INTERRUPTED, MemoryBudgetError, OnnxPtqError, is_interruption
+from onnxptq.errors import (
+    EXIT_INTERRUPTED,
+    INTERRUPTED,
+    MemoryBudgetError,
+    OnnxPtqError,
+    UsageError,
+    is_interruption,
+)
 from onnxptq.ranks import Ranks
+from onnxptq.room import SPACE_ERRORS
 from onnxptq.version import __version__
 
 from .inspect import inspect
@@ -26,7 +34,7 @@ EXIT_CODES = """\b
 Exit codes:
   0    success
   1    internal error (a bug; --debug shows where)
-  2    the request is wrong: option, recipe, data, or output path
+  2    the request is wrong: option, recipe, data, or output path; or standard output is full
   3    the model is unsupported, damaged, or already quantized
   4    a quality gate (--min-...) is not met
   5    the target refuses the request
@@ -112,12 +120,22 @@ def _ended(error: Exception | KeyboardInterrupt, debug: bool) -> int:
         case MemoryError():
             advice = "Lower --max-memory or --samples."
             return _failed("The machine ran out of memory.", advice, MemoryBudgetError.exit_code, debug)
-        case BrokenPipeError():
-            # The reader is gone; without this the interpreter complains again while it flushes at its end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+        case OSError() if isinstance(error, BrokenPipeError) or error.errno in SPACE_ERRORS:
+            return _unheard(error, debug)
     message = f"Internal error: {type(error).__name__}: {error}"
     return _failed(message, "Rerun with --debug and report the traceback.", 1, debug)
+
+
+def _unheard(error: OSError, debug: bool) -> int:
+    """Standard output cannot be written, as files that can not have errors of their own: say so, unless its reader has
+    left."""
+    # Without this the interpreter complains again while it flushes at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return UsageError.exit_code
+    done = " ".join(getattr(error, "__notes__", ()))
+    message = f"Standard output cannot be written: {error.strerror or error}. {done}".rstrip()
+    return _failed(message, "Free space, or send the output elsewhere.", UsageError.exit_code, debug)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

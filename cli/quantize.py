@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -29,6 +29,9 @@ from .options import (
     work_dir_option,
 )
 from .progress import TerminalProgress
+
+if TYPE_CHECKING:
+    from onnxptq.pipeline import Result
 
 
 @click.command()
@@ -227,7 +230,6 @@ def quantize(
     onnxptq quantize model.onnx --calib photos/ -t tensorrt --exclude '*/head/*' --min-agreement 0.98
     """
     from onnxptq.pipeline import quantize as run
-    from onnxptq.validate.summary import render_summary
 
     pictures = picture_options(preprocess, {name: settings.pop(name) for name in PICTURE_FLAGS})
     recipe = _recipe(recipe_path, settings, pictures)
@@ -246,15 +248,25 @@ def quantize(
             progress=progress,
             ranks=ranks or ALONE,
         )
-    if as_json:
-        click.echo(json.dumps(result.report.to_json(), indent=2))
-    elif not quiet:
-        console = Console(highlight=False)
-        page = None if result.report_dir is None else result.report_dir / "report.html"
-        console.print(render_summary(result.report, page))
-        console.print(f"output  {result.output}", soft_wrap=True, markup=False)
-        if page is not None:
-            console.print(f"report  {page}", soft_wrap=True, markup=False)
+    try:
+        if as_json:
+            click.echo(json.dumps(result.report.to_json(), indent=2))
+        elif not quiet:
+            _show(result)
+    except OSError as error:
+        error.add_note(f"The model was written to '{result.output}'.")
+        raise
+
+
+def _show(result: Result) -> None:
+    from onnxptq.validate.summary import render_summary
+
+    console = Console(highlight=False)
+    page = None if result.report_dir is None else result.report_dir / "report.html"
+    console.print(render_summary(result.report, page))
+    console.print(f"output  {result.output}", soft_wrap=True, markup=False)
+    if page is not None:
+        console.print(f"report  {page}", soft_wrap=True, markup=False)
 
 
 def _recipe(path: Path | None, settings: dict[str, Any], pictures: dict[str, Any]) -> Recipe:

@@ -69,7 +69,14 @@ def require_runtime() -> None:
             "onnxruntime is not installed.",
             "Run: pip install 'onnxptq[gpu]' (NVIDIA GPU) or pip install 'onnxptq[cpu]'.",
         )
-    import onnxruntime
+    try:
+        import onnxruntime
+    except (ImportError, OSError) as error:
+        raise EnvironmentMismatchError(
+            f"onnxruntime cannot be imported: {one_line(error)}.",
+            "Install the libraries that it misses, or another build: pip uninstall -y onnxruntime onnxruntime-gpu, "
+            "then pip install 'onnxptq[cpu]' or 'onnxptq[gpu]'.",
+        ) from error
 
     if not hasattr(onnxruntime, "InferenceSession"):
         raise EnvironmentMismatchError(

@@ -100,6 +100,64 @@ def test_a_reader_that_leaves_is_no_disaster() -> None:
     assert done.stderr == ""
 
 
+FILLED = """
+import json, resource, sys
+from onnxptq.cli.main import main
+real = json.dumps
+def full(value, **options):
+    text = real(value, **options)
+    if "notes" in value:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    return text
+{start}
+main(sys.argv[1:])
+"""
+
+
+def _into_a_full_file(bench: Bench, *arguments: object, full: bool) -> Finished:
+    """A limit on file sizes stands for a full disk: from the start, or from where results are printed."""
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))" if full else "json.dumps = full"
+    with (bench.work.parent / "out").open("w") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", FILLED.format(start=limit), *map(str, arguments)],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    return Finished(code=done.returncode, out="", err=done.stderr)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["quantize", "--help"]])
+def test_a_full_standard_output_is_2(bench: Bench, arguments: list[str]) -> None:
+    bench.refuses(
+        2,
+        "Standard output cannot be written: File too large.",
+        do=lambda: _into_a_full_file(bench, *arguments, full=True),
+    )
+
+
+def test_a_full_standard_output_is_no_reason_to_lose_a_model(bench: Bench) -> None:
+    done = bench.refuses(
+        2,
+        "Standard output cannot be written: File too large.",
+        f"The model was written to '{bench.output}'.",
+        do=lambda: _into_a_full_file(bench, *bench.arguments("--json", "--no-report"), full=False),
+        keeps=False,
+    )
+    assert bench.output.is_file()
+    assert len(done.err.splitlines()) == 2
+
+
+def test_a_full_standard_output_of_inspect(bench: Bench) -> None:
+    done = bench.refuses(
+        2,
+        "Standard output cannot be written",
+        do=lambda: _into_a_full_file(bench, "inspect", bench.model, "--json", full=False),
+    )
+    assert "model" not in done.err
+
+
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["quantize", "-h"]])
 def test_help_is_0(arguments: list[str], bench: Bench) -> None:
     done = here(bench.capsys, *arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,18 @@ def test_other_errors_pass(place: Path) -> None:
     assert list(place.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["system", "own"])
-def test_a_temporary_folder_without_room(place: Path, kind: str) -> None:
+def _system(folder: Path) -> OSError:
+    return OSError(errno.ENOSPC, "No space left on device", str(folder / "x"))
+
+
+def _own(folder: Path) -> OutputPathError:
+    return OutputPathError(f"{folder} is full: No space left.", "Free it.")
+
+
+@pytest.mark.parametrize("kind", [_system, _own])
+def test_a_temporary_folder_without_room(place: Path, kind: Callable[[Path], Exception]) -> None:
     with pytest.raises(OutputPathError, match="No space left") as caught, temporary_folder() as folder:
-        full = OSError(errno.ENOSPC, "No space left on device", str(folder / "x"))
-        raise full if kind == "system" else OutputPathError(f"{folder} is full: No space left.", "Free it.")
+        raise kind(folder)
     assert str(place) in caught.value.message
     assert "onnxptq-" not in caught.value.message.replace(str(place), "")
     assert "TMPDIR" in caught.value.remedy
