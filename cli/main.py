@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
-from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -67,7 +65,6 @@ cli.add_command(sensitivity)
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with a documented code."""
-    signal.signal(signal.SIGTERM, _interrupt)
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     sys.exit(_run(arguments, debug))
 
@@ -127,8 +124,8 @@ def _ended(error: Exception | KeyboardInterrupt, debug: bool) -> int:
 
 
 def _unheard(error: OSError, debug: bool) -> int:
-    """Standard output cannot be written, as files that can not have errors of their own: say so, unless its reader has
-    left."""
+    """Standard output cannot be written: say so, unless its reader has left. Where files cannot be, other errors are
+    raised."""
     # Without this the interpreter complains again while it flushes at its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
@@ -136,10 +133,6 @@ def _unheard(error: OSError, debug: bool) -> int:
     done = " ".join(getattr(error, "__notes__", ()))
     message = f"Standard output cannot be written: {error.strerror or error}. {done}".rstrip()
     return _failed(message, "Free space, or send the output elsewhere.", UsageError.exit_code, debug)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _interrupted() -> int:

@@ -8,14 +8,16 @@ Importing this package loads neither torch nor onnxruntime.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
 from onnxptq.errors import OnnxPtqError
 
+# The module typing would take longer than all of this, before the command line can mind Ctrl-C.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from onnxptq.calibrate.feeds import ImagePreprocess
     from onnxptq.comparison import validate
     from onnxptq.inspection import inspect
@@ -51,6 +53,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'onnxptq' has no attribute '{name}'")
+    import importlib
+
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import sys
 
+from onnxptq import interrupts
 from onnxptq.errors import EXIT_INTERRUPTED, INTERRUPTED, is_interruption
 
 
 def main() -> None:
     """Run the command line and exit with a documented code."""
+    interrupts.begin()
     try:
         from onnxptq.cli.main import main as run
 
@@ -22,6 +24,8 @@ def main() -> None:
             raise
         print(INTERRUPTED, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    finally:
+        interrupts.end()
 
 
 if __name__ == "__main__":

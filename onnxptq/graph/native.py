@@ -99,6 +99,8 @@ def _run(job_path: Path, result: Path, timeout: float) -> None:
                 process.wait()
     if code == 0:
         return
+    if code == -signal.SIGINT:  # Ctrl-C reaches every process of the terminal
+        raise KeyboardInterrupt
     lines = [line for line in progress.read_text(errors="replace").splitlines() if line]
     step = next((line for line in reversed(lines) if line in _STEP_NAMES), "start")
     if code is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -50,12 +49,8 @@ def process(*arguments: object, limit: float = 120, **options: Any) -> Finished:
 def here(capsys: pytest.CaptureFixture[str], *arguments: object) -> Finished:
     """``onnxptq ARGUMENTS`` in this process."""
     capsys.readouterr()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     code = stopped.value.code
     assert isinstance(code, int)

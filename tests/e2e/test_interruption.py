@@ -19,7 +19,7 @@ from tests.e2e.command import Bench, pictures, process, snapshot
 
 SLOW = """
 import importlib, signal, sys, time
-from onnxptq.cli.main import main
+from onnxptq.__main__ import main
 # A shell's background job starts with the signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 (place, name), ready = sys.argv[1].rsplit(".", 1), sys.argv[2]
@@ -30,7 +30,8 @@ def slow(*arguments, **options):
     time.sleep(60)
     return real(*arguments, **options)
 setattr(module, name, slow)
-main(sys.argv[3:])
+sys.argv[1:3] = []
+main()
 """
 
 AFTER_PACKS = """
@@ -64,6 +65,9 @@ FAILURES = {
     "extension": "raise ImportError('initialization failed') from KeyboardInterrupt()",
 }
 
+SIGNAL = "import signal; signal.raise_signal(signal.SIGTERM); print('on')"
+"""What would end the program at once, were it not for the import."""
+
 
 def _script() -> str:
     """What the command ``onnxptq`` runs, by its entry in the package's metadata."""
@@ -85,6 +89,50 @@ def test_interrupted_while_importing(start: str, failure: str) -> None:
     assert done.returncode == 130
     assert done.stdout == ""
     assert done.stderr.splitlines() == [INTERRUPTED]
+
+
+LOADING = """
+import signal, sys, time
+from onnxptq import interrupts
+# A shell's background job starts with the signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+interrupts.begin()
+sys.path.insert(0, sys.argv[1])
+try:
+    import interrupted_library
+    time.sleep(10)
+except KeyboardInterrupt:
+    print("interrupted")
+interrupts.end()
+signal.raise_signal(signal.SIGINT)
+signal.raise_signal(signal.SIGTERM)
+print("the end")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_import_is_not_interrupted(tmp_path: Path, name: str) -> None:
+    (tmp_path / "interrupted_library.py").write_text(
+        f"import signal, time\nsignal.raise_signal(signal.{name})\ntime.sleep(0.1)\nprint('loaded')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split("\n") == ["loaded", "interrupted", "the end", ""]
+
+
+def test_interrupted_while_the_command_line_is_loaded(bench: Bench) -> None:
+    program = WHILE_IMPORTING.replace("FAILURE", SIGNAL).replace("START", STARTS["script"])
+    before = snapshot(bench.folder)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, bench.arguments())],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.split(), done.stderr.strip()) == (130, ["on"], INTERRUPTED)
+    assert snapshot(bench.folder) == before
 
 
 def _stop(bench: Bench, step: str, number: int) -> tuple[int, str]:

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-
 import click
 import pytest
 from onnxptq.cli import main as entry
 
 from onnxptq import errors
-
-
-@pytest.fixture(autouse=True)
-def _own_signals() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 def _raising(error: BaseException) -> click.Command:

@@ -56,7 +56,7 @@ class _Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, *_: object) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(name, self) if name == "onnxruntime" else None
 
-    def exec_module(self, module: ModuleType) -> None:
+    def exec_module(self, _: ModuleType) -> None:
         raise self.error
 
 
