@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +41,15 @@ def as_recipe(recipe: Recipe | Mapping[str, Any] | None, default: Recipe | None 
         f"The recipe is a {type(recipe).__name__}.",
         "Give an onnxptq.Recipe, a dict of its fields, or Recipe.from_yaml(path).",
     )
+
+
+def require_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise UsageError unless ``value`` of the parameter ``name`` is one of ``allowed``."""
+    if value not in allowed:
+        raise UsageError(f"{name} is {value!r}.", f"Choose one of {', '.join(allowed)}.")
+
+
+def require_share(name: str, value: object) -> None:
+    """Raise UsageError unless ``value`` of the parameter ``name`` is None or a share."""
+    if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
+        raise UsageError(f"{name} is {value!r}.", "Give a share from 0 to 1.")

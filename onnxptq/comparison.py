@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnx
 
-from onnxptq.arguments import model_path
+from onnxptq.arguments import model_path, require_choice, require_share
 from onnxptq.calibrate.feeds import (
     ImagePreprocess,
     RecordFeeds,
@@ -61,9 +61,14 @@ def validate(
 
     Raises:
         QualityGateError: a bound is missed.
-        UsageError: the two files do not belong together.
+        UsageError: the two files do not belong together, or an argument cannot be.
         OnnxPtqError: the models or the data cannot be used.
     """
+    require_choice("provider", provider, get_args(Provider))
+    require_share("min_agreement", min_agreement)
+    require_share("min_accuracy", min_accuracy)
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit is {limit}.", "Give a number of samples, or none.")
     require_runtime()
     float_path, other_path, options = model_path(reference), model_path(quantized), preprocess or {}
     specs = input_specs(float_path)

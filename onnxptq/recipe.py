@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from onnxptq.errors import RecipeError
+from onnxptq.settings import Settings, load_yaml
 
 Target = Literal["ort-cpu", "tensorrt", "simulate"]
 ObserverChoice = Literal["auto", "mse", "minmax", "percentile", "entropy"]
@@ -38,7 +39,7 @@ class TensorRule(BaseModel):
     activation_bits: int | None = Field(default=None, ge=2, le=8)
 
 
-class Recipe(BaseModel):
+class Recipe(Settings):
     """All settings of a run; the defaults need no reading.
 
     Args:
@@ -106,6 +107,9 @@ class Recipe(BaseModel):
         max_loss: choose bits of weights so that the expected output loss stays within this, at least size.
         allocator: ``exact``, or the ``greedy`` one of the Pack-PTQ paper (averages only), for comparison.
         plan: file with the bits of every pack, to apply instead of choosing.
+
+    Raises:
+        RecipeError: unknown keys (with the nearest known ones) or illegal values.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -365,7 +369,12 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise RecipeError(_explain(error, where), "See: onnxptq quantize --help") from None
+            raise cls.refused(error, where) from None
+
+    @classmethod
+    def refused(cls, error: ValidationError, where: str = "recipe") -> RecipeError:
+        """What is raised instead of ``error``; ``where`` the values come from."""
+        return RecipeError(_explain(error, where), _remedy(error))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
@@ -404,7 +413,7 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
         RecipeError: the file cannot be read, is not YAML, or holds something else.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"Cannot read '{path}': {error.strerror}.", "Check the path.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -425,7 +434,8 @@ def _explain(error: ValidationError, where: str) -> str:
     for places, item in _failures(error):
         name = ".".join(map(str, places)) or "(whole)"
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(places[-1]), Recipe.model_fields, n=2)
+            known = TensorRule.model_fields if places[0] == "rules" else Recipe.model_fields
+            near = difflib.get_close_matches(str(places[-1]), known, n=2)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             lines.append(f"unknown key '{name}'{hint}")
         elif not places:
@@ -435,6 +445,13 @@ def _explain(error: ValidationError, where: str) -> str:
             wrong = "Input should be a list" if item["type"] == "tuple_type" else item["msg"]
             lines.append(f"'{name}': {wrong} (got {item['input']!r})")
     return f"Invalid {where}: " + "; ".join(lines)
+
+
+def _remedy(error: ValidationError) -> str:
+    """Where to read on: rules are no option of the command line."""
+    if any(item["loc"][:1] == ("rules",) for item in error.errors()):
+        return f"Keys of a rule: {', '.join(TensorRule.model_fields)}. See docs/recipes.md#rules."
+    return "See: onnxptq quantize --help"
 
 
 def _failures(error: ValidationError) -> list[tuple[tuple[int | str, ...], dict[str, Any]]]:

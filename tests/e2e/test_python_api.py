@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,37 @@ def test_errors_have_a_message_a_remedy_and_an_exit_code(bench: Bench) -> None:
         onnxptq.quantize(bench.model, calibration="nothing", work_dir=bench.work)
     assert caught.value.exit_code == 2
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"provider": "foo"}, "provider is 'foo'"),
+        ({"min_agreement": 3}, "min_agreement is 3"),
+        ({"min_accuracy": -1.0}, r"min_accuracy is -1\.0"),
+        ({"min_agreement": "most"}, "min_agreement is 'most'"),
+        ({"limit": 0}, "limit is 0"),
+    ],
+)
+def test_arguments_of_validate_that_cannot_be(bench: Bench, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(onnxptq.OnnxPtqError, match=said) as caught:
+        onnxptq.validate(bench.model, bench.model, data=bench.data, **given)
+    assert caught.value.exit_code == 2
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: onnxptq.Recipe(wight_bits=4), "did you mean weight_bits"),
+        (lambda: onnxptq.ImagePreprocess(mean="x"), "mean"),
+        (lambda: onnxptq.ImagePreprocess(men=0.5), "unknown option 'men'.\nDid you mean mean"),
+    ],
+)
+def test_settings_that_cannot_be(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(onnxptq.OnnxPtqError, match=said) as caught:
+        make()
+    assert caught.value.exit_code == 2
 
 
 def test_the_users_own_exceptions_pass_through(bench: Bench) -> None:

@@ -148,6 +148,7 @@ def test_errors_name_file_pack_and_node(pack: dict[str, Any], message: str, tmp_
     with pytest.raises(RecipeError, match=message) as caught:
         read_bit_plan(path)
     assert str(path) in caught.value.message
+    assert caught.value.message.count("(got") == ("unknown" not in message)
 
 
 def test_errors_of_the_whole_file(tmp_path: Path) -> None:

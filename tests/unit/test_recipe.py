@@ -132,3 +132,44 @@ def test_the_baseline_has_one_plain_observer() -> None:
     assert Recipe(method="rtn").observer == "mse"
     assert Recipe(method="rtn", observer="minmax").observer == "minmax"
     assert Recipe().updated(method="rtn").observer == "mse"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"wight_bits": 4}, "unknown key 'wight_bits'; did you mean weight_bits"),
+        ({"weight_bits": "a"}, "'weight_bits': .*got 'a'"),
+        ({"method": "rtn", "effort": "fast"}, "method rtn learns nothing"),
+        ({"rules": [{"match": "a", "bits": 4}]}, "unknown key 'rules.0.bits'"),
+    ],
+)
+def test_calling_the_class_refuses_alike(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said) as called:
+        Recipe(**values)
+    with pytest.raises(RecipeError) as created:
+        Recipe.create(values)
+    assert str(called.value) == str(created.value)
+
+
+def test_unknown_keys_of_rules_are_held_against_those_of_rules() -> None:
+    with pytest.raises(RecipeError, match=r"'rules\.1\.weight_bit'; did you mean weight_bits") as caught:
+        Recipe.create({"rules": [{"match": "a"}, {"match": "b", "weight_bit": 4}]})
+    assert "match, observer, weight_bits, activation_bits" in caught.value.remedy
+    assert "docs/recipes.md#rules" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [("seed: 1\nseed: 2\n", "seed"), ("rules:\n- match: a\n  observer: mse\n  match: b\n", "match")],
+)
+def test_a_key_that_is_there_twice(tmp_path: Path, text: str, key: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=rf"recipe\.yaml.*the key '{key}' is there twice.*line"):
+        Recipe.from_yaml(path)
+
+
+def test_keys_may_be_merged_and_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("rules:\n- &first {match: a, weight_bits: 4}\n- {<<: *first, match: b}\n")
+    assert [(rule.match, rule.weight_bits) for rule in Recipe.from_yaml(path).rules] == [("a", 4), ("b", 4)]

@@ -23,10 +23,11 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 import yaml
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from onnxptq.calibrate.feeds.wording import quote
 from onnxptq.errors import FeedError
+from onnxptq.settings import Settings, load_yaml
 from onnxptq.types import Array, InputSpec
 
 _BYTE_SCALE = 1 / 255
@@ -51,7 +52,7 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-class ImagePreprocess(BaseModel):
+class ImagePreprocess(Settings):
     """Everything between a picture and the array that the model reads.
 
     Attributes:
@@ -65,6 +66,9 @@ class ImagePreprocess(BaseModel):
         layout: place of the channels; ``auto`` reads it from the input's shape.
         scale, mean, std: see the module's equation; one value per channel, or one for all.
         dtype: ``float32``, or ``uint8`` for raw bytes.
+
+    Raises:
+        FeedError: an unknown option or an illegal value.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
@@ -122,24 +126,27 @@ class ImagePreprocess(BaseModel):
         Raises:
             FeedError: an unknown option or an illegal value; names ``where`` and the option.
         """
-        known = cls.model_fields
-        for key in options:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"Did you mean {near[0]}?" if near else f"Options: {', '.join(known)}."
-                raise FeedError(f"{where}: unknown option {key!r}.", hint)
         start = base.model_dump() if base is not None else {}
         if start.get("size") is None and (options.get("size") or options.get("resize_size")):
             start = {name: value for name, value in start.items() if name not in ("resize", "center_crop")}
         try:
             return cls.model_validate({**start, **options})
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            text = first["msg"].removeprefix("Value error, ")
-            raise FeedError(
-                f"{where}: {f'{name}: ' if name else ''}{text}.", "Correct the preprocessing options."
-            ) from error
+            raise cls.refused(error, where) from None
+
+    @classmethod
+    def refused(cls, error: ValidationError, where: str = "preprocessing") -> FeedError:
+        """What is raised instead of ``error``; ``where`` the options come from."""
+        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, cls.model_fields, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Options: {', '.join(cls.model_fields)}."
+            return FeedError(f"{where}: unknown option {name!r}.", hint)
+        text = first["msg"].removeprefix("Value error, ")
+        return FeedError(
+            f"{where}: {f'{name}: ' if name else ''}{text}.", "Correct the preprocessing options."
+        )
 
     @classmethod
     def from_yaml(cls, path: Path) -> ImagePreprocess:
@@ -149,7 +156,7 @@ class ImagePreprocess(BaseModel):
             FeedError: the file is unreadable, no mapping, or has an unknown or illegal option.
         """
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = load_yaml(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise FeedError(
                 f"{path}: cannot be read as YAML: {' '.join(str(error).split())}",
