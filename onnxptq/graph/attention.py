@@ -26,12 +26,10 @@ import onnx_graphsurgeon as gs
 from onnxptq.graph.index import GraphIndex, Use, is_constant
 from onnxptq.graph.linear import Linear, linear_of
 from onnxptq.graph.movements import MOVEMENTS
+from onnxptq.graph.normalizations import find_normalizations
 from onnxptq.graph.passes.fuse_gelu import match_gelu
 from onnxptq.graph.passes.fuse_softmax import match_softmax
 from onnxptq.graph.surgeon import scalar_constant
-
-NORMALIZATIONS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
-"""Normalizations over features, with a scale per channel."""
 
 _OPERATORS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 _MOVING = frozenset({*MOVEMENTS, "Cast", "Dropout", "Identity"})
@@ -93,7 +91,7 @@ class _Softmax:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PostNorm:
-    """The layers that read one normalization, moved at most."""
+    """The layers that read what the node ``norm`` writes, moved at most."""
 
     norm: gs.Node
     layers: tuple[Linear, ...]
@@ -151,13 +149,12 @@ def find_attention(index: GraphIndex) -> tuple[Attention, ...]:
 def find_post_norms(index: GraphIndex) -> tuple[PostNorm, ...]:
     """Every normalization over features that layers with weights read, in the order of the graph."""
     found = []
-    for node in index.nodes:
-        if node.op in NORMALIZATIONS:
-            uses = _uses_behind(index, node.outputs[0].name, _MOVING)
-            layers = (linear_of(index, use.node) for use in uses)
-            readers = tuple(layer for layer in layers if layer is not None)
-            if readers:
-                found.append(PostNorm(norm=node, layers=readers))
+    for norm in find_normalizations(index):
+        uses = _uses_behind(index, norm.node.outputs[0].name, _MOVING)
+        layers = (linear_of(index, use.node) for use in uses)
+        readers = tuple(layer for layer in layers if layer is not None)
+        if readers:
+            found.append(PostNorm(norm=norm.node, layers=readers))
     return tuple(found)
 
 

@@ -42,7 +42,7 @@ from onnxptq.graph.surgeon import import_graph
 from onnxptq.listing import listed
 from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip, started
 
-FORM = 10
+FORM = 11
 """Version of the canonical form: part of the fingerprint, raised when results change."""
 
 LARGE_MODEL_BYTES = 1_500_000_000

@@ -30,7 +30,7 @@ def apply_rotations(
     pending = Pending()
     rotated = {root for space in spaces for root in space.roots.tolist()}
     for name, labels in tracer.normalized.items():
-        if rotated & set(tracer.classes.roots(labels).reshape(-1).tolist()):
+        if name in foldings and rotated & set(tracer.classes.roots(labels).reshape(-1).tolist()):
             fold(foldings[name], pending)
     rotations = [
         spreading_rotation(s.roots.size, np.random.default_rng([seed, i])) for i, s in enumerate(spaces)

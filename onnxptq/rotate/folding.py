@@ -8,7 +8,7 @@ Where a reader has no bias and no place for one, c stays behind as c / g, for th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,11 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from onnxptq.graph import layouts
-from onnxptq.graph.attention import NORMALIZATIONS
 from onnxptq.graph.classes import Literals
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear, linear_of
 from onnxptq.graph.movements import MOVEMENTS
+from onnxptq.graph.normalizations import NORMALIZATIONS, Normalization, find_normalizations
 from onnxptq.graph.tracing import ChannelTracer, Declined, Shapes
 from onnxptq.rotate.rules import average_rule, ignore_rule, reduce_rule, same_rule
 from onnxptq.types import Array
@@ -45,10 +45,12 @@ class Reader:
 class Folding:
     """What becomes of one normalization: ``reason`` says why nothing can (empty if something can).
 
-    ``into_biases``: the bias goes into those of the readers; else it stays, divided by the scale.
+    ``node`` scales by its input ``index``. ``into_biases``: the bias goes into those of the readers; else it stays,
+    divided by the scale.
     """
 
     node: gs.Node
+    index: int
     readers: Sequence[Reader] = ()
     into_biases: bool = True
     reason: str = ""
@@ -56,7 +58,7 @@ class Folding:
     @property
     def scale(self) -> Floats:
         """g, one number per channel."""
-        return np.asarray(self.node.inputs[1].values, np.float64)
+        return np.asarray(self.node.inputs[self.index].values, np.float64)
 
     @property
     def bias(self) -> Floats:
@@ -79,6 +81,7 @@ class _Tracer(ChannelTracer):
         super().__init__(index, shapes, values, change="scaling")
         self.reads: list[_Read] = []
         self.starts: dict[str, Literals] = {}
+        self.norms = {norm.node.name: norm for norm in find_normalizations(index)}
 
     def collapse(self, labels: Literals, axes: Sequence[int]) -> Literals:
         """Refuses to join: every channel has a scale of its own."""
@@ -88,23 +91,24 @@ class _Tracer(ChannelTracer):
 
 
 def find_foldings(index: GraphIndex, shapes: Shapes, values: Mapping[str, Array]) -> dict[str, Folding]:
-    """What can become of each normalization over the last axis, by node name."""
+    """What can become of each normalization over the last axis that scales, by the name of the node that does."""
     tracer = _Tracer(index, shapes, values)
     tracer.follow(_RULES)
-    return {node.name: _folding(tracer, node) for node in index.nodes if node.op in NORMALIZATIONS}
+    scaling = ((norm, norm.scale) for norm in tracer.norms.values())
+    return {scale.name: _folding(tracer, norm, scale) for norm, scale in scaling if scale is not None}
 
 
-def _folding(tracer: _Tracer, node: gs.Node) -> Folding:
-    if node.name not in tracer.starts:
-        return Folding(node=node, reason=tracer.declined.get(node.name, "its shape is unknown"))
-    plain = Folding(node=node)
+def _folding(tracer: _Tracer, norm: Normalization, scaling: gs.Node) -> Folding:
+    plain = Folding(node=scaling, index=norm.scale_index)
+    if norm.node.name not in tracer.starts:
+        return replace(plain, reason=tracer.declined.get(norm.node.name, "its shape is unknown"))
     if (plain.scale == 1.0).all() and not plain.bias.any():
         return plain
-    labels = tracer.starts[node.name]
+    labels = tracer.starts[norm.node.name]
     for label in labels.tolist():
         if tracer.classes.is_pinned(tracer.classes.find(label)):
             reason = tracer.classes.reason(tracer.classes.find(label))
-            return Folding(node=node, reason=f"its scale cannot move into the layers behind: {reason}")
+            return replace(plain, reason=f"its scale cannot move into the layers behind: {reason}")
     readers = []
     for read in tracer.reads:
         rows = np.flatnonzero(np.isin(read.labels, labels))
@@ -112,11 +116,11 @@ def _folding(tracer: _Tracer, node: gs.Node) -> Folding:
             channels = np.searchsorted(labels, read.labels[rows])
             readers.append(Reader(layer=read.layer, axis=read.axis, rows=rows, channels=channels))
     if not plain.bias.any() or all(_takes_bias(reader.layer) for reader in readers):
-        return Folding(node=node, readers=readers)
+        return replace(plain, readers=readers)
     scale = np.abs(plain.scale)
     if scale.min() > 0 and (np.abs(plain.bias) / scale).max() <= _LARGEST_RATIO:
-        return Folding(node=node, readers=readers, into_biases=False)
-    return Folding(node=node, reason="its bias cannot move into the layers behind: one of them has none")
+        return replace(plain, readers=readers, into_biases=False)
+    return replace(plain, reason="its bias cannot move into the layers behind: one of them has none")
 
 
 def _takes_bias(layer: Linear) -> bool:
@@ -137,12 +141,21 @@ def _takes_bias(layer: Linear) -> bool:
 
 
 def _normalization(t: _Tracer, node: gs.Node) -> None:
+    if node.name not in t.norms:
+        raise Declined(f"{node.op} does not commute with a scaling of channels")
     shape = t.shape(node.outputs[0])
+    if node.op not in NORMALIZATIONS:
+        _begin(t, node, shape)
+        return
     if int(node.attrs.get("axis", -1)) % len(shape) != len(shape) - 1:
         raise Declined("it normalizes over more than the last axis")
     for i in range(1, len(node.inputs)):
         if t.has_input(node, i) and t.constant(node, i).shape != (shape[-1],):
             raise Declined("its scale or bias is not one number per channel")
+    _begin(t, node, shape)
+
+
+def _begin(t: _Tracer, node: gs.Node, shape: tuple[int, ...]) -> None:
     labels = t.classes.fresh((shape[-1],))
     t.starts[node.name] = labels
     t.write(node.outputs[0], layouts.align(labels, len(shape)))
@@ -171,7 +184,7 @@ def _pad(_: ChannelTracer, __: gs.Node) -> None:
 _RULES: Mapping[str, Callable[[Any, gs.Node], None]] = {
     **MOVEMENTS,
     "Pad": _pad,
-    **dict.fromkeys(NORMALIZATIONS, _normalization),
+    **dict.fromkeys((*NORMALIZATIONS, "Mul", "Div"), _normalization),
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul"), _linear),
     "ReduceMean": reduce_rule,
     "GlobalAveragePool": average_rule,
@@ -214,7 +227,7 @@ def fold(folding: Folding, pending: Pending) -> None:
             _shift(layer, pending, rows[..., reader.rows] @ bias[reader.channels])
         rows[..., reader.rows] *= scale[reader.channels]
         pending.set(layer.node, layer.weight_index, weight)
-    pending.set(node, 1, np.ones_like(scale))
+    pending.set(node, folding.index, np.ones_like(scale))
     if bias.any():
         pending.set(node, 2, np.zeros_like(bias) if folding.into_biases else bias / scale)
 

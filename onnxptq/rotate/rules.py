@@ -2,7 +2,8 @@
 
 - moving elements, sums, means over tokens and scaling by one number commute with any rotation;
 - ``W x + b`` reads and writes rotated channels with turned weights;
-- LayerNormalization without scale and bias commutes with Q if Q 1 = 1, as mean and norm stay;
+- LayerNormalization without scale and bias commutes with Q if Q 1 = 1, as mean and norm stay; so does an RMS
+  normalization that is written out, whose sum of squares stays;
 - ``A B`` of two activations keeps rotated columns of B where A stays as it is (attention times values), and
   cancels equal rotations along the contracted axis (queries times keys).
 """
@@ -15,10 +16,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxptq.graph import layouts
-from onnxptq.graph.attention import NORMALIZATIONS
 from onnxptq.graph.classes import Literals
 from onnxptq.graph.index import is_constant, is_float32
 from onnxptq.graph.movements import MOVEMENTS
+from onnxptq.graph.normalizations import NORMALIZATIONS
+from onnxptq.graph.passes.fuse_rms_norm import is_square
+from onnxptq.graph.surgeon import axes_of
 from onnxptq.graph.tracing import ChannelTracer, Declined
 from onnxptq.rotate.tracing import RotationTracer
 
@@ -57,11 +60,17 @@ def _add(t: RotationTracer, node: gs.Node) -> None:
 
 
 def _mul(t: RotationTracer, node: gs.Node) -> None:
+    if is_square(node):
+        _square(t, node)
+        return
     constants = [i for i in (0, 1) if is_constant(node.inputs[i])]
+    if len(constants) == 1 and node.name in t.scales:
+        _normalizing_scale(t, node, 1 - constants[0])
+        return
     if len(constants) == 1:
         _scaled(t, node, 1 - constants[0])
         return
-    if constants or node.inputs[0] is node.inputs[1]:
+    if constants:
         raise Declined("Mul is not linear here")
     for i in (0, 1):
         if t.classes.all_pinned(t.read(node, 1 - i)):
@@ -84,6 +93,30 @@ def _scaled(t: RotationTracer, node: gs.Node, i: int) -> None:
     shape = t.shape(node.inputs[1 - i])
     t.hold_apart(labels, (1,) * (rank - len(shape)) + shape)
     t.write(node.outputs[0], labels)
+
+
+def _normalizing_scale(t: RotationTracer, node: gs.Node, i: int) -> None:
+    """Input ``i`` times the scale of a normalization that is written out, which moves into what reads it."""
+    if t.scales[node.name]:
+        raise Declined(t.scales[node.name])
+    labels = t.read(node, i)
+    t.normalized[node.name] = labels
+    t.write(node.outputs[0], labels)
+
+
+def _square(t: RotationTracer, node: gs.Node) -> None:
+    """Squares of which only the sum or mean over all channels is read: it stays, as norms do."""
+    if not is_square(node):
+        raise Declined("Pow is not linear")
+    reader = t.index.sole_user(node.outputs[0].name)
+    rank = len(t.shape(node.outputs[0]))
+    axes = axes_of(reader) if reader is not None and reader.op in ("ReduceMean", "ReduceSum") else None
+    if axes not in ([-1], [rank - 1]):
+        raise Declined("it squares single channels")
+    labels = t.read(node, 0)
+    t.mix_along(labels, -1)
+    t.normalized[node.name] = labels
+    t.write(node.outputs[0], t.classes.fixed(rank, "only the sum of squares is read"))
 
 
 def _conv(t: RotationTracer, node: gs.Node) -> None:
@@ -252,6 +285,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("Add", "Sub"), _add),
     "Mul": _mul,
     "Div": _div,
+    "Pow": _square,
     **dict.fromkeys(("Conv", "ConvTranspose"), _conv),
     "Gemm": _gemm,
     "MatMul": _matmul,

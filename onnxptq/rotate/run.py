@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxptq.graph.attention import NORMALIZATIONS
 from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.normalizations import find_normalizations
 from onnxptq.rotate.apply import apply_rotations
 from onnxptq.rotate.folding import find_foldings
 from onnxptq.rotate.rules import RULES
@@ -107,8 +107,8 @@ def _skips(
     """One for each stream that a normalization reads and that stays."""
     rotated = np.concatenate([np.zeros(0, np.int64), *(space.roots for space in spaces)])
     found: dict[bytes, Skip] = {}
-    for node in index.nodes:
-        labels = tracer.labels.get(node.inputs[0].name) if node.op in NORMALIZATIONS else None
+    for norm in find_normalizations(index):
+        labels = tracer.labels.get(norm.source)
         if labels is None:
             continue
         roots = tracer.classes.roots(labels)
@@ -116,6 +116,6 @@ def _skips(
             continue
         reasons = [tracer.classes.reason(root) for root in np.unique(roots).tolist()]
         reason = next((text for text in reasons if text), "its channels cannot be mixed, or are too few")
-        site = model.user_name(node.inputs[0].name)
+        site = model.user_name(norm.source)
         found.setdefault(np.unique(roots).tobytes(), Skip(site=site, reason=f"not rotated: {reason}"))
     return tuple(found.values())

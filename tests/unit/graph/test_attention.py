@@ -13,7 +13,7 @@ from onnxptq.graph.attention import find_attention, find_gelus, find_post_norms
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.surgeon import import_graph
 from onnxptq.inspection import inspect
-from tests.unit.rotate.rotate_nets import TOKENS, Blocks, transformer
+from tests.unit.rotate.rotate_nets import TOKENS, Blocks, transformer, written_rms_norm
 from tests.unit.small_nets import vector_attention
 
 WIDTH = 8
@@ -199,6 +199,13 @@ def test_layers_behind_a_normalization(tmp_path: Path) -> None:
     (found,) = find_post_norms(_index(proto, tmp_path))
     assert found.norm.name == "n"
     assert [layer.node.name for layer in found.layers] == ["k.mm", "head"]
+
+
+@pytest.mark.parametrize("scale", ["before", "after"])
+def test_layers_behind_a_normalization_that_is_written_out(scale: str, tmp_path: Path) -> None:
+    found = find_post_norms(_index(written_rms_norm(scale), tmp_path))
+    assert [norm.norm.name for norm in found] == ["n1", "n2"]
+    assert [layer.node.name for norm in found for layer in norm.layers] == ["mlp.up.mm", "head.mm"]
 
 
 @pytest.mark.parametrize(("opset", "output"), [(21, "fused"), (17, "gelu")])

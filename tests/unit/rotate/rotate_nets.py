@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -122,9 +123,41 @@ def post_norm() -> onnx.ModelProto:
 
 def rms_norm() -> onnx.ModelProto:
     net = Blocks(opset=23)
+    return _between_norms(net, lambda name, x: net.norm(name, x, 16, "RMSNormalization"))
+
+
+def written_rms_norm(scale: str, last: str = "Identity") -> onnx.ModelProto:
+    """RMS normalization in several nodes, with its scale ``"before"`` or ``"after"`` the division, or ``"none"``.
+
+    ``last`` is an operator in front of the head.
+    """
+    net = Blocks(opset=20)
+
+    def norm(name: str, x: str) -> str:
+        factors = net.constant(
+            f"{name}.g", (1 + 0.4 * np.random.default_rng(1).standard_normal(16)).astype("f4")
+        )
+        mean = net.op(
+            "ReduceMean",
+            f"{name}.mean",
+            net.op("Mul", f"{name}.sq", x, x),
+            net.ints(f"{name}.axes", -1),
+        )
+        shifted = net.op("Add", f"{name}.shifted", mean, net.constant(f"{name}.eps", np.float32(1e-3)))
+        root = net.op("Sqrt", f"{name}.root", shifted)
+        if scale == "before":
+            return net.op("Div", name, net.op("Mul", f"{name}.scaled", x, factors), root)
+        y = net.op("Div", f"{name}.divided", x, root)
+        return net.op("Mul", name, y, factors) if scale == "after" else y
+
+    return _between_norms(net, norm, last)
+
+
+def _between_norms(net: Blocks, norm: Callable[[str, str], str], last: str = "Identity") -> onnx.ModelProto:
     x = net.linear("stem", "x", 7, 16)
-    x = net.op("Add", "a", x, net.mlp("mlp", net.norm("n1", x, 16, "RMSNormalization"), 16))
-    return net.proto({"x": [1, 6, 7]}, [net.linear("head", net.norm("n2", x, 16, "RMSNormalization"), 16, 4)])
+    x = net.op("Add", "a", x, net.mlp("mlp", norm("n1", x), 16))
+    y = net.op(last, "y", norm("n2", x))
+    return net.proto({"x": [1, 6, 7]}, [net.linear("head", y, 16, 4)])
 
 
 def embedding() -> onnx.ModelProto:

@@ -70,6 +70,9 @@ def test_other_sizes_spread_a_channel_over_many(size: int) -> None:
         (nets.two_widths, [16, 32], []),
         (nets.without_biases, [16], []),
         (nets.rms_norm, [16], []),
+        (lambda: nets.written_rms_norm("none"), [16], []),
+        (lambda: nets.written_rms_norm("before"), [16], []),
+        (lambda: nets.written_rms_norm("after"), [16], []),
         (nets.embedding, [16], 2 * 2 * [8]),
     ],
     ids=[
@@ -80,6 +83,9 @@ def test_other_sizes_spread_a_channel_over_many(size: int) -> None:
         "two widths",
         "no bias",
         "rms norm",
+        "written rms norm without scale",
+        "written rms norm of what is scaled",
+        "written rms norm",
         "embedding",
     ],
 )
@@ -141,6 +147,16 @@ def test_a_scale_that_no_layer_can_take_up_declines_the_stream(tmp_path: Path) -
     _, found = rotated(nets.post_norm(), tmp_path)
     assert found.streams == ()
     assert "its scale cannot move into the layers behind" in found.skips[0].reason
+
+
+@pytest.mark.parametrize("scale", ["before", "after"])
+def test_a_written_scale_that_no_layer_can_take_up_declines_the_stream(scale: str, tmp_path: Path) -> None:
+    _, found = rotated(nets.written_rms_norm(scale, last="Relu"), tmp_path)
+    assert found.streams == ()
+    assert [skip.reason for skip in found.skips] == [
+        "not rotated: its scale cannot move into the layers behind: Relu does not commute with a scaling of channels"
+        " (Relu reads it) (Mul reads it)"
+    ]
 
 
 def test_a_bias_without_a_place_stays_behind_divided_by_the_scale(tmp_path: Path) -> None:
