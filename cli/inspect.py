@@ -17,7 +17,7 @@ from .options import MODEL, output_options, selector_options
 from .progress import TerminalProgress
 
 if TYPE_CHECKING:
-    from onnxptq.inspection import AttentionRow, PostNormRow
+    from onnxptq.inspection import AttentionRow, Inspection, PostNormRow
     from onnxptq.partition.describe import BlockRow
     from onnxptq.types import UserNode
 
@@ -67,6 +67,7 @@ def inspect(
     for name, shape in found.inputs.items():
         console.print(f"  input {escape(name)} {escape(str(list(shape)))}")
     console.print(f"  outputs {escape(', '.join(found.outputs))}")
+    _print_transformer_line(console, found, is_listed=attention)
     table = Table(
         "operator", "count", *found.targets, title="Quantized nodes per target", title_justify="left"
     )
@@ -91,6 +92,17 @@ def inspect(
         console.print(_name_table(found.names))
     for note in (*found.notes, *(f"{s.site}: {s.reason}" for s in found.untrainable)):
         console.print(f"note: {escape(note)}", soft_wrap=True)
+
+
+def _print_transformer_line(console: Console, found: Inspection, *, is_listed: bool) -> None:
+    """How much there is for methods for transformers, if anything."""
+    layers = sum(len(row.layers) for row in found.post_norms)
+    if found.attention or layers:
+        console.print(
+            f"  attention applied in {len(found.attention)} places, {layers} layers behind normalizations"
+            f"{'' if is_listed else ' (--attention lists them)'}",
+            soft_wrap=True,
+        )
 
 
 def _name_table(rows: Sequence[UserNode]) -> Table:

@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxptq.graph.index import GraphIndex, Use, is_constant
+from onnxptq.graph.index import GraphIndex, Use, constant_value, is_constant
 from onnxptq.graph.linear import Linear, linear_of
 from onnxptq.graph.movements import MOVEMENTS
 from onnxptq.graph.normalizations import find_normalizations
@@ -52,7 +53,7 @@ class Attention:
         values: what they are applied to.
         scores: the products of two activations that the softmax gets; none in the scores of vector attention,
             which are subtracted or computed by layers.
-        is_masked: whether anything is added to the scores, or put in their place, on the way.
+        is_masked: whether anything but 0 is added to the scores, or anything put in their place, on the way.
         root: the tensor of which ``softmax`` is the Pow to ``power``, where the weights were written so
             (:mod:`onnxptq.graph.passes.root_softmax`); else "".
         power: see ``root``; else 1.
@@ -240,6 +241,12 @@ def _keeps_values(use: Use) -> bool:
     return use.index == 0 or use.node.op in ("Concat", "Mul")
 
 
+def _adds_zeros(node: gs.Node) -> bool:
+    """Whether a constant operand is 0 everywhere, as the bias of an Attention node that has none is written out."""
+    values = (constant_value(tensor) for tensor in node.inputs)
+    return any(value is not None and not np.any(value) for value in values)
+
+
 def _scores(index: GraphIndex, logits: gs.Tensor) -> tuple[tuple[gs.Node, ...], bool]:
     """The products of activations that ``logits`` come from, and whether something else joins them."""
     found: dict[str, gs.Node] = {}
@@ -255,7 +262,7 @@ def _scores(index: GraphIndex, logits: gs.Tensor) -> tuple[tuple[gs.Node, ...], 
             found[node.name] = node
         elif node.op in _SCORING:
             joins = node.op in ("Add", "Where", "Min", "Max")
-            is_masked |= joins and len(node.inputs) > 1
+            is_masked |= joins and len(node.inputs) > 1 and not (node.op == "Add" and _adds_zeros(node))
             several = joins or node.op in ("Concat", "Mul", "Sub")
             waiting += list(node.inputs) if several else [node.inputs[0]]
     order = [node for node in index.nodes if node.name in found]

@@ -555,6 +555,7 @@ def test_attention_nodes_are_written_out_on_request(kind: str, mask: bool, tmp_p
     (found,) = find_attention(GraphIndex(result.graph))
     assert found.form == "product"
     assert len(found.scores) == 1
+    assert found.is_masked == (mask or "is_causal" in attrs)
     feed = feed_for(model)
     assert_close(run(model, feed), run(result.path, feed), 1e-5)
 
