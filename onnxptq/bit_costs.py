@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import onnx_graphsurgeon as gs
 
 from onnxptq.allocate.choices import Choice, PackChoices
+from onnxptq.errors import UnsupportedModelError
 from onnxptq.lowering.output_loss import LossChoice
 from onnxptq.partition.score import Scorer
 from onnxptq.ranks import ALONE, Ranks
@@ -73,7 +74,8 @@ def measure_costs(
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> Costs:
-    """The costs of every pack. A candidate that the target does not execute as such is not offered.
+    """The costs of every pack. A candidate that the target does not execute as such is not offered, nor is one that
+    makes outputs NaN or Inf.
 
     Args:
         sensitivities: one per block of ``packs``; their mean Omega ranks packs.
@@ -83,6 +85,7 @@ def measure_costs(
     Raises:
         UnsupportedOperatorError: a node cannot be lowered; raised before anything runs.
         UsageError: no samples, or no output to compare.
+        UnsupportedModelError: a loss is not a number, or a pack makes outputs NaN or Inf at any number of bits.
     """
     omega = {s.block: s.omega for s in sensitivities}
     weights: list[list[Choice]] = [[] for _ in packs]
@@ -102,12 +105,20 @@ def measure_costs(
     networks = [(part, solution) for _, _, part, solution in parts]
     given = (model, tuple(packs), tuple(samples), loss, device, networks)
     scored, sizes, kind = ranks.run(_scored, *given, progress=progress)
+    spoilt: set[int] = set()
     for (bits, found, part, _), scores in zip(parts, scored, strict=True):
         for i, pack in enumerate(packs):
             own = quantizers_of(pack, part)
-            if own and all(q.qtype.bits == bits for q in own):
-                size = sum(stored_bytes(constants[q.tensor], q) for q in own) if found is weights else 0
-                found[i].append(Choice(bits=bits, cost=max(0.0, scores[i].loss), size=size))
+            if not own or any(q.qtype.bits != bits for q in own):
+                continue
+            if math.isinf(scores[i].loss):
+                spoilt.add(i)
+                continue
+            size = sum(stored_bytes(constants[q.tensor], q) for q in own) if found is weights else 0
+            found[i].append(Choice(bits=bits, cost=max(0.0, scores[i].loss), size=size))
+    for i in sorted(spoilt):
+        if not (weights[i] and activations[i]):
+            raise _unusable(model, packs[i])
     last = plans[candidates[-1]]
     counts = [count_elements(pack, last, constants, sizes, placing.pinned) for pack in packs]
     offered = tuple(
@@ -122,6 +133,14 @@ def measure_costs(
         for i, pack in enumerate(packs)
     )
     return Costs(packs=offered, loss=kind)
+
+
+def _unusable(model: CanonicalModel, pack: Pack) -> UnsupportedModelError:
+    ends = " to ".join(", ".join(map(model.user_name, names)) for names in (pack.inputs, pack.outputs))
+    return UnsupportedModelError(
+        f"Quantized at any number of bits, the pack from {ends} makes outputs NaN or Inf.",
+        "Leave its nodes in float (--exclude).",
+    )
 
 
 def _scored(

@@ -13,11 +13,14 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.graph.save import save_graph
 from onnxptq.qdq import insert_adjustable, insert_quantizers
-from onnxptq.runtime import Provider, Session, open_transient
+from onnxptq.runtime import Provider, Session, open_transient, signal_and_noise
 from onnxptq.types import Array, CanonicalModel, QuantPlan, Sample, Solution
 
 CEILING_DB = 100.0
 """Scores stop here: beyond it two outputs differ by float rounding only."""
+
+_LEFT_OUT = -1e100
+"""The logit of a class that is left out: no probability is left, and its square is a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,9 @@ class Quality:
 
     ``rank`` is the mean of the samples' own levels, which solutions are compared by: a sum of divergences is that of
     the few samples whose class is close to lost, and tells little about others.
+
+    Elements that are NaN or Inf in the float outputs are left out, masked classes also of the probabilities. NaN or
+    Inf in place of a number is infinite noise.
     """
 
     score: float
@@ -142,11 +148,11 @@ class _Tally:
         for name, expected in reference.items():
             value = found[name]
             if np.issubdtype(expected.dtype, np.floating) and expected.shape == value.shape:
-                plain = _energy(expected), _squared_error(expected, value)
-                self._plain.setdefault(name, []).append(plain)
+                pair = signal_and_noise(expected, value)
+                self._plain.setdefault(name, []).append(pair)
                 if name not in self._others and _are_class_scores(expected):
-                    plain = _spread(expected), _twice_divergence(expected, value)
-                self._weighed.setdefault(name, []).append(plain)
+                    pair = _of_class_scores(expected, value)
+                self._weighed.setdefault(name, []).append(pair)
 
     def quality(self) -> Quality:
         return Quality(
@@ -168,21 +174,26 @@ def _mean_of_ratios(pairs: Mapping[str, Sequence[tuple[float, float]]]) -> float
     return math.fsum(ratios) / len(ratios) if ratios else 0.0
 
 
-def _energy(values: Array) -> float:
-    flat = values.reshape(-1).astype(np.float64)
-    return float(flat @ flat)
-
-
-def _squared_error(reference: Array, value: Array) -> float:
-    return _energy(reference.astype(np.float64) - value)
-
-
 def _are_class_scores(values: Array) -> bool:
     return values.ndim == 2 and values.shape[1] >= 2
 
 
+def _of_class_scores(reference: Array, value: Array) -> tuple[float, float]:
+    """The spread of the logits and twice their divergence, summed over rows; classes that are no number in
+    ``reference`` have no probability."""
+    reference, value = reference.astype(np.float64), value.astype(np.float64)
+    known = np.isfinite(reference)
+    if not known.any(axis=1).all():
+        rows = known.any(axis=1)
+        reference, value, known = reference[rows], value[rows], known[rows]
+    logits = np.where(known, reference, _LEFT_OUT)
+    if not np.isfinite(value[known]).all():
+        return _spread(logits), math.inf
+    return _spread(logits), _twice_divergence(logits, np.where(known, value, _LEFT_OUT))
+
+
 def _log_softmax(values: Array) -> Array:
-    shifted = values.astype(np.float64) - values.max(axis=1, keepdims=True)
+    shifted = values - values.max(axis=1, keepdims=True)
     result: Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result
 

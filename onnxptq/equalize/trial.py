@@ -20,7 +20,7 @@ from onnxptq.equalize.tracing import Trace
 from onnxptq.graph.save import save_graph
 from onnxptq.graph.surgeon import free_name
 from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, symmetric_qparams
-from onnxptq.runtime import Provider, open_transient
+from onnxptq.runtime import Provider, open_transient, signal_and_noise
 from onnxptq.types import Array, CanonicalModel, PerAxis, PerTensor, QParams, QType, Sample
 
 Floats = npt.NDArray[np.float64]
@@ -114,8 +114,7 @@ def _similarity(expected: Mapping[str, Array], found: Mapping[str, Array]) -> fl
     for name, reference in expected.items():
         value = found[name]
         if np.issubdtype(value.dtype, np.floating) and value.shape == reference.shape:
-            wanted = reference.astype(np.float64)
-            scores.append(_decibel(float(np.square(wanted).sum()), float(np.square(wanted - value).sum())))
+            scores.append(_decibel(*signal_and_noise(reference, value)))
     return sum(scores) / len(scores) if scores else 0.0
 
 

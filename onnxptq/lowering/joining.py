@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from onnxptq.lowering.network import Values
+from onnxptq.lowering.output_loss import numbers_of
 from onnxptq.runtime.session import RunError
 
 _SAME = 1e-3
@@ -47,5 +48,6 @@ def can_be_joined(run: Callable[[Values], Values], pair: Sequence[Values]) -> bo
 def _is_close(expected: torch.Tensor, value: torch.Tensor) -> bool:
     if not value.is_floating_point():
         return bool(torch.equal(expected, value))
-    largest = float(expected.abs().max()) if expected.numel() else 0.0
-    return bool(torch.allclose(expected, value, rtol=0.0, atol=_SAME * max(largest, 1e-30)))
+    largest = float(numbers_of(expected).abs().max()) if expected.numel() else 0.0
+    atol = _SAME * max(largest, 1e-30)
+    return bool(torch.allclose(expected, value, rtol=0.0, atol=atol, equal_nan=True))

@@ -3,7 +3,9 @@
     kl         mean over rows of sum_c p_c (log p_c - log q_c),  p = softmax of the float logits
     relative   sum over outputs of  sum ||o_q - o_fp||^2 / sum ||o_fp||^2,  both sums over all samples
 
-Both are zero with zero gradient at the float network. Only outputs that hold floats are compared. The classes c of
+Both are zero with zero gradient at the float network. Only outputs that hold floats are compared, and of these what
+is a finite number in the float network: nothing is to be met elsewhere. A masked class, of logit -inf, is left out of
+both distributions. Where only the changed network has NaN or Inf, the loss is infinite. The classes c of
 ``kl`` lie along one axis, and everything along the others is a row:
 
     (batch, classes)                    axis 1
@@ -15,6 +17,7 @@ Nothing tells class scores of tokens or positions from other tensors of their ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -30,6 +33,9 @@ LossChoice = Literal["auto", "kl", "relative"]
 
 _CLASS_AXES: Mapping[int, int] = {2: 1, 3: 2, 4: 1, 5: 1}
 """The axis of the classes, by the rank of the scores."""
+
+_LEFT_OUT = -1e100
+"""The logarithm of a probability of 0: no score comes near it, and unlike -inf it may be subtracted from itself."""
 
 
 def choose_loss(outputs: Mapping[str, torch.Tensor], asked: LossChoice = "auto") -> LossKind:
@@ -97,16 +103,15 @@ class OutputLoss:
             q = changed.get(name, fp)
             if self._kind == "kl":
                 is_probability = name in self._probabilities
-                self._sums[name] += (
-                    0.0 if q is fp else float(divergence(fp, q, is_probability=is_probability))
-                )
+                if q is not fp:
+                    self._sums[name] += as_noise(divergence(fp, q, is_probability=is_probability))
                 self._scales[name] += rows_of(fp)
                 continue
             wide = fp.double()
-            energy = float(wide.square().sum())
+            energy = float(numbers_of(wide).square().sum())
             # Another shape (a different number of detections) counts as wholly wrong.
             same = fp.shape == q.shape
-            self._sums[name] += float((q.double() - wide).square().sum()) if same else energy
+            self._sums[name] += as_noise(error_of(q.double(), wide).square().sum()) if same else energy
             self._scales[name] += energy
 
     def sum_over(self, ranks: Ranks) -> None:
@@ -120,17 +125,37 @@ class OutputLoss:
         return sum(self._sums[name] / (self._scales[name] or 1.0) for name in self._outputs)
 
 
+def numbers_of(values: torch.Tensor) -> torch.Tensor:
+    """``values`` with 0 in place of NaN and Inf."""
+    return torch.where(torch.isfinite(values), values, 0.0)
+
+
+def error_of(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """``found - wanted``, 0 where ``wanted`` is NaN or Inf."""
+    return torch.where(torch.isfinite(wanted), found - wanted, 0.0)
+
+
+def as_noise(total: torch.Tensor) -> float:
+    """A sum of errors; NaN, of a network that has lost a number, is as bad as can be."""
+    value = float(total)
+    return math.inf if math.isnan(value) else value
+
+
 def divergence(
     fp: torch.Tensor, q: torch.Tensor, *, is_probability: bool, temperature: float = 1.0
 ) -> torch.Tensor:
     """The sum over rows of sum_c p_c (log p_c - log q_c); logits are divided by the temperature before."""
-    log_p, log_q = (_logarithms(value, is_probability, temperature) for value in (fp, q))
+    known = torch.isfinite(fp)
+    log_p, log_q = (_logarithms(value, known, is_probability, temperature) for value in (fp, q))
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
-def _logarithms(value: torch.Tensor, is_probability: bool, temperature: float) -> torch.Tensor:
+def _logarithms(
+    value: torch.Tensor, known: torch.Tensor, is_probability: bool, temperature: float
+) -> torch.Tensor:
     # Double precision: two nearly equal distributions cancel to the square of their difference.
     wide = value.double()
     if is_probability:
         wide = wide.clamp_min(torch.finfo(torch.float32).tiny).log()
-    return torch.log_softmax(wide / temperature, dim=_CLASS_AXES[wide.ndim])
+    scores = torch.where(known, wide / temperature, _LEFT_OUT)
+    return torch.log_softmax(scores, dim=_CLASS_AXES[wide.ndim])

@@ -9,6 +9,8 @@ For block t, with only that block quantized (its weights and the activations it 
 
 At the float network loss and gradient are zero, so L_t = 1/2 dz^T H dz to second order and S_t is the
 Rayleigh quotient dz^T H dz / ||dz||^2 (times the number of elements, if E||dz||^2 is taken per element).
+Elements that are NaN or Inf in the float network have no part in any of these; S of a block that makes others so is
+infinite.
 
 Every batch of samples runs through the float network once; block t then runs quantized on the float
 values it reads, and only blocks behind it that read something changed run again. Several processes share the
@@ -25,12 +27,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from onnxptq.errors import UsageError
+from onnxptq.errors import UnsupportedModelError, UsageError
 from onnxptq.graph.boundary import find_selection
 from onnxptq.graph.index import probability_outputs
 from onnxptq.lowering.joining import can_be_joined
 from onnxptq.lowering.network import BlockNetwork, Values
-from onnxptq.lowering.output_loss import LossChoice, LossKind, OutputLoss, asked_loss, choose_loss
+from onnxptq.lowering.output_loss import (
+    LossChoice,
+    LossKind,
+    OutputLoss,
+    as_noise,
+    asked_loss,
+    choose_loss,
+    error_of,
+    numbers_of,
+)
 from onnxptq.lowering.quantized import Hooks, quantizing_hooks, set_hooks
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.types import (
@@ -65,9 +76,9 @@ class _Change:
             return
         wide = reference.double()
         # Another shape counts as wholly wrong, as in the loss.
-        dz = value.double() - wide if value.shape == reference.shape else wide
-        self.squares += float(dz.square().sum())
-        self.absolutes += float(dz.abs().sum())
+        dz = error_of(value.double(), wide) if value.shape == reference.shape else numbers_of(wide)
+        self.squares += as_noise(dz.square().sum())
+        self.absolutes += as_noise(dz.abs().sum())
 
     def sum_over(self, ranks: Ranks) -> None:
         total = ranks.sum(np.array([self.squares, self.absolutes, self.elements], np.float64))
@@ -170,7 +181,11 @@ class Scorer:
     def score(
         self, plan: QuantPlan, solution: Solution, *, progress: Progress | None = None
     ) -> tuple[Sensitivity, ...]:
-        """One Sensitivity per block, in order."""
+        """One Sensitivity per block, in order.
+
+        Raises:
+            UnsupportedModelError: the loss of a block is not a number.
+        """
         hooks = [quantizing_hooks(self._model.graph, block, plan, solution) for block in self.blocks]
         changes = [_Change() for _ in self.blocks]
         known = probability_outputs(self._model.graph)
@@ -194,9 +209,21 @@ class Scorer:
         count = int(self._ranks.sum(np.asarray(count)))
         samples = count if self._normalize == "sample" else None
         return tuple(
-            _sensitivity(block.index, losses[t].value(), changes[t], samples)
+            _sensitivity(block.index, self._loss_of(block, losses[t]), changes[t], samples)
             for t, block in enumerate(self.blocks)
         )
+
+    def _loss_of(self, block: Block | Pack, found: OutputLoss) -> float:
+        value = found.value()
+        if math.isnan(value):
+            inputs, outputs = (
+                ", ".join(map(self._model.user_name, ends)) for ends in (block.inputs, block.outputs)
+            )
+            raise UnsupportedModelError(
+                f"The loss with only the block from {inputs} to {outputs} quantized is not a number.",
+                "Leave its nodes in float (--exclude), or compare outputs in another way (--output-loss).",
+            )
+        return value
 
 
 def _run_quantized(network: BlockNetwork, index: int, values: Values, hooks: Hooks) -> Values:
@@ -211,7 +238,9 @@ def _run_quantized(network: BlockNetwork, index: int, values: Values, hooks: Hoo
 def _sensitivity(index: int, loss: float, change: _Change, samples: int | None) -> Sensitivity:
     squared = change.squares / max(1, change.elements if samples is None else samples)
     absolute = change.absolutes / max(1, change.elements)
-    curvature = 2.0 * loss / squared if squared > 0.0 else math.inf
+    # Where a number is lost, nothing tells how far the error is from others.
+    is_known = squared > 0.0 and math.isfinite(loss) and math.isfinite(squared)
+    curvature = 2.0 * loss / squared if is_known else math.inf
     return Sensitivity(
         block=index,
         loss=loss,

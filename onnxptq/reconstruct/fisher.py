@@ -8,6 +8,7 @@ Its diagonal is estimated without bias by one backward pass per sample,
     other outputs     g = d (v . o / ||o||) / dz,   v standard normal
     weight of z_i     w_i = E[g_i^2],   scaled to mean 1
 
+where y is no class whose logit is NaN or Inf, and o leaves such elements out,
 and averaged over the samples and, where a tensor has positions behind its channel axis, over these.
 (BRECQ, Li et al., arXiv 2102.05426; FIMA-Q, Wu et al., arXiv 2506.11543.)
 """
@@ -19,6 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from onnxptq.lowering.network import BlockNetwork, Values
+from onnxptq.lowering.output_loss import numbers_of
 from onnxptq.ranks import ALONE, Ranks
 
 _LEAST = 0.05
@@ -85,13 +87,15 @@ def _target(
         if not value.is_floating_point():
             continue
         if value.ndim == 2 and value.shape[1] > 1:
-            tiny = torch.finfo(value.dtype).tiny
-            log_p = value.clamp_min(tiny).log() if name in probabilities else torch.log_softmax(value, dim=1)
+            limits = torch.finfo(value.dtype)
+            logits = torch.where(torch.isfinite(value), value, limits.min)
+            log_p = value.clamp_min(limits.tiny).log() if name in probabilities else logits.log_softmax(dim=1)
             drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(value.device)
             parts.append(log_p.gather(1, drawn).sum())
         else:
             direction = torch.randn(value.shape, generator=generator).to(value.device)
-            parts.append((direction * value).sum() / value.detach().norm().clamp_min(1e-30))
+            numbers = numbers_of(value)
+            parts.append((direction * numbers).sum() / numbers.detach().norm().clamp_min(1e-30))
     return torch.stack(parts).sum() if parts else torch.zeros(())
 
 

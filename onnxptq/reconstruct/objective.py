@@ -2,7 +2,8 @@
 
     sum over outputs o of  E[w (o_q - o_fp)^2] / V_o,     V_o = E||o_fp - mean(o_fp)||^2
 
-so that packs of any size compare. w is 1, or a power of the Fisher weights of :mod:`onnxptq.reconstruct.fisher`.
+so that packs of any size compare; all means are over what is a finite number in the float network. w is 1, or a power
+of the Fisher weights of :mod:`onnxptq.reconstruct.fisher`.
 Class scores z at the network's outputs are compared by what they decide, at a temperature T that leaves every class
 a say:
 
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from onnxptq.lowering.network import Values
-from onnxptq.lowering.output_loss import divergence, rows_of
+from onnxptq.lowering.output_loss import as_noise, divergence, error_of, numbers_of, rows_of
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.suffix import Suffix
 
@@ -64,7 +65,8 @@ def norms_of(data: PackData, chosen: Sequence[int]) -> Norms:
         targets = data.targets(part)
         for entry, name in zip(sums, channels, strict=True):
             wide = targets[name].double()
-            entry += (wide.numel(), float(wide.sum()), float(wide.square().sum()))
+            numbers = numbers_of(wide)
+            entry += (int(torch.isfinite(wide).sum()), float(numbers.sum()), float(numbers.square().sum()))
     sums = data.ranks.sum(sums)
     variance = {
         name: max(float(q / n - (s / n) ** 2), 1e-30)
@@ -82,9 +84,10 @@ def noise_over_signal(found: Values, targets: Values, norms: Norms) -> torch.Ten
         if name in norms.class_scores:
             parts.append(_score_noise(found[name], targets[name], norms.class_scores[name], variance))
             continue
-        squares = (found[name] - targets[name]).square()
+        squares = error_of(found[name], targets[name]).square()
         weights = norms.importance.get(name)
-        parts.append((squares if weights is None else squares * weights).mean() / variance)
+        weighed = squares if weights is None else squares * weights
+        parts.append(weighed.sum() / torch.isfinite(targets[name]).sum().clamp_min(1) / variance)
     return torch.stack(parts).sum()
 
 
@@ -120,7 +123,7 @@ class Objective:
 
     def combined(self, local: Loss, distant: Loss | None) -> Loss:
         """The loss of a local and a global one."""
-        if distant is None or min(self.start) <= 0.0:
+        if distant is None or not all(0.0 < start < math.inf for start in self.start):
             return local
         return local * (_LOCAL_SHARE / self.start[0]) + distant * (1.0 / self.start[1])
 
@@ -130,7 +133,7 @@ class Objective:
         total = np.zeros(2)
         for part in self.data.chunks(chosen):
             local, distant = self._parts(self.data.module(self.data.quantized(part)), part)
-            total += np.array([float(local), 0.0 if distant is None else float(distant)]) * len(part)
+            total += np.array([as_noise(local), 0.0 if distant is None else as_noise(distant)]) * len(part)
         local, distant = self.data.ranks.sum(total) / len(chosen)
         return float(local), float(distant)
 

@@ -16,7 +16,15 @@ import torch
 
 from onnxptq.lowering.joining import can_be_joined, joined
 from onnxptq.lowering.network import BlockNetwork, Values
-from onnxptq.lowering.output_loss import LossChoice, LossKind, choose_loss, divergence, rows_of
+from onnxptq.lowering.output_loss import (
+    LossChoice,
+    LossKind,
+    choose_loss,
+    divergence,
+    error_of,
+    numbers_of,
+    rows_of,
+)
 from onnxptq.ranks import Ranks
 from onnxptq.reconstruct.pack_data import Keep, PackData
 
@@ -52,8 +60,8 @@ def wanted_outputs(
         floats = {name: found[name] for name in network.outputs if found[name].is_floating_point()}
         for name, value in floats.items():
             part = sums.setdefault(name, [0.0, 0.0])
-            part[0] += float(value.double().square().sum())
-            part[1] += value.numel()
+            part[0] += float(numbers_of(value.double()).square().sum())
+            part[1] += int(torch.isfinite(value).sum())
         outputs.append({name: keep(value.cpu()) for name, value in floats.items()})
     total: dict[str, list[float]] = {}
     for own in ranks.gather(sums):
@@ -104,4 +112,5 @@ class Suffix:
         if target.shape != value.shape:
             # Another number of detections: nothing tells which belong together.
             return value.sum() * 0.0 + 1.0
-        return (value - target).square().mean() / self.wanted.scales[name]
+        squares = error_of(value, target).square().sum()
+        return squares / torch.isfinite(target).sum().clamp_min(1) / self.wanted.scales[name]

@@ -1,6 +1,6 @@
 """Sessions of onnxruntime: the only package that imports it."""
 
-from onnxptq.runtime.difference import SAME_FUNCTION, compare_forms, difference
+from onnxptq.runtime.difference import SAME_FUNCTION, compare_forms, difference, signal_and_noise
 from onnxptq.runtime.inference import element_types, infer_types
 from onnxptq.runtime.session import (
     Provider,
@@ -34,4 +34,5 @@ __all__ = [
     "require_loadable",
     "require_runtime",
     "runtime_version",
+    "signal_and_noise",
 ]

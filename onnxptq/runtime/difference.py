@@ -1,7 +1,8 @@
-"""How far the outputs of two forms of one network are apart."""
+"""How far the outputs of two networks are apart."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,3 +46,19 @@ def compare_forms(
     if gap <= SAME_FUNCTION:
         return gap, ""
     return gap, f"the float outputs would differ by {gap:.1e} of their largest magnitude"
+
+
+def signal_and_noise(reference: Array, value: Array) -> tuple[float, float]:
+    """Sums of the squares of ``reference`` and of the error, over what is a finite number in ``reference``; the noise
+    is infinite where ``value`` has lost such a number."""
+    known = np.isfinite(reference)
+    if not known.all():
+        reference, value = reference[known], value[known]
+    if not np.isfinite(value).all():
+        return _energy(reference), math.inf
+    return _energy(reference), _energy(reference.astype(np.float64) - value)
+
+
+def _energy(values: Array) -> float:
+    flat = values.reshape(-1).astype(np.float64)
+    return float(flat @ flat)

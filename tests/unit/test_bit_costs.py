@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from onnxptq.bit_costs import BitPlacing, measure_costs, quantizers_of, weight_bytes
+from onnxptq.errors import UnsupportedModelError
 from onnxptq.graph.index import GraphIndex
+from onnxptq.partition import score
 from onnxptq.partition.blocks import find_blocks
 from onnxptq.partition.pack import pack_blocks
 from onnxptq.qdq import insert_quantizers
@@ -200,3 +203,25 @@ def test_two_packs_may_read_one_tensor_at_different_bits(tmp_path: Path) -> None
         sites=tuple(s for q in plan.quantizers for s in q.sites if s.consumer == "left"),
     )
     assert {q.qtype.bits for q in quantizers_of(pack, plan)} == {4, 3}
+
+
+def test_bits_that_lose_numbers_are_not_offered(
+    model: CanonicalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = random_samples(model, 2)
+    packs, scores = packed(model)
+    placing = ranges_of(model, samples)
+    real = score.OutputLoss.value
+    found: list[float] = []
+
+    def spoilt(loss: score.OutputLoss) -> float:
+        found.append(real(loss))
+        # Parts come in the order of bits: weights, then activations, of every pack.
+        return math.inf if len(found) == 1 else found[-1]
+
+    monkeypatch.setattr(score.OutputLoss, "value", spoilt)
+    costs = measure_costs(model, packs, scores, placing, samples, candidates=(3, 6))
+    assert [[c.bits for c in p.weights] for p in costs.packs] == [[6], [3, 6], [3, 6], [3, 6]]
+    monkeypatch.setattr(score.OutputLoss, "value", lambda _: math.inf)
+    with pytest.raises(UnsupportedModelError, match=r"the pack from x to .* makes outputs NaN or Inf"):
+        measure_costs(model, packs, scores, placing, samples, candidates=(3, 6))
