@@ -129,9 +129,9 @@ if TYPE_CHECKING:
 @click.option(
     "--average-bits",
     type=float,
-    help="Choose bits per pack: this many on average over weights, and over activations.",
+    help="Choose bits per pack: this many on average over weights, and with simulate over activations.",
 )
-@click.option("--average-activation-bits", type=float, help="Another average for activations.")
+@click.option("--average-activation-bits", type=float, help="Another average for activations (simulate).")
 @click.option("--max-size", type=float, metavar="MB", help="Choose bits of weights: at most this file size.")
 @click.option(
     "--max-loss", type=float, help="Choose bits of weights: the smallest file within this expected loss."

@@ -24,9 +24,9 @@ from onnxptq.errors import BudgetError
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import save_graph
 from onnxptq.packing import SCORING_SAMPLES, Packing, find_packing, scored, torch_device
-from onnxptq.placing import Selectors, placement_request
+from onnxptq.placing import Selectors, placement_request, storage_notes
 from onnxptq.qdq import insert_quantizers
-from onnxptq.recipe import Recipe
+from onnxptq.recipe import Recipe, Target
 from onnxptq.reconstruct.branches import largest_branches
 from onnxptq.samples import Draw
 from onnxptq.solving import FOCUS_SAMPLES, Solver
@@ -98,7 +98,7 @@ def choose_bits(solver: Solver, survey: Survey, source: CanonicalModel) -> BitPl
     if recipe.max_size is not None:
         draft = plan(allocate(fixed, WeightBytes(sys.maxsize)))
         beside = _bytes_beside_weights(solver, survey.packing, draft)
-        return plan(_within_size(fixed, recipe.max_size, beside, recipe.target))
+        return plan(_within_size(fixed, recipe.max_size, beside, recipe.target, source.opset))
     if recipe.max_loss is not None:
         return plan(allocate(fixed, TotalLoss(recipe.max_loss)))
     return plan(_at_average(choices, recipe))
@@ -108,11 +108,8 @@ def _at_average(choices: Sequence[PackChoices], recipe: Recipe) -> Allocation:
     assert recipe.average_bits is not None
     if recipe.allocator == "greedy":
         return allocate_greedily(choices, recipe.average_bits)
-    activations = recipe.average_activation_bits
-    return allocate(
-        choices,
-        AverageBits(recipe.average_bits, recipe.average_bits if activations is None else activations),
-    )
+    assert recipe.average_of_activations is not None
+    return allocate(choices, AverageBits(recipe.average_bits, recipe.average_of_activations))
 
 
 def _at(pack: PackChoices, bits: int) -> PackChoices:
@@ -143,7 +140,9 @@ def _bytes_beside_weights(solver: Solver, packing: Packing, draft: BitPlan) -> i
     return whole - weight_bytes(model, plan) + _SLACK
 
 
-def _within_size(choices: Sequence[PackChoices], megabytes: float, beside: int, target: str) -> Allocation:
+def _within_size(
+    choices: Sequence[PackChoices], megabytes: float, beside: int, target: Target, opset: int
+) -> Allocation:
     try:
         return allocate(choices, WeightBytes(max(0, int(megabytes * MEGABYTE) - beside)))
     except BudgetError as error:
@@ -151,7 +150,7 @@ def _within_size(choices: Sequence[PackChoices], megabytes: float, beside: int, 
         raise BudgetError(
             f"A file of {megabytes:g} MB is out of reach for {target}: the least is "
             f"{least / MEGABYTE:.3f} MB, of which {beside / MEGABYTE:.3f} MB are not quantized weights.",
-            "Allow a larger size.",
+            " ".join(["Allow a larger size.", *storage_notes(target, opset)]),
         ) from error
 
 

@@ -16,7 +16,7 @@ from onnxptq.errors import SelectorError, TargetIllegalError, UnsupportedModelEr
 from onnxptq.graph.index import GraphIndex, is_constant, is_float32
 from onnxptq.graph.linear import find_linears
 from onnxptq.listing import listed
-from onnxptq.recipe import Recipe
+from onnxptq.recipe import Recipe, Target
 from onnxptq.selectors import Catalogue, Selection, compile_pattern, match_tensors, select_nodes
 from onnxptq.targets import TARGETS, PlacementRequest
 from onnxptq.types import CanonicalModel, Quantizer, QuantPlan
@@ -57,12 +57,38 @@ def placement_request(
     return PlacementRequest(
         weight_bits=recipe.weight_bits,
         activation_bits=recipe.activation_bits,
-        weight_storage="int4" if selectors.model.opset >= 21 and recipe.target == "simulate" else "int8",
+        weight_storage="int8" if storage_notes(recipe.target, selectors.model.opset) else "int4",
         residuals=recipe.residuals,
         bits_of=bits,
         declined=declined,
         uncalibrated=uncalibrated,
     )
+
+
+def storage_notes(target: Target, opset: int) -> tuple[str, ...]:
+    """Why weights of up to 4 bits take a byte each; empty where they take half of one."""
+    if target != "simulate":
+        return (
+            f"Weights of any bits take a byte each on {target}; --target simulate stores 4 bits and fewer in half.",
+        )
+    if opset < 21:
+        return (
+            f"Weights of 4 bits and fewer take a byte each in a model of opset {opset}, and half with --opset 21.",
+        )
+    return ()
+
+
+def budget_notes(recipe: Recipe, opset: int) -> tuple[str, ...]:
+    """What the recipe's budget cannot do on its target, in a model of this opset."""
+    if recipe.max_size is not None or recipe.max_loss is not None:
+        return storage_notes(recipe.target, opset)
+    is_partial = recipe.average_bits is not None and recipe.average_activation_bits is None
+    if is_partial and recipe.target != "simulate":
+        return (
+            f"--average-bits holds for weights: activations stay at 8 bits, which {recipe.target} executes "
+            "(--target simulate takes fewer).",
+        )
+    return ()
 
 
 class Selectors:

@@ -101,7 +101,8 @@ class Recipe(Settings):
             weights is tried; None tries all. Packs are solved regardless.
         seed: for rotations, for the order of samples in gradient steps, and for random calibration data where
             that was asked for.
-        average_bits: choose bits per pack so that weights, and on their own activations, average this many.
+        average_bits: choose bits per pack so that weights, and on their own activations, average this many. Targets
+            that execute 8-bit activations keep them at 8.
         average_activation_bits: another average for activations.
         max_size: choose bits of weights so that the file takes at most this many megabytes (10^6 bytes).
         max_loss: choose bits of weights so that the expected output loss stays within this, at least size.
@@ -338,20 +339,33 @@ class Recipe(Settings):
                 "the greedy allocator gives weights and activations of a pack the same bits, so it takes "
                 "no average_activation_bits"
             )
+        if self.target != "simulate" and self.allocator == "greedy":
+            raise ValueError(
+                "the greedy allocator gives weights and activations of a pack the same bits: it needs --target "
+                f"simulate, since {self.target} executes activations at 8"
+            )
+        if self.target != "simulate" and (self.average_activation_bits or 8.0) < 8.0:
+            raise ValueError(
+                f"average_activation_bits {self.average_activation_bits:g} is out of reach: {self.target} executes "
+                "activations at 8 bits, --target simulate at 2 to 8"
+            )
         return self
 
     @model_validator(mode="after")
     def _start_near_the_average(self) -> Self:
-        average = self.average_bits
-        if average is not None:
-            activations = self.average_activation_bits
-            near = {
-                "weight_bits": average,
-                "activation_bits": average if activations is None else activations,
-            }
-            for name in near.keys() - self.model_fields_set:
-                object.__setattr__(self, name, round(near[name]))
+        near = {"weight_bits": self.average_bits, "activation_bits": self.average_of_activations}
+        for name, average in near.items():
+            if average is not None and name not in self.model_fields_set:
+                object.__setattr__(self, name, round(average))
         return self
+
+    @property
+    def average_of_activations(self) -> float | None:
+        """What activations may average where ``average_bits`` is given: the same, unless they have an average of
+        their own or the target executes them at 8 bits."""
+        if self.average_bits is None or self.average_activation_bits is not None:
+            return self.average_activation_bits
+        return self.average_bits if self.target == "simulate" else 8.0
 
     @property
     def bit_budget(self) -> dict[str, float]:

@@ -26,7 +26,7 @@ from onnxptq.forming import Prepared, apply_bit_plan, placement, plan, require_c
 from onnxptq.graph.boundary import without_boundary
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.save import save_graph
-from onnxptq.placing import Selectors, selector_notes
+from onnxptq.placing import Selectors, budget_notes, selector_notes
 from onnxptq.publish import write_texts
 from onnxptq.qdq import insert_quantizers
 from onnxptq.recipe import Recipe
@@ -84,7 +84,11 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
         # Quality and latency will need it; better now than after calibration.
         require_loadable(model, run.recipe.provider)
     selectors = Selectors(model)
-    for note in (*model.notes, *selector_notes(selectors, run.recipe, (run.recipe.target,))):
+    said = (
+        *selector_notes(selectors, run.recipe, (run.recipe.target,)),
+        *budget_notes(run.recipe, model.opset),
+    )
+    for note in (*model.notes, *said):
         run.note(note)
     if run.recipe.needs_torch:
         from onnxptq.lowering import require_supported

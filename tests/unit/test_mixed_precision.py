@@ -24,9 +24,9 @@ from onnxptq.types import Sample
 from tests.unit.small_nets import Net
 
 
-def network() -> onnx.ModelProto:
+def network(opset: int = 21) -> onnx.ModelProto:
     """Four blocks of very different size, so that budgets leave room for choices."""
-    net = Net()
+    net = Net(opset=opset)
     x = net.op("Relu", "stem_relu", net.conv("stem", "x", (8, 3, 3, 3)))
     for i, kernel in enumerate((3, 1)):
         y = net.op("Relu", f"relu{i}", net.conv(f"a{i}", x, (8, 8, kernel, kernel)))
@@ -196,6 +196,35 @@ def test_a_file_within_a_size(model: Path, samples: list[Sample], tmp_path: Path
         quantized(model, samples, tmp_path, max_size=0.001, **fixed)
 
 
+@pytest.mark.parametrize("target", ["ort-cpu", "tensorrt"])
+@pytest.mark.parametrize("method", ["rtn", "pack-ptq"])
+def test_deploy_targets_average_weights_alone(
+    target: str, method: str, model: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    steps = {} if method == "rtn" else {"steps": 5}
+    found = quantized(model, samples, tmp_path, target=target, method=method, average_bits=4, **steps)
+    plan = plan_of(found)
+    assert plan.average_weight_bits is not None
+    assert 3.0 < plan.average_weight_bits <= 4.0
+    assert plan.average_activation_bits == 8.0
+    assert {r.bits for r in found.report.quantized if r.role == "activation"} == {8}
+    assert any("activations stay at 8 bits" in note for note in found.report.notes)
+
+
+def test_sizes_that_need_a_newer_opset_say_so(samples: list[Sample], tmp_path: Path) -> None:
+    path = tmp_path / "old.onnx"
+    onnx.save(network(opset=17), str(path))
+    said = "take a byte each in a model of opset 17, and half with --opset 21"
+    with pytest.raises(BudgetError, match=said):
+        quantized(path, samples, tmp_path, max_size=0.001, method="rtn")
+    found = quantized(path, samples, tmp_path, max_loss=0.1, method="rtn")
+    assert any(said in note for note in found.report.notes)
+    raised = quantized(path, samples, tmp_path, max_loss=0.1, method="rtn", opset=21)
+    assert not any("--opset 21" in note for note in raised.report.notes)
+    deployed = quantized(path, samples, tmp_path, max_loss=0.1, method="rtn", target="ort-cpu")
+    assert any("take a byte each on ort-cpu" in note for note in deployed.report.notes)
+
+
 def test_the_smallest_file_within_a_loss(model: Path, samples: list[Sample], tmp_path: Path) -> None:
     losses = []
     for limit in (1e-3, 1e-1):
@@ -253,6 +282,11 @@ def test_packs_of_the_plan_are_the_packs_that_are_solved(
         ({"plan": "plan.yaml", "max_loss": 0.0}, "max_loss and plan exclude each other"),
         ({"average_activation_bits": 3}, "average_activation_bits goes with average_bits"),
         ({"allocator": "greedy"}, "the greedy allocator needs average_bits"),
+        ({"allocator": "greedy", "average_bits": 4}, "it needs --target simulate, since ort-cpu"),
+        (
+            {"average_bits": 4, "average_activation_bits": 6, "target": "tensorrt"},
+            "tensorrt executes activations at 8 bits, --target simulate at 2 to 8",
+        ),
         ({"average_bits": 9}, "'average_bits'.*less than or equal to 8"),
     ],
 )
@@ -262,10 +296,12 @@ def test_budgets_that_contradict(settings: dict[str, Any], message: str) -> None
 
 
 def test_the_start_is_near_the_average() -> None:
-    recipe = Recipe.create({"average_bits": 3.4, "average_activation_bits": 5.6})
+    target = {"target": "simulate"}
+    recipe = Recipe.create({"average_bits": 3.4, "average_activation_bits": 5.6, **target})
     assert (recipe.weight_bits, recipe.activation_bits) == (3, 6)
     assert Recipe.create({"average_bits": 3.4, "weight_bits": 8}).weight_bits == 8
-    assert Recipe.create({"average_bits": 3.4}).activation_bits == 3
+    assert Recipe.create({"average_bits": 3.4, **target}).activation_bits == 3
+    assert Recipe.create({"average_bits": 3.4}).activation_bits == 8
     assert recipe.is_low_bit
     assert Recipe.create({"max_size": 3}).is_solved_by_packs
     assert recipe.bit_budget == {"average_bits": 3.4, "average_activation_bits": 5.6}
