@@ -208,11 +208,14 @@ def _shifted(run: Run, form: Prepared, data: Data, where: ShiftedPlace) -> Canon
 def _better(run: Run, plain: Prepared, changed: Prepared, what: str) -> Prepared:
     with run.timed("solve"):
         before, after = plain.solver.prospect(), changed.solver.prospect()
-    is_better = after > before
-    if run.recipe.is_low_bit:
+    is_better, asked = after > before, ""
+    if is_better and run.recipe.is_low_bit:
         is_better = after > max(before + FORM_MARGIN_DB, LEAST_TELLING_DB)
-    kept = "kept" if is_better else "dropped"
-    run.note(f"The {what} were {kept}: {before:.2f} dB without, {after:.2f} dB with them.")
+        asked = (
+            f"; with few bits {FORM_MARGIN_DB:g} dB more are asked for, and at least {LEAST_TELLING_DB:g} dB"
+        )
+    found = f"{before:.2f} dB without, {after:.2f} dB with them"
+    run.note(f"The {what} were kept: {found}." if is_better else f"The {what} were dropped: {found}{asked}.")
     return changed if is_better else plain
 
 

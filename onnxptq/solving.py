@@ -113,7 +113,7 @@ class Solver:
     Outputs are compared with those of the model at ``reference``, of which ``model`` may be another form (None:
     it is the same). ``declined`` names the nodes that ``plan`` leaves in float to reach the floor. ``notes``
     collects what was measured and decided; ``focuses`` are the ranges of softmax outputs that were chosen by the
-    products that read them, by quantizer id; ``packed`` is how packs were solved, where they were, and ``packing``
+    products that read them, by quantizer id; ``packed`` is how packs were solved, where they won, and ``packing``
     the packs to take, None for those that the plan suggests. ``checkpoints`` are all folders with finished packs. The
     float network is run once, at the first comparison.
     """
@@ -353,10 +353,12 @@ class Solver:
         )
         self.checkpoints.append(found.checkpoints)
         self.packed = packed[_LOW_RANK[low_rank]] = found
+        # Where several alternatives are solved, each has something of its own to tell.
+        label = f"{_LOW_RANK[low_rank]}: " if len(self.recipe.low_rank_choices) > 1 else ""
         if found.untuned:
-            self.notes.append(found.untuned)
+            self.notes.append(label + found.untuned)
         if found.tuning is not None:
-            self.notes.append(_told(found.tuning))
+            self.notes.append(label + _told(found.tuning))
         return found.solution
 
     def _improved(self) -> Solution:
@@ -381,7 +383,7 @@ class Solver:
                 f"Branches gain less than {self._margin(highest):g} dB, which their run time is not worth."
             )
         self._reached = qualities[best]
-        self.packed = packed.get(best, self.packed)
+        self.packed = packed.get(best)
         return solutions[best]
 
     def _margin(self, name: str) -> float:

@@ -153,3 +153,22 @@ def test_branches_count_towards_the_size(tmp_path: Path) -> None:
     found = quantized("windows", tmp_path, max_size=(least - 400) / 1e6, **options)
     assert found.output.stat().st_size <= least - 400
     assert not [note for note in found.report.notes if "were allowed" in note]
+
+
+def test_a_solution_that_lost_is_not_reported_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"target": "simulate", "weight_bits": 4, "activation_bits": 4, "steps": 5}
+    monkeypatch.setattr(solving.Solver, "_margin", lambda _, name: 1000.0 if "packs" in name else 0.0)
+    found = quantized("attention", tmp_path, method="aiqvit", tune=True, **options)
+    assert any(note.startswith("Weights by nearest rounding (") for note in found.report.notes)
+    assert (found.report.packs, found.report.blocks, found.report.tuning) == ((), (), None)
+    said = {entry.key for node in onnx.load(found.output).graph.node for entry in node.metadata_props}
+    assert "onnxptq.pack" not in said
+
+
+def test_notes_on_tuning_name_the_alternative(tmp_path: Path) -> None:
+    options = {"target": "simulate", "weight_bits": 3, "activation_bits": 8, "effort": "balanced", "steps": 5}
+    found = quantized("residual, fixed batch", tmp_path, method="auto", low_rank="auto", **options)
+    tuned = [note.split(": Scales")[0] for note in found.report.notes if ": Scales and biases were" in note]
+    assert tuned == ["packs", "packs with merged corrections", "packs with branches"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 
+from onnxptq import forming
 from onnxptq.pipeline import quantize
 from onnxptq.recipe import Recipe
 from tests.unit.rotate.rotate_nets import one_stream
@@ -39,7 +42,9 @@ def run(path: Path, folder: Path, recipe: Recipe) -> Any:
     )
 
 
-def test_a_stream_with_an_outlier_is_rotated_and_the_run_says_so(tmp_path: Path) -> None:
+def test_a_stream_with_an_outlier_is_rotated_and_the_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Twenty samples are held out; the gain on them is 2.5 dB.
     recipe = Recipe(target="simulate", activation_bits=4, equalize=False, simplify=False, holdout=0.5)
     path = outlier_net(tmp_path / "net.onnx")
@@ -47,6 +52,10 @@ def test_a_stream_with_an_outlier_is_rotated_and_the_run_says_so(tmp_path: Path)
     said = "\n".join(report.notes)
     assert "Rotated: 1 residual stream of 16 channels" in said
     assert "The rotated channels were kept" in said
+    # What gains less than is asked for with few bits is dropped, with the reason.
+    monkeypatch.setattr(forming, "FORM_MARGIN_DB", 90.0)
+    said = "\n".join(run(path, tmp_path, recipe).report.notes)
+    assert re.search(r"channels were dropped: .* with them; with few bits 90 dB more are asked for", said)
     plain = run(path, tmp_path, recipe.updated(rotate=False)).report
     assert "otat" not in "\n".join(plain.notes)
     assert report.outputs[0].sqnr_db > plain.outputs[0].sqnr_db
