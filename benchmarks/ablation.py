@@ -31,6 +31,9 @@ CONSOLE = Console(highlight=False, soft_wrap=True)
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "nearest": {"method": "rtn"},
+    "nearest, biases": {"method": "rtn", "correct_bias": True},
+    "nearest, rescaled": {"method": "rtn", "equalize": True},
+    "nearest, rescaled, biases": {"method": "rtn", "equalize": True, "correct_bias": True},
     "closed form": {"method": "pack-ptq", "effort": "fast"},
     "closed form, root 3": {"method": "pack-ptq", "effort": "fast", "softmax_root": 3},
     "closed form, root 4": {"method": "pack-ptq", "effort": "fast", "softmax_root": 4},
@@ -62,7 +65,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "auto": {"method": "auto", "effort": "balanced"},
 }
 
-SEEDLESS = ("nearest", "closed form", "closed form, root 3", "closed form, root 4", "closed form, branches")
+SEEDLESS = tuple(name for name in VARIANTS if name.startswith(("nearest", "closed form")))
 
 
 def main() -> int:

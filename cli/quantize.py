@@ -150,12 +150,14 @@ if TYPE_CHECKING:
 @click.option("--percentile", type=float, help="For the percentile observer. [default: 99.999]")
 @selector_options
 @click.option(
-    "--equalize/--no-equalize", default=None, help="Rescale channels, exactly, beforehand. [default: yes]"
+    "--equalize/--no-equalize",
+    default=None,
+    help="Rescale channels, exactly, beforehand. Left out: with every method but rtn.",
 )
 @click.option(
     "--rotate/--no-rotate",
     default=None,
-    help="Try rotated channels, exact as well. [default: yes]",
+    help="Try rotated channels, exact as well. Left out: with every method but rtn.",
 )
 @click.option(
     "--shift/--no-shift",
@@ -164,10 +166,14 @@ if TYPE_CHECKING:
     "activations for tensorrt, in attention at 8 bits, and everywhere with aiqvit.",
 )
 @click.option(
-    "--compensate/--no-compensate", default=None, help="Try error-compensated rounding. [default: yes]"
+    "--compensate/--no-compensate",
+    default=None,
+    help="Try error-compensated rounding. Left out: with every method but rtn.",
 )
 @click.option(
-    "--correct-bias/--no-correct-bias", default=None, help="Correct biases where that helps. [default: yes]"
+    "--correct-bias/--no-correct-bias",
+    default=None,
+    help="Correct biases where that helps; with rtn, in any case. Left out: with every method but rtn.",
 )
 @click.option(
     "--floor",

@@ -66,7 +66,7 @@ def prepared(run: Run, model: CanonicalModel, data: Data) -> Prepared:
     """
     reference, model = model.path, _rooted(run, model, data)
     if run.recipe.method == "rtn":
-        return _prepared(run, model, data, reference)
+        return _rescaled(run, model, data, reference, run.scratch)
     base, found = model, _rescaled(run, model, data, reference, run.scratch)
     if run.recipe.tries_rotation and not found.solver.is_enough:
         rotated = _rotated(run, model, data)
@@ -140,7 +140,7 @@ def _root_order(run: Run, model: CanonicalModel, data: Data) -> int:
 
 def _rescaled(run: Run, model: CanonicalModel, data: Data, reference: Path, work_dir: Path) -> Prepared:
     """The model with rescaled channels, where the recipe allows it and anything can be gained."""
-    if not run.recipe.equalize:
+    if not run.recipe.tries_rescaling:
         return _prepared(run, model, data, reference)
     with run.timed("equalize"):
         rescaling = find_rescaling(
@@ -149,14 +149,15 @@ def _rescaled(run: Run, model: CanonicalModel, data: Data, reference: Path, work
             work_dir=work_dir,
             tensors=candidate_tensors(GraphIndex(model.graph)),
             symmetric=run.recipe.target in SYMMETRIC,
-            weight_bits=COMPENSATED_BITS if run.recipe.compensate else 8,
+            weight_bits=COMPENSATED_BITS if run.recipe.compensates else 8,
             samples=len(data.samples.equalizing),
             provider=run.recipe.provider,
             group_bytes=run.group_bytes,
             progress=run.progress,
         )
-        # With few bits what is enough is out of reach.
-        is_judged = rescaling.needs_judging or run.recipe.enough is None or run.recipe.is_low_bit
+        # With few bits what is enough is out of reach, and a baseline is not asked whether it is.
+        is_asked = not run.recipe.is_low_bit and run.recipe.method != "rtn"
+        is_judged = rescaling.needs_judging or run.recipe.enough is None or not is_asked
         equalized, summary = rescaling.judged() if is_judged else rescaling.proposed()
     found = _prepared(run, equalized, data, reference)
     if not is_judged and not found.solver.is_enough:

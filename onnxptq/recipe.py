@@ -46,7 +46,8 @@ class Recipe(Settings):
         target: where the file will run.
         method: ``auto`` equalizes channels, corrects biases and picks ranges by measuring the output, and with
             fewer than 8 bits solves the network pack by pack; ``rtn`` is plain round-to-nearest with one
-            observer, the baseline. ``pack-ptq`` reconstructs packs of blocks; ``brecq`` and ``qdrop`` single
+            observer, the baseline, with rescaled channels and corrected biases where ``equalize`` and
+            ``correct_bias`` ask for them. ``pack-ptq`` reconstructs packs of blocks; ``brecq`` and ``qdrop`` single
             blocks, ``adaround`` single layers, as published; ``aiqvit`` single blocks through low-rank
             corrections of their weights.
         effort: how packs are solved. ``fast`` takes no gradient step, ``balanced`` a few hundred per pack,
@@ -82,7 +83,8 @@ class Recipe(Settings):
         percentile: percent of values kept by the percentile observer.
         include, exclude: node selectors, a list or a single one; with ``include`` only matching nodes are quantized.
         rules: per-tensor exceptions; the last match wins.
-        equalize, rotate, compensate, correct_bias: parts of ``auto`` that can be turned off.
+        equalize, rotate, compensate, correct_bias: what every method but ``rtn`` tries, and can be turned off.
+            None is that; packs in closed form cannot do without the last two.
         shift: whether channels shifted to the middle of their ranges are tried. None does so behind activations
             only, by subtractions, for a target whose activations are symmetric about 0, and at 8 bits shifts the
             values of attention against the noise of quantized attention weights; with ``aiqvit`` it tries all.
@@ -137,11 +139,11 @@ class Recipe(Settings):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     rules: tuple[TensorRule, ...] = ()
-    equalize: bool = True
-    rotate: bool = True
+    equalize: bool | None = None
+    rotate: bool | None = None
     shift: bool | None = None
-    compensate: bool = True
-    correct_bias: bool = True
+    compensate: bool | None = None
+    correct_bias: bool | None = None
     samples: int = Field(default=256, ge=1)
     holdout: float = Field(default=0.2, ge=0.0, lt=1.0)
     opset: int | None = Field(default=None, ge=13, le=26)
@@ -178,6 +180,22 @@ class Recipe(Settings):
             object.__setattr__(self, "observer", "mse")
         if self.method == "rtn" and self.effort is not None:
             raise ValueError("method rtn learns nothing, so it takes no effort")
+        tried = [name for name in ("rotate", "shift", "compensate") if getattr(self, name)]
+        if self.method == "rtn" and tried:
+            raise ValueError(
+                f"method rtn rounds to nearest and takes no {' or '.join(tried)}; of the exact changes to a model it "
+                "takes equalize"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _closed_form_is_whole(self) -> Self:
+        left = [name for name in ("compensate", "correct_bias") if getattr(self, name) is False]
+        if left and self._is_closed_form:
+            raise ValueError(
+                f"{left[0]} cannot be left out where packs are solved in closed form: layers are rounded with the "
+                "error spread over the rest, and biases follow from it (method rtn does neither)"
+            )
         return self
 
     @model_validator(mode="after")
@@ -238,7 +256,22 @@ class Recipe(Settings):
     @property
     def tries_rotation(self) -> bool:
         """Whether rotated channels are tried."""
-        return self.method != "rtn" and self.rotate
+        return self.method != "rtn" and self.rotate is not False
+
+    @property
+    def tries_rescaling(self) -> bool:
+        """Whether channels are rescaled."""
+        return self.method != "rtn" if self.equalize is None else self.equalize
+
+    @property
+    def compensates(self) -> bool:
+        """Whether error-compensated rounding is tried."""
+        return self.method != "rtn" and self.compensate is not False
+
+    @property
+    def corrects_biases(self) -> bool:
+        """Whether biases are corrected."""
+        return self.method != "rtn" if self.correct_bias is None else self.correct_bias
 
     @property
     def tries_shift(self) -> bool:
@@ -266,7 +299,11 @@ class Recipe(Settings):
     @property
     def low_rank_choices(self) -> tuple[LowRank, ...]:
         """What ``low_rank`` comes to: one, or with ``auto`` all that the method allows; empty where it does not."""
-        possible: dict[LowRank, bool] = {"off": True, "merge": self._can_merge, "branch": self._can_branch}
+        possible: dict[LowRank, bool] = {
+            "off": True,
+            "merge": self._can_merge,
+            "branch": self._is_closed_form,
+        }
         if self.low_rank is None:
             return ("merge",) if self.learns and self.method == "aiqvit" else ("off",)
         asked: tuple[LowRank, ...] = tuple(possible) if self.low_rank == "auto" else (self.low_rank,)
@@ -277,10 +314,11 @@ class Recipe(Settings):
         return self.learns and self.method not in _ROUNDING
 
     @property
-    def _can_branch(self) -> bool:
-        """Branches make up for roundings in closed form, which other methods and effort ``paper`` take anew."""
-        is_closed_form = self.method in ("auto", "pack-ptq") and self.reconstruction_effort != "paper"
-        return self.is_solved_by_packs and is_closed_form
+    def _is_closed_form(self) -> bool:
+        """Whether packs are rounded in closed form, which branches make up for: other methods and effort ``paper``
+        take roundings anew."""
+        is_kept = self.method in ("auto", "pack-ptq") and self.reconstruction_effort != "paper"
+        return self.is_solved_by_packs and is_kept
 
     @property
     def merges_low_rank(self) -> bool:

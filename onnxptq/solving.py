@@ -186,9 +186,20 @@ class Solver:
 
     def finish(self) -> Solution:
         """The best solution that the recipe's method allows."""
-        if self.recipe.method == "rtn" or not self.plan.quantizers:
+        if not self.plan.quantizers:
             return self.start
+        if self.recipe.method == "rtn":
+            return self._baseline()
         return self._improved()
+
+    def _baseline(self) -> Solution:
+        """Nearest rounding, and corrected biases where they are asked for, whether they help or not."""
+        if not self.recipe.corrects_biases:
+            return self.start
+        found = self._corrected(self.start)
+        count = sum(value is not self.start.weights.get(name) for name, value in found.weights.items())
+        self.notes.append(f"{count} biases were corrected on {len(self.samples.correction)} samples.")
+        return found
 
     def replanned(self, plan: QuantPlan, declined: Mapping[str, str]) -> Solver:
         """A solver that has not begun, for the plan that leaves ``declined`` in float besides."""
@@ -400,11 +411,11 @@ class Solver:
             ]
         compensated = functools.cache(self._compensated)
         found: list[tuple[str, Callable[[], Solution]]] = []
-        if self.recipe.correct_bias:
+        if self.recipe.corrects_biases:
             found.append((f"{_PLAIN} and corrected biases", lambda: self._corrected(self.start)))
-        if self.recipe.compensate:
+        if self.recipe.compensates:
             found.append((_COMPENSATED, compensated))
-        if self.recipe.correct_bias and self.recipe.compensate:
+        if self.recipe.corrects_biases and self.recipe.compensates:
             found.append((f"{_COMPENSATED} and corrected biases", lambda: self._corrected(compensated())))
         return found
 

@@ -102,7 +102,7 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
 
 def _libraries(recipe: Recipe) -> Iterator[str]:
     """Large libraries that a run with ``recipe`` will import."""
-    if recipe.equalize and recipe.method != "rtn":
+    if recipe.tries_rescaling:
         yield "scipy.optimize"
     if recipe.is_solved_by_packs or recipe.needs_torch:
         yield "torch"

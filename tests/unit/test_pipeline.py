@@ -120,6 +120,41 @@ def test_rounding_to_8_bits_needs_no_torch(model: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_baselines_with_rescaled_channels_and_corrected_biases(bits: int, tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    net = unbalanced(4.0)
+    for node, weight in zip(net.graph.node, list(net.graph.initializer), strict=True):
+        bias = onnx.numpy_helper.from_array(np.ones(weight.dims[0], np.float32), f"{weight.name} bias")
+        net.graph.initializer.append(bias)
+        node.input.append(bias.name)
+    onnx.save(net, str(path))
+    feeds = list(samples_for(net, 40))
+    found = {}
+    for name, asked in {
+        "plain": {},
+        "biases": {"correct_bias": True},
+        "rescaled": {"equalize": True},
+        "both": {"equalize": True, "correct_bias": True},
+    }.items():
+        recipe = RECIPE.updated(target="simulate", weight_bits=bits, activation_bits=bits, **asked)
+        out = tmp_path / f"{name}.onnx"
+        found[name] = quantize(path, out, calibration=feeds, recipe=recipe, work_dir=tmp_path / "work")
+        said = "\n".join(found[name].report.notes)
+        assert ("3 biases were corrected on 32 samples" in said) == ("correct_bias" in asked)
+        assert ("rescaled per channel" in said) == ("equalize" in asked)
+        assert found[name].report.recipe.get("equalize") == asked.get("equalize")
+    level = {name: result.report.outputs[0].sqnr_db or 0.0 for name, result in found.items()}
+    assert level["rescaled"] > level["plain"] + 1
+    assert level["biases"] != level["plain"]
+    assert level["both"] not in (level["rescaled"], level["biases"])
+    again = Recipe.create(found["both"].report.recipe)
+    repeated = quantize(
+        path, tmp_path / "x.onnx", calibration=feeds, recipe=again, work_dir=tmp_path / "work"
+    )
+    assert repeated.output.read_bytes() == found["both"].output.read_bytes()
+
+
 @pytest.mark.parametrize(("enough", "is_judged"), [(0.0, False), (200.0, True), (None, True)])
 def test_rescaled_channels_are_judged_unless_they_are_good_enough(
     enough: float | None, is_judged: bool, tmp_path: Path

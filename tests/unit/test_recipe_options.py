@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 
 from onnxptq.errors import RecipeError
 from onnxptq.recipe import Recipe
@@ -18,6 +19,12 @@ NOTHING_LEARNT: list[dict[str, Any]] = [
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "rtn", "effort": "fast"}, "no effort"),
+    *(({"method": "rtn", option: True}, f"takes no {option}") for option in ("rotate", "shift", "compensate")),
+    *(
+        ({option: False, **values}, f"{option} cannot be left out where packs are solved in closed form")
+        for option in ("compensate", "correct_bias")
+        for values in ({"weight_bits": 4}, {"method": "pack-ptq"}, {"effort": "fast"})
+    ),
     *(
         ({"method": method, "effort": "fast"}, f"method {method} is learnt: it needs effort balanced or paper")
         for method in ("brecq", "qdrop", "adaround", "aiqvit")
@@ -54,6 +61,22 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_options_that_do_not_go_together(values: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         Recipe.create(values)
+
+
+def test_the_baseline_does_what_is_asked_for() -> None:
+    plain = Recipe(method="rtn")
+    tried = (plain.tries_rescaling, plain.corrects_biases, plain.compensates, plain.tries_rotation)
+    assert not any(tried)
+    asked = Recipe(method="rtn", equalize=True, correct_bias=True)
+    assert asked.tries_rescaling
+    assert asked.corrects_biases
+    assert Recipe.create(yaml.safe_load(asked.to_yaml())) == asked
+    assert Recipe.create(yaml.safe_load(plain.to_yaml())) == plain
+    usual = Recipe()
+    assert usual.tries_rescaling
+    assert usual.corrects_biases
+    assert usual.compensates
+    Recipe(method="adaround", correct_bias=False)
 
 
 def test_what_is_solved_by_packs() -> None:
