@@ -6,6 +6,7 @@ Nothing here is heavy by itself: the stages do the work, this joins them within 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from onnxptq.errors import MemoryBudgetError
-from onnxptq.graph.index import is_constant
+from onnxptq.graph.index import GraphIndex, is_constant
 from onnxptq.lowering import foreign_nodes
 from onnxptq.lowering.network import BlockNetwork
 from onnxptq.partition.blocks import find_blocks
@@ -26,6 +27,7 @@ from onnxptq.ranks import ALONE, Ranks
 from onnxptq.recipe import Effort, Recipe
 from onnxptq.reconstruct.checkpoint import Checkpoints
 from onnxptq.reconstruct.learning import BALANCED, FAST, PAPER, Learning
+from onnxptq.reconstruct.pack_quantizers import unfocused
 from onnxptq.reconstruct.packwise import Resources, reconstruct
 from onnxptq.types import (
     Block,
@@ -135,6 +137,15 @@ def learning(recipe: Recipe) -> Learning:
         adds_branches=recipe.low_rank == "branch",
         is_easy_first=recipe.is_easy_first,
         focuses_softmax=recipe.learns_focus,
+    )
+
+
+def focus_notes(model: CanonicalModel, plan: QuantPlan, start: Solution, recipe: Recipe) -> tuple[str, ...]:
+    """Where both ends of softmax ranges were to be learnt and their grids do not allow it."""
+    reasons = Counter(unfocused(GraphIndex(model.graph), plan, start)) if recipe.learns_focus else {}
+    return tuple(
+        f"Of {count} softmax ranges the scale alone is learnt and not both ends (--focus): {reason}."
+        for reason, count in reasons.items()
     )
 
 

@@ -347,7 +347,7 @@ class Solver:
 
     def _by_packs(self, low_rank: LowRank, packed: dict[str, PackSolution]) -> Solution:
         """The network solved by packs, which ``packed`` keeps under the name of the alternative."""
-        from onnxptq.packing import solve_by_packs
+        from onnxptq.packing import focus_notes, solve_by_packs
 
         (everything,) = Draw(self.everything).take((0, len(self.everything)))
         found = solve_by_packs(
@@ -362,6 +362,8 @@ class Solver:
             progress=self.progress,
             ranks=self.ranks,
         )
+        if not packed:
+            self.notes.extend(focus_notes(self.model, self.plan, self.start, self.recipe))
         self.checkpoints.append(found.checkpoints)
         self.packed = packed[_LOW_RANK[low_rank]] = found
         # Where several alternatives are solved, each has something of its own to tell.

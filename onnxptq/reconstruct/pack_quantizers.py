@@ -188,6 +188,24 @@ class PackQuantizers:
         return set(self._ids) | {q.quantizer_id for q in self._plan.quantizers if q.scale_group in groups}
 
 
+def unfocused(index: GraphIndex, plan: QuantPlan, solution: Solution) -> tuple[str, ...]:
+    """Of each read of softmax weights whose range has no two ends to learn, the reason."""
+    quantizer_at = {(site.consumer, site.input_index): q for q in plan.quantizers for site in q.sites}
+    found = []
+    for edge in sorted(_softmax_edges(index)):
+        quantizer = quantizer_at.get(edge)
+        if quantizer is None:
+            found.append("the product that reads it stays in float")
+        elif not can_focus(solution.qparams[quantizer.quantizer_id]):
+            bits = quantizer.qtype.bits
+            found.append(
+                f"{plan.target} has no zero points"
+                if quantizer.symmetric
+                else f"a grid of {bits} bits has no integers left to begin above 0"
+            )
+    return tuple(found)
+
+
 def _softmax_edges(index: GraphIndex) -> frozenset[tuple[str, int]]:
     """Node and input of every read of softmax weights, or of their roots."""
     return frozenset(found.edge for found in find_attention(index))

@@ -21,7 +21,7 @@ from onnxptq.validate.charts import (
     omega_chart,
     range_chart,
 )
-from onnxptq.validate.report import Report, TensorQuality, plain
+from onnxptq.validate.report import BlockScore, Report, TensorQuality, plain
 from onnxptq.validate.sensitivity import SensitivityReport
 
 WORST = 10
@@ -47,6 +47,8 @@ def render_html(report: Report) -> str:
         # Safe: made by matplotlib from numbers, without any text of the report.
         network=Markup(network_chart(report.tensors, worst, "SQNR of each tensor along the network")),
         curvature=Markup(curvature_chart(report.blocks, "S of each block, with the packs")),
+        are_packed=_are_packed(report.blocks),
+        are_scored=any(block.curvature is not None for block in report.blocks),
         bits=Markup(
             bits_chart(() if report.bit_plan is None else report.bit_plan.packs, "bits of each pack")
         ),
@@ -72,11 +74,17 @@ def render_sensitivity(report: SensitivityReport) -> str:
         w=wording,
         model_name=PurePath(report.model).name,
         curvature=Markup(curvature_chart(report.blocks, "S of each block, with the packs")),
+        are_packed=_are_packed(report.blocks),
         omega=Markup(omega_chart(report.blocks, "Omega of each block")),
         weights=Markup(loss_chart(report.packs, "weights", "loss against bits of weights")),
         activations=Markup(loss_chart(report.packs, "activations", "loss against bits of activations")),
         bits=sorted({b for p in report.packs for b in (*p.weight_loss, *p.activation_loss)}),
     )
+
+
+def _are_packed(blocks: Sequence[BlockScore]) -> bool:
+    """Whether any pack is more than a single block."""
+    return len({block.pack for block in blocks}) < len(blocks)
 
 
 def worst_tensors(tensors: Sequence[TensorQuality], count: int = WORST) -> list[TensorQuality]:

@@ -172,3 +172,21 @@ def test_notes_on_tuning_name_the_alternative(tmp_path: Path) -> None:
     found = quantized("residual, fixed batch", tmp_path, method="auto", low_rank="auto", **options)
     tuned = [note.split(": Scales")[0] for note in found.report.notes if ": Scales and biases were" in note]
     assert tuned == ["packs", "packs with merged corrections", "packs with branches"]
+
+
+@pytest.mark.parametrize(
+    ("target", "bits", "reason"),
+    [
+        ("simulate", 8, "a grid of 8 bits has no integers left to begin above 0"),
+        ("tensorrt", 8, "tensorrt has no zero points"),
+        ("simulate", 4, None),
+    ],
+)
+def test_ends_of_softmax_ranges_that_cannot_be_learnt(
+    target: str, bits: int, reason: str | None, tmp_path: Path
+) -> None:
+    options = {"target": target, "activation_bits": bits, "weight_bits": 4, "steps": 2}
+    found = quantized("attention", tmp_path, method="aiqvit", **options)
+    said = [note for note in found.report.notes if "(--focus)" in note]
+    assert len(said) == (reason is not None)
+    assert not said or said[0].endswith(f"not both ends (--focus): {reason}.")

@@ -326,9 +326,14 @@ def test_packs_are_shown_with_the_curvature_of_their_blocks() -> None:
     assert "all 5 blocks were learnt on the outputs in 17 steps" in text
     assert "0.75 before, 0.625 after" in text
     assert shown.count("<svg") == render_html(_report()).count("<svg") + 1
+    assert "a pack starts where S is lower than before" in shown
+    single = tuple(replace(block, pack=block.block) for block in blocks)
+    assert "a pack starts" not in render_html(_report(blocks=single))
+    assert ">Omega</th>" in shown
     unscored = tuple(replace(block, curvature=None, omega=None) for block in blocks)
     shown = render_html(_report(blocks=unscored))
     assert "Blocks and packs" in "".join(_parsed(shown).text)
+    assert ">Omega</th>" not in shown
     assert shown.count("<svg") == render_html(_report()).count("<svg")
 
 
