@@ -61,6 +61,13 @@ class PackEntry(BaseModel):
     activation_loss: dict[int, float] = Field(default_factory=dict)
     nodes: tuple[str, ...] = Field(min_length=1)
 
+    @property
+    def scores(self) -> dict[int, tuple[float, float]]:
+        """S and Omega of each block; empty where somebody has left out or changed some of them."""
+        lengths = {len(self.blocks), len(self.sensitivity), len(self.omega)}
+        pairs = zip(self.sensitivity, self.omega, strict=False)
+        return dict(zip(self.blocks, pairs, strict=False)) if len(lengths) == 1 else {}
+
 
 class BitPlan(BaseModel):
     """Bits for all packs of one model.

@@ -385,21 +385,27 @@ def node_annotations(
                 said = found.setdefault(site.consumer, {})
                 # A product of two activations may read them at different bits.
                 said[key] = str(max(quantizer.qtype.bits, int(said.get(key, 0))))
+    for pack in () if packing is None else packing.packs:
+        for block in pack.blocks:
+            for name in set(block.nodes) & found.keys():
+                found[name] |= {"onnxptq.pack": str(pack.index), "onnxptq.block": str(block.index)}
     known = known_nodes(model)
-    for entry in () if bit_plan is None else bit_plan.packs:
-        for name in entry.nodes:
-            if known[name] in found:
-                found[known[name]]["onnxptq.pack"] = str(entry.index)
-    if packing is not None:
-        scores = {score.block: score for score in packing.sensitivities}
-        for pack in packing.packs:
-            for block in pack.blocks:
-                for name in set(block.nodes) & found.keys():
-                    found[name].setdefault("onnxptq.pack", str(pack.index))
-                    found[name]["onnxptq.block"] = str(block.index)
-                    if block.index in scores:
-                        found[name]["onnxptq.sensitivity"] = f"{scores[block.index].curvature:.6g}"
-                        found[name]["onnxptq.omega"] = f"{scores[block.index].omega:.6g}"
+    planned = (
+        {} if bit_plan is None else {known[name]: entry for entry in bit_plan.packs for name in entry.nodes}
+    )
+    measured = {s.block: (s.curvature, s.omega) for s in (() if packing is None else packing.sensitivities)}
+    for name, said in found.items():
+        scores = measured
+        if name in planned:
+            said["onnxptq.pack"] = str(planned[name].index)
+            # Packing knows the block of a node; a plan does so where the pack is one.
+            if len(planned[name].blocks) == 1:
+                said.setdefault("onnxptq.block", str(planned[name].blocks[0]))
+            scores = measured or planned[name].scores
+        block = int(said.get("onnxptq.block", -1))
+        if block in scores:
+            curvature, omega = scores[block]
+            said |= {"onnxptq.sensitivity": f"{curvature:.6g}", "onnxptq.omega": f"{omega:.6g}"}
     for name, branch in branches.items():
         found.setdefault(name, {})["onnxptq.branch_rank"] = str(branch.rank)
     found.pop(GRAPH_OUTPUT, None)

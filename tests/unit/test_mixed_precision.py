@@ -73,6 +73,15 @@ def plan_of(result: Result) -> BitPlan:
     return read_bit_plan(result.report_dir / "plan.yaml")
 
 
+def scores_in(path: Path) -> dict[str, dict[str, str]]:
+    """Pack, block, S and Omega of every node that has them."""
+    keys = ("onnxptq.pack", "onnxptq.block", "onnxptq.sensitivity", "onnxptq.omega")
+    said = {n.name: {p.key: p.value for p in n.metadata_props} for n in onnx.load(path).graph.node}
+    found = {name: {k: values[k] for k in keys} for name, values in said.items() if keys[0] in values}
+    assert found
+    return found
+
+
 def true_average(result: Result, role: str, sizes: dict[str, int]) -> float:
     rows = [row for row in result.report.quantized if row.role == role]
     return sum(sizes[r.tensor] * r.bits for r in rows) / sum(sizes[r.tensor] for r in rows)
@@ -138,6 +147,9 @@ def test_a_plan_applied_again_gives_the_same_quantizers(
     again = quantized(model, samples, tmp_path, plan=str(path))
     assert again.report.quantized == average.report.quantized
     assert plan_of(again) == plan_of(average)
+    assert scores_in(again.output) == scores_in(average.output)
+    rounded = quantized(model, samples, tmp_path, plan=str(path), method="rtn")
+    assert scores_in(rounded.output) == scores_in(average.output)
     # An edit counts; the rest stays.
     values = yaml.safe_load(path.read_text())
     (head,) = [p for p in values["packs"] if "head" in p["nodes"]]
@@ -273,6 +285,10 @@ def test_packs_of_the_plan_are_the_packs_that_are_solved(
     for entry in plan.packs:
         for name in set(entry.nodes) & {"stem", "a0", "b1", "head"}:
             assert said[name]["onnxptq.pack"] == str(entry.index)
+    assert found.report_dir is not None
+    path = found.report_dir / "plan.yaml"
+    again = quantized(model, samples, tmp_path, plan=str(path), effort="balanced", max_pack_blocks=2, steps=2)
+    assert scores_in(again.output).keys() == scores_in(found.output).keys()
 
 
 @pytest.mark.parametrize(
