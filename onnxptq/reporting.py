@@ -402,9 +402,9 @@ def node_annotations(
             if len(planned[name].blocks) == 1:
                 said.setdefault("onnxptq.block", str(planned[name].blocks[0]))
             scores = measured or planned[name].scores
-        block = int(said.get("onnxptq.block", -1))
-        if block in scores:
-            curvature, omega = scores[block]
+        number = int(said.get("onnxptq.block", -1))
+        if number in scores:
+            curvature, omega = scores[number]
             said |= {"onnxptq.sensitivity": f"{curvature:.6g}", "onnxptq.omega": f"{omega:.6g}"}
     for name, branch in branches.items():
         found.setdefault(name, {})["onnxptq.branch_rank"] = str(branch.rank)

@@ -215,7 +215,7 @@ def test_shifts_are_tried_when_asked_for() -> None:
     for values in (
         {},
         {"weight_bits": 4},
-        {"shift": True, "method": "rtn"},
+        {"method": "rtn"},
         {"shift": False, "method": "aiqvit"},
     ):
         assert not Recipe.create(values).tries_shift
