@@ -33,6 +33,7 @@ class Learning:
             and a pack whose judgement stays flat for ``patience`` of the ``checks`` stops early. 0 trains on all
             samples, to the end.
         latent_rate: Adam's rate for latents: in steps of the grid, or of a for AdaRound.
+        anneals_rounding: whether the rate of AdaRound's latents falls to 0 along a cosine, as all others do.
         weight_scale_rate, activation_scale_rate: the same for logarithms of scales; 0 keeps them.
         bias_rate: the same for biases, relative to the root mean square of each; 0 keeps them.
         weighting: exponent of the Fisher weights of a pack's outputs (:mod:`onnxptq.reconstruct.fisher`); 0 weighs
@@ -60,6 +61,7 @@ class Learning:
     checks: int = 10
     patience: int = 3
     latent_rate: float = 1e-2
+    anneals_rounding: bool = True
     weight_scale_rate: float = 1e-3
     activation_scale_rate: float = 1e-3
     bias_rate: float = 1e-3
@@ -86,6 +88,7 @@ PAPER = Learning(
     mixing=0.5,
     held_out=0.0,
     latent_rate=3e-3,
+    anneals_rounding=False,
     weight_scale_rate=0.0,
     activation_scale_rate=4e-5,
     bias_rate=0.0,

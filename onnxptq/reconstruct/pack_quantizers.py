@@ -124,16 +124,25 @@ class PackQuantizers:
         return not self.weights and not self.activations
 
     def groups(self, settings: Learning) -> list[dict[str, object]]:
-        """Parameters with their learning rates, as a torch optimizer takes them."""
+        """Parameters with their learning rates, as a torch optimizer takes them, and whether these stay constant."""
+        stays = settings.weights == "adaround" and not settings.anneals_rounding
         weights = list(self.weights.values())
         scales = [w.scale.log for w in weights if isinstance(w, ScaledWeight)]
-        found: Iterable[tuple[list[torch.nn.Parameter], float]] = (
-            ([p for w in weights for p in w.latents], settings.latent_rate),
-            (scales, settings.weight_scale_rate),
-            ([p for a in self.activations.values() for p in a.parameters()], settings.activation_scale_rate),
-            ([b.change for b in self._biases.values()], settings.bias_rate),
+        found: Iterable[tuple[list[torch.nn.Parameter], float, bool]] = (
+            ([p for w in weights for p in w.latents], settings.latent_rate, stays),
+            (scales, settings.weight_scale_rate, False),
+            (
+                [p for a in self.activations.values() for p in a.parameters()],
+                settings.activation_scale_rate,
+                False,
+            ),
+            ([b.change for b in self._biases.values()], settings.bias_rate, False),
         )
-        return [{"params": params, "lr": rate} for params, rate in found if params and rate > 0.0]
+        return [
+            {"params": params, "lr": rate, "is_constant": is_constant}
+            for params, rate, is_constant in found
+            if params and rate > 0.0
+        ]
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """All that is learnt, in a fixed order."""

@@ -6,6 +6,8 @@
 so that AdaRound's term weighs as much as beside the published sum of squares over channels. beta falls from 20 to 2
 after the warm-up.
 
+Learning rates fall to 0 along a cosine. With effort ``paper`` that of AdaRound's latents is constant, as published.
+
 Where the easy samples come first (the curriculum of AIQViT, arXiv 2502.04628), step t of T draws from the share
 min(1, 0.5 + 0.5 t / T) of the samples with the lowest loss, which is measured ``RANKINGS`` times on the way.
 """
@@ -88,6 +90,7 @@ def train(
             undecided.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+        _hold_constant(optimizer)
         return_memory(SLACK)
         done += 1
         if tick is not None:
@@ -106,6 +109,13 @@ def train(
             return before, objective.measured(pupils)[0], done
     learned.restore(best_state)
     return before, after, done
+
+
+def _hold_constant(optimizer: torch.optim.Optimizer) -> None:
+    """Take the schedule back where rates are constant."""
+    for group in optimizer.param_groups:
+        if group["is_constant"]:
+            group["lr"] = group["initial_lr"]
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

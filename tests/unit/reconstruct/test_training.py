@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from onnxptq.packing import learning
 from onnxptq.quantizers.affine import fake_quantize, shifted_qparams
 from onnxptq.quantizers.focusing import FocusedActivation
+from onnxptq.recipe import Recipe
 from onnxptq.reconstruct import training
 from onnxptq.reconstruct.learning import Learning
 from onnxptq.reconstruct.objective import Objective
@@ -378,3 +380,30 @@ def test_a_grid_that_begins_above_zero_keeps_doing_so(tmp_path: Path) -> None:
         wanted, found = moved.outputs(None), moved.outputs(solution)
         y, z = (np.stack([v["sum"].numpy() for v in values]).astype(np.float64) for values in (wanted, found))
         assert reported == pytest.approx(np.square(z - y).mean() / y.var(), rel=1e-3)
+
+
+@pytest.mark.parametrize("anneals", [True, False])
+def test_rates_fall_along_a_cosine_but_those_of_published_rounding(
+    anneals: bool, made: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(ADAROUND, steps=8, anneals_rounding=anneals)
+    rates: list[list[float]] = []
+    step = torch.optim.Adam.step
+
+    def recorded(optimizer: torch.optim.Adam, *given: Any) -> Any:
+        rates.append([float(group["lr"]) for group in optimizer.param_groups])
+        return step(optimizer, *given)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    data = made.data()
+    train(data, _learned(made, data, settings), settings, _generator())
+    cosine = 0.5 * (1.0 + np.cos(np.pi * np.arange(8) / 8))
+    latents, scales = zip(*rates, strict=True)
+    assert scales == pytest.approx(settings.activation_scale_rate * cosine)
+    assert latents == pytest.approx(settings.latent_rate * (cosine if anneals else np.ones(8)))
+
+
+def test_published_rounding_has_a_constant_rate_with_effort_paper() -> None:
+    for method in ("pack-ptq", "qdrop", "adaround"):
+        assert learning(Recipe(method=method, effort="paper")).anneals_rounding is False
+        assert learning(Recipe(method=method)).anneals_rounding
