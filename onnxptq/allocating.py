@@ -15,6 +15,7 @@ from onnxptq import reporting
 from onnxptq.allocate.choices import Allocation, AverageBits, PackChoices, TotalLoss, WeightBytes
 from onnxptq.allocate.exact import allocate
 from onnxptq.allocate.greedy import allocate_greedily
+from onnxptq.allocate.monotone import monotone
 from onnxptq.bit_costs import BitPlacing, Costs, measure_costs, weight_bytes
 from onnxptq.bit_plan import MEGABYTE, BitPlan, build_bit_plan
 from onnxptq.calibrate.observers import Observer
@@ -33,6 +34,9 @@ from onnxptq.solving import FOCUS_SAMPLES, Solver
 from onnxptq.targets import TARGETS
 from onnxptq.types import CanonicalModel, QParams, QuantPlan
 from onnxptq.validate.changed import changed_tensors
+
+TELLING_SAMPLES = 32
+"""With fewer, costs of packs that are close to each other change places from sample to sample."""
 
 _SLACK = 256
 """Bytes by which annotations may grow with digits."""
@@ -72,8 +76,21 @@ def survey_bits(solver: Solver) -> Survey:
     return Survey(packing=packing, costs=costs)
 
 
+def costs_note(solver: Solver) -> str:
+    """That costs were measured on few samples; empty where they were not."""
+    count = len(solver.samples.trial)
+    if count >= TELLING_SAMPLES:
+        return ""
+    # A quarter of the data may be set apart for trials; where that is not what limits them, samples are large.
+    more = " More calibration samples make it surer." if count >= len(solver.everything) // 4 else ""
+    return (
+        f"What bits cost was measured on {count} samples, with fewer than {TELLING_SAMPLES} the choice between packs "
+        f"that cost nearly the same is chance.{more}"
+    )
+
+
 def choose_bits(solver: Solver, survey: Survey, source: CanonicalModel) -> BitPlan:
-    """The bits of every pack within the recipe's budget.
+    """The bits of every pack within the recipe's budget, by costs that never rise with bits.
 
     Args:
         source: the model that the user gave, in canonical form.
@@ -87,13 +104,13 @@ def choose_bits(solver: Solver, survey: Survey, source: CanonicalModel) -> BitPl
             solver.model,
             survey.packing.packs,
             survey.packing.sensitivities,
-            survey.costs.packs,
+            choices,
             allocation,
             source=source,
             recipe=solver.recipe,
         )
 
-    recipe, choices = solver.recipe, survey.costs.packs
+    recipe, choices = solver.recipe, [monotone(pack) for pack in survey.costs.packs]
     fixed = [_at(pack, recipe.activation_bits) for pack in choices]
     if recipe.max_size is not None:
         draft = plan(allocate(fixed, WeightBytes(sys.maxsize)))

@@ -113,13 +113,14 @@ def allocated(run: Run, source: CanonicalModel, form: Prepared) -> Prepared:
     if not run.recipe.bit_budget or not form.plan.quantizers:
         return form
     # It imports torch, which a run at equal bits may do without.
-    from onnxptq.allocating import choose_bits, survey_bits
+    from onnxptq.allocating import choose_bits, costs_note, survey_bits
 
     with run.timed("allocate"):
         survey = survey_bits(form.solver)
         chosen = choose_bits(form.solver, survey, source)
         apply_bit_plan(run, source, chosen, Path("plan.yaml"))
-        run.note(reporting.bit_plan_note(chosen))
+        for note in filter(None, (reporting.bit_plan_note(chosen), costs_note(form.solver))):
+            run.note(note)
     placed = plan(run, Selectors(form.model), form.statistics)
     with run.timed("solve"):
         solver = replace(form.solver.replanned(placed, {}), packing=survey.packing)

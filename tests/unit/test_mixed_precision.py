@@ -137,6 +137,13 @@ def test_the_report_holds_the_plan(average: Result) -> None:
     assert content["bit_plan"]["packs"][0]["weight_loss"].keys() == {"2", "3", "4", "5", "6", "8"}
     assert "Bits per pack" in (average.report_dir / "report.html").read_text()
     assert any(note.startswith("Bits per pack for average bits 3.5") for note in average.report.notes)
+    assert any("was measured on 3 samples" in note for note in average.report.notes)
+
+
+def test_costs_never_rise_with_bits(average: Result) -> None:
+    for pack in plan_of(average).packs:
+        for losses in (pack.weight_loss, pack.activation_loss):
+            assert list(losses.values()) == sorted(losses.values(), reverse=True)
 
 
 def test_a_plan_applied_again_gives_the_same_quantizers(

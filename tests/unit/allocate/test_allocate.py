@@ -22,6 +22,7 @@ from onnxptq.allocate.choices import (
 )
 from onnxptq.allocate.exact import allocate
 from onnxptq.allocate.greedy import allocate_greedily
+from onnxptq.allocate.monotone import monotone
 from onnxptq.errors import BudgetError
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -294,3 +295,16 @@ def test_the_greedy_has_three_targets() -> None:
         allocate_greedily([pack(0, [1] * 6, [1] * 6)], 3.5)
     with pytest.raises(BudgetError, match="Pack 0 was not measured at 6 bits"):
         allocate_greedily([pack(0, [1], [1], bits=(8,))], 4)
+
+
+def test_costs_that_rise_with_bits_are_pooled() -> None:
+    costs = {2: 0.5, 3: 0.1, 4: 0.3, 5: 0.02, 6: 0.01, 8: 0.03}
+    measured = tuple(Choice(bits=bits, cost=cost, size=bits) for bits, cost in costs.items())
+    pack = PackChoices(
+        pack=7, omega=1.0, weight_elements=10, activation_elements=0, weights=measured[::-1], activations=()
+    )
+    found = monotone(pack)
+    assert [(c.bits, c.size) for c in found.weights] == [(bits, bits) for bits in costs]
+    assert [c.cost for c in found.weights] == pytest.approx([0.5, 0.2, 0.2, 0.02, 0.02, 0.02])
+    assert found.activations == ()
+    assert monotone(found) == found
