@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import math
 import platform
 import resource
@@ -39,7 +38,6 @@ from onnxptq.types import (
     Solution,
 )
 from onnxptq.validate import wording
-from onnxptq.validate.changed import METADATA
 from onnxptq.validate.compare import LayerQuality
 from onnxptq.validate.latency import Latency
 from onnxptq.validate.report import (
@@ -339,10 +337,9 @@ def bit_rows(model: CanonicalModel, packing: Packing, choices: Sequence[PackChoi
 
 
 def model_annotations(
-    model: CanonicalModel, plan: QuantPlan, recipe: Recipe, bit_plan: BitPlan | None, changed: Sequence[str]
+    model: CanonicalModel, plan: QuantPlan, recipe: Recipe, bit_plan: BitPlan | None
 ) -> dict[str, str]:
-    """What the file says about itself: versions, method, hashes, the request, bits per pack where they differ, and
-    the inner tensors that are ``changed`` (:mod:`onnxptq.validate.changed`)."""
+    """What the file says about itself: versions, method, hashes, the request, and bits per pack where they differ."""
     text = recipe.to_yaml()
     found = {
         **model.model_metadata,
@@ -353,8 +350,6 @@ def model_annotations(
         "onnxptq.recipe": text,
         "onnxptq.recipe_sha256": _sha256(text),
     }
-    if changed:
-        found[METADATA] = json.dumps(list(changed))
     if bit_plan is not None:
         decided = bit_plan.to_yaml()
         found |= {"onnxptq.plan": decided, "onnxptq.plan_sha256": _sha256(decided)}
@@ -393,7 +388,8 @@ def node_annotations(
     planned = (
         {} if bit_plan is None else {known[name]: entry for entry in bit_plan.packs for name in entry.nodes}
     )
-    measured = {s.block: (s.curvature, s.omega) for s in (() if packing is None else packing.sensitivities)}
+    sensitivities = () if packing is None else packing.sensitivities
+    measured = {score.block: (score.curvature, score.omega) for score in sensitivities}
     for name, said in found.items():
         scores = measured
         if name in planned:
@@ -402,10 +398,10 @@ def node_annotations(
             if len(planned[name].blocks) == 1:
                 said.setdefault("onnxptq.block", str(planned[name].blocks[0]))
             scores = measured or planned[name].scores
-        number = int(said.get("onnxptq.block", -1))
-        if number in scores:
-            curvature, omega = scores[number]
-            said |= {"onnxptq.sensitivity": f"{curvature:.6g}", "onnxptq.omega": f"{omega:.6g}"}
+        place = int(said.get("onnxptq.block", -1))
+        if place in scores:
+            curvature, omega = scores[place]
+            said.update({"onnxptq.sensitivity": f"{curvature:.6g}", "onnxptq.omega": f"{omega:.6g}"})
     for name, branch in branches.items():
         found.setdefault(name, {})["onnxptq.branch_rank"] = str(branch.rank)
     found.pop(GRAPH_OUTPUT, None)

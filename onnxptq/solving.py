@@ -387,7 +387,10 @@ class Solver:
                 break
             solutions[name] = found()
             qualities[name] = self._trial().quality(self.plan, solutions[name])
-            best = max(qualities, key=lambda known: qualities[known].rank - self._margin(known))
+            # Of equals packs: where no output holds floats nothing can be compared, and they were asked for.
+            best = max(
+                qualities, key=lambda known: (qualities[known].rank - self._margin(known), known in packed)
+            )
         listed = ", ".join(f"{name} {quality.rank:.2f}" for name, quality in qualities.items())
         self.notes.append(f"Weights by {best} (dB on calibration samples: {listed}).")
         highest = max(qualities, key=lambda known: qualities[known].rank)

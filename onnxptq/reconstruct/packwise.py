@@ -395,6 +395,10 @@ def _solved(job: _Job, pack: Pack, state: Finished, data: PackData) -> Finished:
         noises = layer_noise(index, pack, plan, data, choices, start=job.start, solution=solution)
     elif writes_floats:
         after = noise(solution)
+    # NaN is no gain either. The loss at the network's outputs may be worth more noise here, and published methods
+    # judge by nothing that they have not seen.
+    if settings.held_out > 0.0 and job.wanted is None and not after <= before:
+        solution, after, noises = state.solution, before, {}
     outcome = None
     if writes_floats and not learned.is_empty:
         outcome = PackOutcome(

@@ -15,8 +15,8 @@ from onnxptq.packing import learning
 from onnxptq.quantizers.affine import fake_quantize, shifted_qparams
 from onnxptq.quantizers.focusing import FocusedActivation
 from onnxptq.recipe import Recipe
-from onnxptq.reconstruct import training
-from onnxptq.reconstruct.learning import Learning
+from onnxptq.reconstruct import packwise, training
+from onnxptq.reconstruct.learning import BALANCED, FAST, Learning
 from onnxptq.reconstruct.objective import Objective
 from onnxptq.reconstruct.pack_data import PackData
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
@@ -407,3 +407,21 @@ def test_published_rounding_has_a_constant_rate_with_effort_paper() -> None:
     for method in ("pack-ptq", "qdrop", "adaround"):
         assert learning(Recipe(method=method, effort="paper")).anneals_rounding is False
         assert learning(Recipe(method=method)).anneals_rounding
+
+
+@pytest.mark.parametrize("settings", [FAST, replace(BALANCED, steps=4)], ids=["fast", "balanced"])
+def test_a_pack_that_ends_worse_than_it_started_is_left_as_it_was(
+    settings: Learning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = case(chain(3), tmp_path, samples=16, weight_bits=3, activation_bits=6)
+    real = packwise.solve_layers
+
+    def spoilt(*given: Any, **options: Any) -> Solution:
+        found = real(*given, **options)
+        return replace(found, weights={name: -value for name, value in found.weights.items()})
+
+    monkeypatch.setattr(packwise, "solve_layers", spoilt)
+    monkeypatch.setattr(packwise, "train", lambda *_, **__: (9.0, 9.0, 4))
+    found = made.solved(settings)
+    assert made.error(found.solution) == pytest.approx(made.error(made.start))
+    assert all(outcome.after == outcome.before for outcome in found.outcomes)
