@@ -32,7 +32,7 @@ EXIT_CODES = """\b
 Exit codes:
   0    success
   1    internal error (a bug; --debug shows where)
-  2    the request is wrong: option, recipe, data, or output path; or standard output is full
+  2    the request is wrong: option, recipe, path, or data; or standard output is full
   3    the model is unsupported, damaged, or already quantized
   4    a quality gate (--min-...) is not met
   5    the target refuses the request

@@ -199,7 +199,10 @@ if TYPE_CHECKING:
     help="Runs calibration and checks. [default: cpu]",
 )
 @click.option(
-    "--max-memory", type=int, metavar="MIB", help="Budget for activations held at once. [default: 1024]"
+    "--max-memory",
+    type=int,
+    metavar="MIB",
+    help="Budget for activations held at once. [default: 1024; 2048 for packs]",
 )
 @click.option("--min-sqnr", type=float, metavar="DB", help="Gate: fail unless every output reaches this.")
 @click.option(

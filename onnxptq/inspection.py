@@ -99,7 +99,8 @@ def inspect(
     """Read ``model`` and list its operators, its parameters, and what each target would quantize and why not.
 
     Raises:
-        UnsupportedModelError: the model cannot be read or prepared.
+        UsageError: the model cannot be read.
+        UnsupportedModelError: it cannot be prepared.
         SelectorError: a selector of ``recipe`` matches nothing.
     """
     source, recipe = model_path(model), as_recipe(recipe)
@@ -135,7 +136,7 @@ def inspect(
             ),
             gelus=tuple(map(canonical.user_name, find_gelus(index))),
             untrainable=tuple(
-                Skip(site=gap.node, reason=f"no differentiable form of {gap.op} (since opset {gap.version})")
+                Skip(site=gap.node, reason=f"no differentiable form of {gap.kind}")
                 for gap in check_supported(canonical.graph)
             ),
             notes=(

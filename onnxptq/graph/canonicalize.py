@@ -125,8 +125,8 @@ def canonicalize(
         progress: told about each step.
 
     Raises:
-        InvalidModelError, UnsupportedModelError, AlreadyQuantizedError: as ``load.load_model``; also where
-            the opset cannot be raised or an input is no tensor.
+        UsageError, InvalidModelError, UnsupportedModelError, AlreadyQuantizedError: as ``load.load_model``; also
+            where the opset cannot be raised or an input is no tensor.
         OutputPathError: ``work_dir`` cannot be written.
     """
     tick = started(progress, "Reading the model", 5)

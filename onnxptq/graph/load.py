@@ -21,7 +21,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 
-from onnxptq.errors import AlreadyQuantizedError, InvalidModelError, UnsupportedModelError
+from onnxptq.errors import AlreadyQuantizedError, InvalidModelError, UnsupportedModelError, UsageError
 from onnxptq.graph import proto
 from onnxptq.graph.native import NativeError, run_native
 from onnxptq.graph.weights import load_inline
@@ -81,7 +81,8 @@ def load_model(path: Path) -> onnx.ModelProto:
         The parsed model. Tensors with external data keep their references, relative to ``path.parent``.
 
     Raises:
-        InvalidModelError: no such file, not an ONNX file, truncated or damaged, external data absent, too
+        UsageError: no such file, or it cannot be read.
+        InvalidModelError: not an ONNX file, truncated or damaged, external data absent, too
             short or outside the model's folder, no inputs or outputs, or the ONNX checker refuses it.
         UnsupportedModelError: an opset below 11 or newer than the installed onnx, or a sparse initializer.
         AlreadyQuantizedError: the model holds quantization operators.
@@ -150,12 +151,13 @@ def model_bytes(model: onnx.ModelProto, path: Path) -> int:
 
 def _parse(path: Path) -> onnx.ModelProto:
     if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise InvalidModelError(f"{path} {what}.", "Give the path of an .onnx file.")
+        what = "is not a regular file" if path.exists() else "does not exist"
+        what = "is a folder, not a file" if path.is_dir() else what
+        raise UsageError(f"{path} {what}.", "Give the path of an .onnx file.")
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InvalidModelError(
+        raise UsageError(
             f"{path} cannot be read: {error.strerror}.", "Check the file's permissions."
         ) from error
     if not data:

@@ -16,7 +16,8 @@ def input_specs(path: Path) -> tuple[InputSpec, ...]:
     """Name, type and shape of every graph input that is not an initializer.
 
     Raises:
-        InvalidModelError: the file cannot be read.
+        UsageError: the file cannot be read.
+        InvalidModelError: it is no model.
         UnsupportedModelError: an input is no tensor.
     """
     graph = read_model(path, is_float=False).graph

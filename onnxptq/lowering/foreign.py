@@ -78,7 +78,7 @@ def require_supported(graph: gs.Graph, *, may_run_foreign: bool = True) -> None:
     """
     refused = unsupported_nodes(graph, may_run_foreign=may_run_foreign)
     if refused:
-        raise refusal(refused)
+        raise refusal(refused, may_run_foreign=may_run_foreign)
 
 
 def unsupported_nodes(graph: gs.Graph, *, may_run_foreign: bool = True) -> tuple[Unsupported, ...]:
@@ -97,11 +97,14 @@ def foreign_nodes(graph: gs.Graph) -> frozenset[str]:
     return frozenset(gap.node for gap in check_supported(graph))
 
 
-def refusal(refused: Sequence[Unsupported]) -> UnsupportedOperatorError:
-    """The error that names what cannot be run in torch."""
+def refusal(refused: Sequence[Unsupported], *, may_run_foreign: bool = True) -> UnsupportedOperatorError:
+    """The error that names what cannot be run in torch, nor, where it was allowed to, in onnxruntime in between."""
+    others = "method auto or rtn and equal bits, which need no torch"
     return UnsupportedOperatorError(
         "These operators cannot be run in torch: " + "; ".join(map(str, refused[:_SHOWN])),
-        "Choose method auto or rtn and equal bits, which need no torch.",
+        f"Choose {others}."
+        if may_run_foreign
+        else f"Leave them in float with --unknown-operators float, or choose {others}.",
     )
 
 

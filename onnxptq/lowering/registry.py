@@ -51,9 +51,14 @@ class Unsupported:
     version: int
     reason: str
 
-    def __str__(self) -> str:
+    @property
+    def kind(self) -> str:
+        """The operator with its domain, where that is not ONNX's, and its version."""
         name = f"{self.domain}.{self.op}" if self.domain else self.op
-        return f"{name} version {self.version} (node {self.node!r}): {self.reason}"
+        return f"{name} version {self.version}"
+
+    def __str__(self) -> str:
+        return f"{self.kind} (node {self.node!r}): {self.reason}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

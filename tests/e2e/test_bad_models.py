@@ -80,11 +80,19 @@ def test_a_damaged_or_unfit_model(bench: Bench, content: bytes | onnx.ModelProto
 
 def test_no_such_model(bench: Bench) -> None:
     bench.model.unlink()
-    bench.refuses(3, "net.onnx", "does not exist", do=bench.quantize)
+    bench.refuses(2, "net.onnx", "does not exist", do=bench.quantize)
+    bench.refuses(2, "net.onnx", "does not exist", do=lambda: here(bench.capsys, "inspect", bench.model))
+    models = (bench.model, bench.model)
+    bench.refuses(
+        2, "does not exist", do=lambda: here(bench.capsys, "validate", *models, "--data", bench.data)
+    )
+    bench.refuses(
+        2, "does not exist", do=lambda: here(bench.capsys, "sensitivity", bench.model, "--calib", bench.data)
+    )
 
 
 def test_a_folder_as_model(bench: Bench) -> None:
-    bench.refuses(3, "is a folder", do=lambda: bench.quantize(model=bench.folder))
+    bench.refuses(2, "is a folder", do=lambda: bench.quantize(model=bench.folder))
 
 
 def test_missing_external_data(bench: Bench) -> None:

@@ -82,6 +82,7 @@ def test_refused_where_that_was_asked_for(feeds: list[dict[str, np.ndarray]], tm
     with pytest.raises(UnsupportedOperatorError, match=r"LSTM version 14 \(node 'r'\)") as caught:
         quantized("LSTM", feeds, tmp_path, method="pack-ptq", unknown_operators="refuse")
     assert caught.value.exit_code == 3
+    assert "--unknown-operators float" in caught.value.remedy
     assert not (tmp_path / "out.onnx").exists()
     report = quantized("LSTM", feeds, tmp_path, unknown_operators="refuse").report
     assert any(

@@ -201,6 +201,7 @@ def _from_lines(path: Path) -> Mapping[str, int] | npt.NDArray[Any]:
 
 
 def _as_class(value: Any, where: str) -> int:
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, bool | str) or value is None or value != int(value):
         raise FeedError(f"{where}: {value!r} is no class index.", "Labels are whole numbers.")
     return int(value)

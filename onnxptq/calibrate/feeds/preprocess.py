@@ -121,7 +121,7 @@ class ImagePreprocess(Settings):
         """``base`` (or the defaults) with ``options`` laid over it, validated.
 
         A base without a size leaves pictures as they are; where a size is given, ``resize`` and ``center_crop``
-        have their defaults again.
+        have their defaults again. So have ``mean`` and ``std`` where ``color`` has another number of channels.
 
         Raises:
             FeedError: an unknown option or an illegal value; names ``where`` and the option.
@@ -129,6 +129,9 @@ class ImagePreprocess(Settings):
         start = base.model_dump() if base is not None else {}
         if start.get("size") is None and (options.get("size") or options.get("resize_size")):
             start = {name: value for name, value in start.items() if name not in ("resize", "center_crop")}
+        if base is not None and (options.get("color", base.color) == "GRAY") != (base.color == "GRAY"):
+            # What was guessed for other channels says nothing of these.
+            start = {name: value for name, value in start.items() if name not in ("mean", "std")}
         try:
             return cls.model_validate({**start, **options})
         except ValidationError as error:

@@ -390,3 +390,14 @@ class TestOptions:
         assert found.size == (8, 8)
         with pytest.raises(FeedError, match="mean has 2"):
             ImagePreprocess.from_options({"mean": (0.5, 0.5)}, base=base)
+
+
+def test_a_guess_for_other_channels_is_not_blamed_on_the_user() -> None:
+    guess = ImagePreprocess.guess(spec(None, 3, 8, 8))
+    asked = ImagePreprocess.from_options({"color": "GRAY"}, base=guess)
+    assert (asked.mean, asked.std) == ((0.0,), (1.0,))
+    with pytest.raises(FeedError, match=r"reads 3 channel\(s\) as NCHW, color GRAY gives 1"):
+        asked.resolve(spec(None, 3, 8, 8))
+    assert ImagePreprocess.from_options({"color": "BGR"}, base=guess).mean == guess.mean
+    with pytest.raises(FeedError, match=r"mean has 3 values for 1 channel"):
+        ImagePreprocess.from_options({"color": "GRAY", "mean": (1, 2, 3)}, base=guess)

@@ -278,3 +278,8 @@ class TestFingerprint:
             len({feeds_of([1, 2, 3], b).fingerprint for b in ("b", 2, 3)} | {feeds_of([1, 2, 4]).fingerprint})
             == 4
         )
+
+
+def test_labels_in_memory_that_are_no_classes() -> None:
+    with pytest.raises(FeedError, match=r": 0\.333 is no class index"):
+        read_labels(np.array([1.0, 0.333]), feeds_of([1, 2]))
