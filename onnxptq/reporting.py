@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import math
 import platform
 import resource
@@ -38,6 +39,7 @@ from onnxptq.types import (
     Solution,
 )
 from onnxptq.validate import wording
+from onnxptq.validate.changed import METADATA
 from onnxptq.validate.compare import LayerQuality
 from onnxptq.validate.latency import Latency
 from onnxptq.validate.report import (
@@ -337,9 +339,10 @@ def bit_rows(model: CanonicalModel, packing: Packing, choices: Sequence[PackChoi
 
 
 def model_annotations(
-    model: CanonicalModel, plan: QuantPlan, recipe: Recipe, bit_plan: BitPlan | None
+    model: CanonicalModel, plan: QuantPlan, recipe: Recipe, bit_plan: BitPlan | None, changed: Sequence[str]
 ) -> dict[str, str]:
-    """What the file says about itself: versions, method, hashes, the request, and bits per pack where they differ."""
+    """What the file says about itself: versions, method, hashes, the request, bits per pack where they differ, and
+    the inner tensors that are ``changed`` (:mod:`onnxptq.validate.changed`)."""
     text = recipe.to_yaml()
     found = {
         **model.model_metadata,
@@ -350,6 +353,8 @@ def model_annotations(
         "onnxptq.recipe": text,
         "onnxptq.recipe_sha256": _sha256(text),
     }
+    if changed:
+        found[METADATA] = json.dumps(list(changed))
     if bit_plan is not None:
         decided = bit_plan.to_yaml()
         found |= {"onnxptq.plan": decided, "onnxptq.plan_sha256": _sha256(decided)}
