@@ -20,7 +20,7 @@ from onnxptq.calibrate.feeds import (
 )
 from onnxptq.comparison import pictures_note, resolve_preprocess
 from onnxptq.errors import FeedError
-from onnxptq.running import Data, Run
+from onnxptq.running import Data, NoteRank, Run
 from onnxptq.solving import draw_samples
 from onnxptq.types import CanonicalModel, Feeds
 from onnxptq.validate.metrics import is_class_scores, require_classes
@@ -50,7 +50,7 @@ def open_data(
             if note is not None:
                 run.note(note)
         if recipe.is_solved_by_packs and len(feeds.rows) < feeds.source.total:
-            run.note(_unused_note(feeds))
+            run.note(_unused_note(feeds), NoteRank.FIRST)
         calibrating, heldout = _apart(run, feeds, given)
         if heldout is None and labels is not None:
             raise FeedError("Labels were given, but there are no held-out samples.", "Give --eval.")
@@ -99,12 +99,14 @@ def _apart(run: Run, feeds: RecordFeeds, evaluation: RecordFeeds | None) -> tupl
         if shared:
             run.note(
                 f"{shared} of {len(evaluation.rows)} evaluation samples are calibration samples as well and were "
-                "left out."
+                "left out.",
+                NoteRank.FIRST,
             )
         return feeds, heldout
     if run.recipe.holdout == 0:
         run.note(
-            "No sample was held out, as holdout is 0, so no quality is reported; give --eval or a holdout."
+            "No sample was held out, as holdout is 0, so no quality is reported; give --eval or a holdout.",
+            NoteRank.FIRST,
         )
         return feeds, None
     calibrating, kept_out = split_holdout(feeds, run.recipe.holdout, progress=run.progress)
@@ -115,7 +117,8 @@ def _apart(run: Run, feeds: RecordFeeds, evaluation: RecordFeeds | None) -> tupl
             if count == 1
             else (f"all {count} are identical", "samples that differ")
         )
-        run.note(f"No sample was held out, as {why}, so no quality is reported; give --eval or {remedy}.")
+        told = f"No sample was held out, as {why}, so no quality is reported; give --eval or {remedy}."
+        run.note(told, NoteRank.FIRST)
     return calibrating, kept_out
 
 

@@ -20,7 +20,7 @@ from onnxptq.placing import Selectors, observer_overrides, placement_request, re
 from onnxptq.recipe import Recipe
 from onnxptq.rooting import root_weights
 from onnxptq.rotate.run import rotate
-from onnxptq.running import Data, Run
+from onnxptq.running import Data, NoteRank, Run
 from onnxptq.runtime import runtime_version
 from onnxptq.samples import ListFeeds
 from onnxptq.shift.attention import Grids
@@ -263,7 +263,9 @@ def calibration(run: Run, model: CanonicalModel, data: Data) -> Calibration:
         )
         known = cache.load_calibration(run.work_dir, key)
         if known is not None:
-            run.note(f"Calibration is reused from '{run.work_dir}' (same model, data and settings).")
+            run.note(
+                f"Calibration is reused from '{run.work_dir}' (same model, data and settings).", NoteRank.LAST
+            )
             return known
         result = calibrate(
             model,

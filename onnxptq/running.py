@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
     from onnxptq.packing import Packing, PackSolution
 
 
+class NoteRank(IntEnum):
+    """Where a note stands in the report: first what is not as it was asked for, next what was chosen and found, last
+    how the model was prepared and what was reused."""
+
+    FIRST = 0
+    NEXT = 1
+    LAST = 2
+
+
 @dataclass(slots=True)
 class Run:
     """The settings of one run and what it has noted so far."""
@@ -40,7 +50,7 @@ class Run:
     scratch: Path
     progress: Progress | None
     ranks: Ranks = ALONE
-    notes: list[str] = field(default_factory=list)
+    noted: dict[str, NoteRank] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     bit_plan: BitPlan | None = None
     bits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -57,12 +67,17 @@ class Run:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, rank: NoteRank = NoteRank.NEXT) -> None:
         """Keep a remark for the report and say it."""
-        if text not in self.notes:
-            self.notes.append(text)
+        if text not in self.noted:
+            self.noted[text] = rank
             if self.progress:
                 self.progress.message(text)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """All remarks by rank, those of one rank in the order in which they came."""
+        return tuple(sorted(self.noted, key=self.noted.__getitem__))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ from onnxptq.placing import Selectors, budget_notes, selector_notes
 from onnxptq.publish import write_texts
 from onnxptq.qdq import insert_quantizers
 from onnxptq.recipe import Recipe
-from onnxptq.running import Checks, Data, Run, Solved
+from onnxptq.running import Checks, Data, NoteRank, Run, Solved
 from onnxptq.runtime import count_kernels, infer_types, require_loadable
 from onnxptq.samples import ListFeeds, pick_samples
 from onnxptq.solving import Solver
@@ -84,11 +84,13 @@ def canonical_model(run: Run, source: Path) -> CanonicalModel:
         # Quality and latency will need it; better now than after calibration.
         require_loadable(model, run.recipe.provider)
     selectors = Selectors(model)
+    for note in model.notes:
+        run.note(note, NoteRank.LAST)
     said = (
         *selector_notes(selectors, run.recipe, (run.recipe.target,)),
         *budget_notes(run.recipe, model.opset),
     )
-    for note in (*model.notes, *said):
+    for note in said:
         run.note(note)
     if run.recipe.needs_torch:
         from onnxptq.lowering import require_supported
@@ -232,7 +234,7 @@ def check(
             progress=run.progress,
         )
         for note in parity.notes:
-            run.note(note)
+            run.note(note, NoteRank.FIRST)
     quality = layers = nearest = None
     if data.heldout is not None:
         with run.timed("measure quality"):
@@ -316,14 +318,15 @@ def report(
     sizes = reporting.size_rows(model, plan, solution, size)
     note = reporting.larger_note(model, size, sizes)
     if note:
-        run.note(note)
+        run.note(note, NoteRank.FIRST)
     allowed = run.recipe.max_size
     if allowed is not None and size > allowed * MEGABYTE:
-        run.note(f"The file takes {size / MEGABYTE:.3f} MB, more than the {allowed:g} MB that were allowed.")
+        told = f"The file takes {size / MEGABYTE:.3f} MB, more than the {allowed:g} MB that were allowed."
+        run.note(told, NoteRank.FIRST)
     outputs = () if checks.quality is None else checks.quality.outputs
     missed = missed_gate(outputs, min_sqnr=run.recipe.min_sqnr, min_agreement=run.recipe.min_agreement)
     if missed is not None:
-        run.note(f"The output was not kept: {missed.message}")
+        run.note(f"The output was not kept: {missed.message}", NoteRank.FIRST)
     recipe = yaml.safe_load(run.recipe.to_yaml())
     if data.preprocess is not None:
         recipe["preprocess"] = data.preprocess.model_dump(mode="json", exclude_none=True)
@@ -371,7 +374,7 @@ def report(
         stages=tuple(StageTime(name=name, seconds=seconds) for name, seconds in run.seconds.items()),
         peak_memory_bytes=reporting.peak_memory_bytes(),
         versions=reporting.versions(hashlib.sha256(run.recipe.to_yaml().encode()).hexdigest()),
-        notes=tuple(run.notes),
+        notes=run.notes,
         blocks=() if solved.packing is None else reporting.block_scores(model, solved.packing),
         packs=() if packed is None else reporting.pack_outcomes(model, packed.outcomes),
         tuning=None if packed is None else packed.tuning,

@@ -441,10 +441,9 @@ def _require_float32_weights(graph: gs.Graph, path: Path) -> None:
 
 def _run_passes(graph: gs.Graph, draft: _Draft) -> None:
     for rewrite in PASSES:
-        count = rewrite(graph)
+        count = rewrite.run(graph)
         if count:
-            name = rewrite.__module__.rsplit(".", 1)[-1]
-            draft.notes.append(f"{name}: {count}")
+            draft.notes.append(rewrite.note(count))
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
 
 

@@ -95,6 +95,15 @@ def test_what_onnxruntime_cannot_load_is_refused_at_once(tmp_path: Path, domain:
     assert any("cannot be quantized" in note and "node 'inner'" in note for note in notes)
 
 
+def test_what_cannot_be_learnt_through_is_named_with_its_domain(tmp_path: Path) -> None:
+    onnx.save(_network("QuickGelu", MICROSOFT), tmp_path / "m.onnx")
+    (skip,) = onnxptq.inspect(tmp_path / "m.onnx").untrainable
+    assert (skip.site, skip.reason) == (
+        "inner",
+        "no differentiable form of com.microsoft.QuickGelu version 1",
+    )
+
+
 def test_nodes_of_one_name_are_no_obstacle(tmp_path: Path) -> None:
     source, output = tmp_path / "m.onnx", tmp_path / "q.onnx"
     model = _network("FastGelu", MICROSOFT)

@@ -299,3 +299,16 @@ def test_a_model_in_memory_is_refused_with_the_remedy(bench: Bench) -> None:
             call()
         assert caught.value.exit_code == 2
         assert "onnx.save" in caught.value.remedy
+
+
+def test_what_is_not_as_asked_comes_first_and_housekeeping_last(bench: Bench) -> None:
+    model = onnx.load(bench.model)
+    model.graph.node.insert(0, onnx.helper.make_node("Identity", ["x"], ["same"], name="idle"))
+    for node in list(model.graph.node)[1:]:
+        node.input[:] = ["same" if name == "x" else name for name in node.input]
+    bench.write(model)
+    options = ("--json", "--holdout", 0, "--no-simplify")
+    notes = _notes(bench.quantize(*options, fast=False)).splitlines()
+    assert notes[0].startswith("No sample was held out")
+    assert len(notes) > 2
+    assert notes[-1] == "One node that hands its input on unchanged was removed."

@@ -8,6 +8,7 @@ those, which may stand between; attention scales last, when the linear layers ha
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
@@ -26,18 +27,35 @@ from onnxptq.graph.passes import (
     unwrap_softmax,
 )
 
-PASSES: tuple[Callable[[gs.Graph], int], ...] = (
-    constant_to_initializer.run,
-    lower_einsum.run,
-    unwrap_softmax.run,
-    remove_identity.run,
-    fold_moved_constant.run,
-    fold_batch_norm.run,
-    fold_channel_scale.run,
-    fuse_layer_norm.run,
-    fuse_rms_norm.run,
-    fuse_gelu.run,
-    fuse_softmax.run,
-    fold_attention_scale.run,
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A rewrite: what it does, and what is said of it, for one place and for more."""
+
+    run: Callable[[gs.Graph], int]
+    notes: tuple[str, str]
+
+    def note(self, count: int) -> str:
+        """The sentence for ``count`` places."""
+        one, many = self.notes
+        return one if count == 1 else many.format(count)
+
+
+PASSES: tuple[Pass, ...] = tuple(
+    Pass(module.run, module.NOTE)
+    for module in (
+        constant_to_initializer,
+        lower_einsum,
+        unwrap_softmax,
+        remove_identity,
+        fold_moved_constant,
+        fold_batch_norm,
+        fold_channel_scale,
+        fuse_layer_norm,
+        fuse_rms_norm,
+        fuse_gelu,
+        fuse_softmax,
+        fold_attention_scale,
+    )
 )
 """All rewrites in the order in which they run."""

@@ -10,6 +10,11 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.graph.surgeon import constant_node_value, is_graph_output, is_op
 
+NOTE = (
+    "One Constant node became an initializer.",
+    "{} Constant nodes became initializers.",
+)
+
 
 def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many nodes were replaced."""

@@ -44,6 +44,11 @@ _MAX_PATH = 16
 
 Ids = npt.NDArray[np.int64]
 
+NOTE = (
+    "One factor of attention scores went into the weights in front.",
+    "{} factors of attention scores went into the weights in front.",
+)
+
 
 def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many scalar nodes were folded."""

@@ -30,6 +30,11 @@ from onnxptq.graph.surgeon import (
 )
 from onnxptq.types import Array
 
+NOTE = (
+    "One BatchNormalization node went into the layer in front.",
+    "{} BatchNormalization nodes went into the layers in front.",
+)
+
 
 def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many BatchNormalization nodes were folded."""

@@ -19,6 +19,11 @@ from onnxptq.graph.linear import Linear, find_linears
 from onnxptq.graph.surgeon import bypass, float_constant, is_op, set_constant
 from onnxptq.types import FloatArray
 
+NOTE = (
+    "One factor per channel went into the layer in front.",
+    "{} factors per channel went into the layers in front.",
+)
+
 
 def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many factors were folded."""

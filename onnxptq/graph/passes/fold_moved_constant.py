@@ -28,6 +28,11 @@ from onnxptq.types import Array
 _MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast")
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
+NOTE = (
+    "One node that only moves or casts a constant was replaced by its result.",
+    "{} nodes that only move or cast constants were replaced by their results.",
+)
+
 
 def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many nodes were replaced."""

@@ -41,6 +41,11 @@ _ERF_ARGUMENT: Polynomial = {(1, 0): 1 / math.sqrt(2)}
 _TANH_ARGUMENT: Polynomial = {(1, 0): math.sqrt(2 / math.pi), (3, 0): math.sqrt(2 / math.pi) * 0.044715}
 _GELU: Polynomial = {(1, 0): 0.5, (1, 1): 0.5}
 
+NOTE = (
+    "One written-out Gelu became a Gelu node.",
+    "{} written-out Gelus became Gelu nodes.",
+)
+
 
 def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many activations were fused."""

@@ -31,6 +31,11 @@ from onnxptq.graph.surgeon import (
 
 MIN_OPSET = 17
 
+NOTE = (
+    "One written-out layer normalization became a LayerNormalization node.",
+    "{} written-out layer normalizations became LayerNormalization nodes.",
+)
+
 
 def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many normalizations were fused."""

@@ -34,6 +34,11 @@ from onnxptq.graph.surgeon import (
 
 MIN_OPSET = 23
 
+NOTE = (
+    "One written-out RMS normalization became an RMSNormalization node.",
+    "{} written-out RMS normalizations became RMSNormalization nodes.",
+)
+
 
 def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many normalizations were fused."""

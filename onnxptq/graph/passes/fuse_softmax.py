@@ -42,6 +42,11 @@ MIN_OPSET = 13
 _LOST = 2.0**-24
 """Half the distance from 1 to the next float32."""
 
+NOTE = (
+    "One written-out softmax became a Softmax node.",
+    "{} written-out softmaxes became Softmax nodes.",
+)
+
 
 def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many were fused."""

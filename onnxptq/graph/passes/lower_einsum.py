@@ -65,6 +65,12 @@ class _Equation:
         return _Equation(left=self.right, right=self.left, result=self.result, order=self.order[::-1])
 
 
+NOTE = (
+    "One Einsum node was written as a product.",
+    "{} Einsum nodes were written as products.",
+)
+
+
 def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many were replaced."""
     if graph.opset < MIN_OPSET:

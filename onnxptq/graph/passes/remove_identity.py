@@ -13,6 +13,11 @@ from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
 
 from onnxptq.graph.surgeon import bypass, is_graph_output, is_op
 
+NOTE = (
+    "One node that hands its input on unchanged was removed.",
+    "{} nodes that hand their input on unchanged were removed.",
+)
+
 
 def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many nodes were removed."""

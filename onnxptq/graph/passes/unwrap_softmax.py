@@ -17,6 +17,11 @@ from onnxptq.graph.surgeon import bypass, int_constants, is_op, live_nodes, prod
 
 MIN_OPSET = 13
 
+NOTE = (
+    "One Softmax over rows of a matrix became one over the last axis.",
+    "{} Softmax nodes over rows of a matrix became ones over the last axis.",
+)
+
 
 def run(graph: gs.Graph) -> int:
     """Rewrite in place; returns how many were unwrapped."""

@@ -18,6 +18,7 @@ from onnxptq.graph.attention import find_attention
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.load import read_model
+from onnxptq.graph.passes import PASSES
 from onnxptq.runtime import Session
 from onnxptq.types import CanonicalModel
 from tests.unit.graph.graph_helpers import assert_close, build, feed_for, node, random, run
@@ -608,3 +609,12 @@ def test_onnxsim_is_left_out_where_it_writes_operators_of_others(
     assert ops(result)["MatMul"] == 6
     feed = feed_for(model, symbol=2)
     assert_close(run(model, feed), run(result.path, feed), FLOAT_ROUNDING)
+
+
+def test_every_pass_has_words_for_the_report() -> None:
+    for rewrite in PASSES:
+        for count in (1, 3):
+            note = rewrite.note(count)
+            assert note.startswith("One " if count == 1 else "3 ")
+            assert note.endswith(".")
+            assert "_" not in note
