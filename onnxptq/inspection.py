@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.arguments import as_recipe, model_path
 from onnxptq.errors import EnvironmentMismatchError, InvalidModelError
-from onnxptq.graph.attention import Attention, find_attention, find_gelus, find_post_norms
+from onnxptq.graph.attention import Attention, find_attention, find_gelus, find_mixed_weights, find_post_norms
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.lowering import check_supported
 from onnxptq.partition.blocks import find_blocks
@@ -143,6 +143,7 @@ def inspect(
                 *_refusal(canonical),
                 *canonical.notes,
                 *(f"{s.site}: {s.reason}" for s in canonical.skips),
+                *(found.note for found in find_mixed_weights(index)),
                 *selector_notes(selectors, recipe, tuple(TARGETS)),
             ),
             names=canonical.user_nodes,

@@ -18,6 +18,8 @@ from onnxptq.calibrate.products import HELD_BYTES, Focus, choose_softmax_ranges
 from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.select import CANDIDATES, label, select_observer
+from onnxptq.graph.attention import find_mixed_weights
+from onnxptq.graph.index import GraphIndex
 from onnxptq.listing import listed
 from onnxptq.qdq import insert_quantizers
 from onnxptq.ranks import ALONE, Ranks
@@ -325,6 +327,9 @@ class Solver:
                 f"{self.plan.target} has no zero point for softmax ranges that begin above 0: those would leave up "
                 f"to {max(lost):.1f} dB less noise in the products."
             )
+        read = {site.consumer for quantizer in self.plan.quantizers for site in quantizer.sites}
+        mixed = find_mixed_weights(GraphIndex(self.model.graph))
+        self.notes += [f"{entry.note}." for entry in mixed if entry.product.name in read]
         return {name: focus.qparams for name, focus in self.focuses.items()}
 
     def _can_be_lowered(self) -> bool:

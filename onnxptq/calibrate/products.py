@@ -6,10 +6,10 @@ error of the product does. So the range [b1, b2] is the one that minimises
 
     sum || (P - P_hat) V ||^2
 
-on a few samples, or the same for a weighted sum of every channel by itself: first b2 with b1 = 0, over a grid of
-ends between the largest observed weight and 1/128 of it; then b1 = n s in steps of the scale s, for n = 1, 2, ...
-with ends nearby, as long as that helps (the focusing interval of AIQViT, arXiv 2502.04628). A grid that begins above
-0 needs a zero point below its integers; where the target has none, b1 stays 0.
+on a few samples, or the same for a weighted sum of every channel by itself; V is a constant where a layer reads P.
+First b2 with b1 = 0, over a grid of ends between the largest observed weight and 1/128 of it; then b1 = n s in steps
+of the scale s, for n = 1, 2, ... with ends nearby, as long as that helps (the focusing interval of AIQViT, arXiv
+2502.04628). A grid that begins above 0 needs a zero point below its integers; where the target has none, b1 stays 0.
 
 Where the weights are a power P = R^g of a root that is quantized in their place, the range is one of R, and
 P_hat = R_hat^g.
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from onnxptq.graph.attention import Attention, find_attention, reads_directly
-from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.index import GraphIndex, constant_value
 from onnxptq.graph.passes import root_softmax
 from onnxptq.graph.surgeon import axes_of
 from onnxptq.quantizers.affine import (
@@ -200,24 +200,27 @@ Apply = Callable[[Array, Array], Array]
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """An attention that reads quantized weights, or their root R with P = R^power."""
+    """An attention that reads quantized weights, or their root R with P = R^power; ``constant`` is V in a layer."""
 
     found: Attention
     apply: Apply
+    constant: Array | None
 
     @property
     def names(self) -> frozenset[str]:
         """The tensors that ``operands`` takes."""
-        return frozenset({self.found.quantized, self.found.weights, self.found.values})
+        computed = () if self.constant is not None else (self.found.values,)
+        return frozenset({self.found.quantized, self.found.weights, *computed})
 
     def operands(self, values: Mapping[str, Array], most: int) -> tuple[Array, Array]:
         """At most ``most`` rows of R, evenly spread, and V, of the product P V; of V P they are transposed, as
-        (V P)^T = P^T V^T. For a weighted sum all of both."""
-        weights, other = values[self.found.quantized], values[self.found.values]
+        (V P)^T = P^T V^T. For a weighted sum and a convolution all of both."""
+        weights = values[self.found.quantized]
+        other = values[self.found.values] if self.constant is None else self.constant
         if self.found.root:
             # What is put to 0 behind the root, rows of nothing but masked scores among it, is no part of the product.
             weights = np.where(values[self.found.weights] == 0, np.float32(0), weights)
-        if self.found.form != "product":
+        if self.found.form == "weighted sum" or self.found.product.op == "Conv":
             return weights, other
         attrs = self.found.product.attrs if self.found.product.op == "Gemm" else {}
         turned = [bool(attrs.get(name, 0)) for name in ("transA", "transB")]
@@ -274,7 +277,8 @@ def _softmax_sites(index: GraphIndex, plan: QuantPlan) -> list[_Site]:
     for found in find_attention(index):
         apply = _application(index, found)
         if apply is not None and (not found.root or reads_directly(index, found)):
-            products[found.edge] = _Product(found, apply)
+            tensor = found.product.inputs[1 - found.weights_index]
+            products[found.edge] = _Product(found, apply, constant_value(tensor))
     groups = [quantizer.scale_group for quantizer in plan.quantizers]
     sites = []
     for quantizer in plan.quantizers:
@@ -288,10 +292,13 @@ def _softmax_sites(index: GraphIndex, plan: QuantPlan) -> list[_Site]:
 
 def _application(index: GraphIndex, found: Attention) -> Apply | None:
     """What the product of ``found`` computes; None where that is not known."""
-    if found.form == "product":
+    if found.product.op == "Conv":
+        return lambda p, v: np.tensordot(v.reshape(v.shape[:2]), p, axes=([1], [1]))
+    if found.form in ("product", "layer"):
         return np.matmul if found.product.op in ("MatMul", "Gemm") else None
     total = index.sole_user(found.product.outputs[0].name) if found.form == "weighted sum" else None
-    axes = axes_of(total) if total is not None and total.op == "ReduceSum" else None
+    axes = axes_of(total) if total is not None and total.op in ("ReduceSum", "ReduceMean") else None
+    # A mean has the same noise over signal as the sum.
     return None if axes is None else lambda p, v: (p * v).sum(axis=tuple(axes))
 
 

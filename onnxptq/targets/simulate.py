@@ -4,7 +4,7 @@
 |---|---|---|---|---|
 | Conv, ConvTranspose, Gemm | input 0 | per output channel | float | float |
 | MatMul | both inputs, or the one that is not constant | per output channel; a stack per tensor | float | float |
-| Mul of softmax weights and values, summed | both inputs | | | float |
+| Mul of softmax weights and values, summed or averaged | both inputs | | | float |
 | with `residuals`: Add behind a product | the skip input | | | float |
 
 Activation grids are unsigned and asymmetric, stored in uint8 behind a Clip where they are narrower than

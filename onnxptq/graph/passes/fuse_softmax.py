@@ -6,10 +6,12 @@
     logarithm    exp(logsoftmax(u)),   exp(u - logsumexp(u))                      ->  softmax(u)
     deferred     (e V) / s,   (V e) / s   (s along the axis that is multiplied)   ->  softmax(u) V,   V softmax(u)
 
-and softmax(x - m) = softmax(x) where m is the same along the axis, as the largest x is. Exact in real arithmetic;
-what overflowed without the largest x taken off no longer does. Where it is taken off, s is at least 1, and what
-guards the division against 0 goes: a constant below 2^-24 that is added to s, which float32 rounds away, and a lower
-bound of s that is at most 1.
+with u ln b for u where e = b^u; and softmax(x - m) = softmax(x) where m is the same along the axis, as the largest x
+is. Exact in real arithmetic; what overflowed without the largest x taken off no longer does. Where it is taken off, s
+is at least 1, and what guards the division against 0 goes: a constant below 2^-24 that is added to s, which float32
+rounds away, and a lower bound of s that is at most 1.
+
+Where the denominator is more than s, the quotient stays; :func:`match_weights` finds it.
 
 Whatever else reads e, s or logsoftmax(u) still does. Declined: sums over several axes, sums that do not line up with
 e (without ``keepdims``, unless an Unsqueeze follows or the axes lead), products that anything but the division reads,
@@ -18,6 +20,7 @@ and anything but float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,9 +31,11 @@ from onnxptq.graph.index import is_float32
 from onnxptq.graph.surgeon import (
     axes_of,
     drop_unread,
+    float_constant,
     free_name,
     is_op,
     live_nodes,
+    new_constant,
     producer,
     replace_nodes,
     scalar_constant,
@@ -61,11 +66,13 @@ def run(graph: gs.Graph) -> int:
 class Match:
     """``source``, and the axes along which its softmax is taken, or it is reduced in another way.
 
-    The axes are in order, and count from the front wherever the rank is known.
+    The axes are in order, and count from the front wherever the rank is known. ``rate`` is what the source is
+    multiplied with in front of the softmax: ln b.
     """
 
     source: gs.Tensor
     axes: tuple[int, ...]
+    rate: float = 1.0
 
 
 def match_softmax(tail: gs.Node) -> Match | None:
@@ -74,9 +81,43 @@ def match_softmax(tail: gs.Node) -> Match | None:
         return _match_logarithm(tail.inputs[0])
     for top, bottom in _quotients(tail):
         found = _match_sum(bottom)
-        if found is not None and _exponent(top) is found.source:
+        if found is not None and _is_exponential(top, found):
             return found
     return None
+
+
+def match_weights(tail: gs.Node) -> Match | None:
+    """The softmax that ``tail`` ends, or what stands for one: exponentials over their sum and what is added to it,
+    or over a lower bound of it. Such weights are between 0 and 1 too, and sum to at most 1."""
+    found = match_softmax(tail)
+    if found is not None:
+        return found
+    for top, bottom in _quotients(tail):
+        for part in _parts(bottom):
+            found = _sum_of_exponentials(part)
+            if found is not None and _is_exponential(top, found):
+                return found
+    return None
+
+
+def _parts(bottom: gs.Tensor) -> Iterator[gs.Tensor]:
+    """What ``bottom`` is at least, if that is not negative."""
+    node = producer(bottom)
+    if is_op(node, "Clip"):
+        assert node is not None
+        if len(node.inputs) < 3 or node.inputs[2].is_empty():
+            yield node.inputs[0]
+    elif is_op(node, "Max", "Add"):
+        assert node is not None
+        for i, tensor in enumerate(node.inputs):
+            others = [*node.inputs[:i], *node.inputs[i + 1 :]]
+            if node.op == "Max" or all(_is_not_negative(other) for other in others):
+                yield tensor
+
+
+def _is_not_negative(tensor: gs.Tensor) -> bool:
+    value = float_constant(tensor)
+    return bool(np.all(value >= 0)) if value is not None else _exponent(tensor) is not None
 
 
 def _fuse(graph: gs.Graph, tail: gs.Node) -> bool:
@@ -84,7 +125,7 @@ def _fuse(graph: gs.Graph, tail: gs.Node) -> bool:
     if found is None or len(found.axes) != 1 or not is_float32(found.source):
         return False
     read = list(tail.inputs)
-    replace_nodes(graph, (), tail, _softmax(found, tail.name))
+    replace_nodes(graph, (), tail, _softmax(graph, found, tail, tail.name))
     drop_unread(graph, read)
     return True
 
@@ -103,10 +144,11 @@ def _bring_forward(graph: gs.Graph, tail: gs.Node) -> bool:
 def _divide_weights(graph: gs.Graph, found: Match, product: gs.Node, place: int, tail: gs.Node) -> None:
     exponential = product.inputs[place]
     read = [exponential, *tail.inputs]
-    softmax = _softmax(found, free_name(f"{product.name}/softmax", {node.name for node in graph.nodes}))
+    name = free_name(f"{product.name}/softmax", {node.name for node in graph.nodes})
+    softmax = _softmax(graph, found, product, name)
     name = unique_tensor_name(graph, f"{product.name}/weights")
     softmax.outputs = [gs.Variable(name, np.float32, exponential.shape)]
-    graph.nodes.insert(next(i for i, node in enumerate(graph.nodes) if node is product), softmax)
+    _insert(graph, softmax, product)
     product.inputs[place] = softmax.outputs[0]
     # The product is another tensor now, and has the name of the quotient.
     whole = tail.outputs[0]
@@ -117,9 +159,23 @@ def _divide_weights(graph: gs.Graph, found: Match, product: gs.Node, place: int,
     drop_unread(graph, read)
 
 
-def _softmax(found: Match, name: str) -> gs.Node:
+def _softmax(graph: gs.Graph, found: Match, place: gs.Node, name: str) -> gs.Node:
+    """The node; what scales its source is put in front of ``place``."""
     (axis,) = found.axes
-    return gs.Node("Softmax", name, attrs={"axis": axis}, inputs=[_without_shift(found.source, axis)])
+    source = _without_shift(found.source, axis)
+    if found.rate != 1.0:
+        rate = new_constant(graph, f"{name}/rate", np.asarray(found.rate, np.float32))
+        scaled = gs.Variable(unique_tensor_name(graph, f"{name}/logits"), np.float32, source.shape)
+        taken = {node.name for node in graph.nodes}
+        scaling = gs.Node("Mul", free_name(scaled.name, taken), inputs=[source, rate], outputs=[scaled])
+        _insert(graph, scaling, place)
+        source = scaled
+    return gs.Node("Softmax", name, attrs={"axis": axis}, inputs=[source])
+
+
+def _insert(graph: gs.Graph, node: gs.Node, place: gs.Node) -> None:
+    """Put ``node`` in front of ``place``."""
+    graph.nodes.insert(next(i for i, other in enumerate(graph.nodes) if other is place), node)
 
 
 def _quotients(node: gs.Node) -> Iterator[tuple[gs.Tensor, gs.Tensor]]:
@@ -137,10 +193,19 @@ def _quotients(node: gs.Node) -> Iterator[tuple[gs.Tensor, gs.Tensor]]:
                 yield node.inputs[1 - i], inverse.inputs[0]
 
 
-def _exponent(tensor: gs.Tensor) -> gs.Tensor | None:
-    """u, where ``tensor`` is exp(u)."""
+def _exponent(tensor: gs.Tensor) -> tuple[gs.Tensor, float] | None:
+    """u and ln b, where ``tensor`` is b^u."""
     node = producer(tensor)
-    return node.inputs[0] if node is not None and is_op(node, "Exp") else None
+    if node is not None and is_op(node, "Exp"):
+        return node.inputs[0], 1.0
+    base = _number(*node.inputs) if node is not None and is_op(node, "Pow") else None
+    return (node.inputs[1], math.log(base)) if node is not None and base is not None and base > 0 else None
+
+
+def _is_exponential(tensor: gs.Tensor, found: Match) -> bool:
+    """Whether ``tensor`` is what ``found`` is a sum of."""
+    exponent = _exponent(tensor)
+    return exponent is not None and exponent[0] is found.source and exponent[1] == found.rate
 
 
 def _number(constant: gs.Tensor, other: gs.Tensor) -> float | None:
@@ -164,12 +229,14 @@ def _match_logarithm(log: gs.Tensor) -> Match | None:
 def _match_sum(bottom: gs.Tensor) -> Match | None:
     """``bottom`` as a sum of exponentials of the match's source."""
     whole = _unguarded(bottom)
-    found = _reduced(whole, "ReduceSum")
+    match = _sum_of_exponentials(whole)
+    return match if match is None or whole is bottom or _is_at_most_zero(match) else None
+
+
+def _sum_of_exponentials(tensor: gs.Tensor) -> Match | None:
+    found = _reduced(tensor, "ReduceSum")
     exponent = _exponent(found.source) if found is not None else None
-    if found is None or exponent is None:
-        return None
-    match = Match(exponent, found.axes)
-    return match if whole is bottom or _is_at_most_zero(match) else None
+    return None if found is None or exponent is None else Match(exponent[0], found.axes, exponent[1])
 
 
 def _unguarded(bottom: gs.Tensor) -> gs.Tensor:
@@ -255,6 +322,6 @@ def _summed_input(product: gs.Node, found: Match) -> int | None:
         return None
     for i, tensor in enumerate(product.inputs):
         summed = len(tensor.shape) - (1 if i == 0 else 2)
-        if _exponent(tensor) is found.source and found.axes == (summed,):
+        if _is_exponential(tensor, found) and found.axes == (summed,):
             return i
     return None

@@ -10,7 +10,7 @@ PowerQuant's (arXiv 2301.09858). The identity is exact in real arithmetic; the l
 a weight is 0.
 
 This is no part of the canonical form: it is applied where it is asked for. Declined: weights that anything but one
-product of two activations (or weighted sum of one) reads, or reads other than directly. Putting some to 0 with Where
+product (or weighted sum of one) reads, or reads other than directly. Putting some to 0 with Where
 does no harm.
 """
 
@@ -26,7 +26,7 @@ from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.surgeon import free_name, new_constant
 from onnxptq.types import Skip
 
-_PRODUCTS = ("MatMul", "Gemm", "Mul")
+_PRODUCTS = ("MatMul", "Gemm", "Mul", "Conv")
 
 
 def run(graph: gs.Graph, power: int) -> tuple[int, list[Skip]]:
@@ -46,6 +46,8 @@ def run(graph: gs.Graph, power: int) -> tuple[int, list[Skip]]:
 
 def declined(index: GraphIndex, found: Attention) -> str | None:
     """Why the weights of ``found`` cannot become powers; None where they can."""
+    if found.softmax.op in ("Div", "Mul"):
+        return "its weights are exponentials over more than their sum, which have no such root"
     if found.softmax.op != "Softmax" or found.product.op not in _PRODUCTS:
         return f"its softmax weights are applied by {found.product.op}, in the form of a {found.form}"
     if not reads_directly(index, found):

@@ -12,12 +12,14 @@ from onnxptq.calibrate.observers import Observer
 from onnxptq.calibrate.products import ORDERS, ROOT_MARGIN_DB, choose_root, choose_softmax_ranges
 from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import calibrate
+from onnxptq.graph.attention import find_attention
+from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.save import exposed_copy
 from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, range_of, symmetric_qparams
 from onnxptq.rooting import root_weights
 from onnxptq.runtime import Session
 from onnxptq.samples import ListFeeds
-from onnxptq.types import CanonicalModel, PerTensor, Sample
+from onnxptq.types import CanonicalModel, PerTensor, QParams, Sample
 from tests.unit.rotate.rotate_nets import transformer
 from tests.unit.small_nets import NETS, Net, canonical, planned, random_samples, vector_attention
 
@@ -99,10 +101,50 @@ def test_memory_does_not_change_the_choice(tmp_path: Path) -> None:
 
 def test_nothing_to_choose_without_a_product(tmp_path: Path) -> None:
     net = Net()
-    y = net.op("Softmax", "softmax", net.linear("a", "x", 8, 8), axis=-1)
+    y = net.op("Relu", "relu", net.op("Softmax", "softmax", net.linear("a", "x", 8, 8), axis=-1))
     model = canonical(net.proto({"x": [4, 8]}, [net.linear("b", y, 8, 8)]), tmp_path)
     plan = planned(model, "simulate")
     assert choose_softmax_ranges(model, plan, {}, random_samples(model, 1)) == {}
+
+
+@pytest.mark.parametrize("op", ["MatMul", "left", "Gemm", "Conv"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_layer_decides_no_worse_than_the_weights_alone(op: str, bits: int, tmp_path: Path) -> None:
+    net = Net()
+    shape = [8, 16] if op == "Gemm" else [2, 16, 16]
+    scores = net.op("Mul", "scores", net.linear("a", "x", 16, 16), net.constant("sharp", np.float32(4)))
+    p = net.op("Softmax", "softmax", scores, axis=1 if op in ("left", "Conv") else -1)
+    w = net.weight("w", *{"MatMul": (16, 3), "left": (3, 16), "Gemm": (3, 16), "Conv": (3, 16, 1)}[op])
+    if op == "Gemm":
+        y = net.op("Gemm", "y", p, w, transB=1)
+    else:
+        y = net.op("MatMul" if op == "left" else op, "y", *((w, p) if op == "left" else (p, w)))
+    model = canonical(net.proto({"x": shape}, [y]), tmp_path)
+    samples, plan = random_samples(model, 3), planned(model, "simulate", activation_bits=bits)
+    statistics = calibrate(model, ListFeeds(samples), ["x", "softmax"])
+    ranges = {
+        name: choose_ranges(plan, statistics, Observer(name=name))["softmax"] for name in ("minmax", "mse")
+    }
+    focus = choose_softmax_ranges(model, plan, {"softmax": ranges["minmax"]}, samples)["softmax"]
+    exposed_copy(model.path, ["softmax"], tmp_path / "exposed.onnx")
+    seen = [Session(tmp_path / "exposed.onnx", threads=1).run(s)["softmax"] for s in samples]
+    matrix = np.asarray(next(t for n, t in model.graph.tensors().items() if n == "w").values)
+    apply = {
+        "MatMul": lambda e: e @ matrix,
+        "left": lambda e: matrix @ e,
+        "Gemm": lambda e: e @ matrix.T,
+        "Conv": lambda e: matrix[:, :, 0] @ e,
+    }[op]
+
+    def noise(qparams: QParams) -> float:
+        return sum(float(np.square(apply(p - fake_quantize(p, qparams))).sum()) for p in seen)
+
+    # The search looks at three ends per octave, the observer at more.
+    assert noise(focus.qparams) <= min(1.001 * noise(ranges["minmax"]), 1.2 * noise(ranges["mse"]))
+    assert choose_root(model, plan, samples).noise_db.keys() == set(ORDERS)
+    rooted, summary = root_weights(model, 2, samples[0], work_dir=tmp_path)
+    assert (summary.count, summary.skips) == (1, ())
+    assert [found.root for found in find_attention(GraphIndex(rooted.graph))] == ["softmax_root"]
 
 
 @pytest.mark.parametrize("order", ["PV", "VP", "PV^T", "PTtV"])
@@ -238,7 +280,7 @@ def test_the_order_of_the_root_is_what_rooted_models_say(bits: int, tmp_path: Pa
 
 def test_no_root_without_weights_that_a_product_reads(tmp_path: Path) -> None:
     net = Net()
-    y = net.op("Softmax", "softmax", net.linear("a", "x", 8, 8), axis=-1)
+    y = net.op("Relu", "relu", net.op("Softmax", "softmax", net.linear("a", "x", 8, 8), axis=-1))
     model = canonical(net.proto({"x": [4, 8]}, [net.linear("b", y, 8, 8)]), tmp_path)
     found = choose_root(model, planned(model, "simulate"), random_samples(model, 1))
     assert (found.order, found.noise_db) == (1, {})

@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxptq.graph.attention import find_attention, find_gelus, find_post_norms
+from onnxptq.graph.attention import find_attention, find_gelus, find_mixed_weights, find_post_norms
 from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.passes import root_softmax
 from onnxptq.graph.surgeon import import_graph
 from onnxptq.inspection import inspect
 from tests.unit.rotate.rotate_nets import TOKENS, Blocks, transformer, written_rms_norm
@@ -174,14 +175,109 @@ def test_an_attention_node_is_its_own_product(tmp_path: Path) -> None:
 
 
 def test_other_softmaxes_are_none(tmp_path: Path) -> None:
-    """Class probabilities, and the softmax of a detector's distances, which a constant sums up."""
+    """Class probabilities, and what a layer reads beside something else."""
     net = Blocks()
     p = net.op("Softmax", "p", net.linear("a", "x", WIDTH, WIDTH), axis=-1)
-    mean = net.op("MatMul", "mean", p, net.weight("steps", WIDTH, 1))
+    mean = net.op("MatMul", "mean", net.op("Concat", "c", p, "x", axis=-1), net.weight("w", 2 * WIDTH, 1))
     classes = net.op("Softmax", "classes", net.linear("b", "x", WIDTH, 4), axis=-1)
     scaled = net.op("Mul", "scaled", classes, net.constant("two", np.float32(2)))
     total = net.op("ReduceSum", "total", scaled, net.ints("axis", -1))
     assert find_attention(_index(net.proto({"x": [1, TOKENS, WIDTH]}, [mean, total]), tmp_path)) == ()
+
+
+def _by_more_than_the_sum(net: Blocks, extra: str) -> str:
+    e = net.op("Exp", "e", _scores(net))
+    s = net.op("ReduceSum", "s", e, net.ints("axis", -1))
+    more = net.op("Exp", "sink", net.linear("z", "x", WIDTH, 1)) if extra == "sink" else "more"
+    if extra != "sink":
+        net.constant("more", np.float32({"eps": 1e-6, "one": 1, "bound": 0.1, "negative": -1}[extra]))
+    return _attend(net, net.op("Div", "p", e, net.op("Max" if extra == "bound" else "Add", "t", more, s)))
+
+
+@pytest.mark.parametrize(
+    ("extra", "count"), [("eps", 1), ("one", 1), ("sink", 1), ("bound", 1), ("negative", 0)]
+)
+def test_exponentials_over_more_than_their_sum(extra: str, count: int, tmp_path: Path) -> None:
+    index = _index(_built(lambda net: _by_more_than_the_sum(net, extra)), tmp_path)
+    found = find_attention(index)
+    assert [(a.form, a.softmax.name, a.product.name) for a in found] == count * [("product", "p", "pv")]
+    reasons = [root_softmax.declined(index, a) for a in found]
+    assert reasons == count * [
+        "its weights are exponentials over more than their sum, which have no such root"
+    ]
+
+
+def _expectation(net: Blocks, op: str) -> str:
+    p = net.op("Softmax", "p", net.linear("a", "x", WIDTH, WIDTH), axis=1 if op in ("Conv", "left") else -1)
+    if op == "Gemm":
+        rows = net.op("Reshape", "rows", p, net.ints("flat", -1, WIDTH))
+        return net.op("Gemm", "y", rows, net.weight("w", 3, WIDTH), transB=1)
+    if op == "left":
+        return net.op("MatMul", "y", net.weight("w", 3, TOKENS), p)
+    if op == "Conv":
+        return net.op("Conv", "y", p, net.weight("w", 3, TOKENS, 1))
+    return net.op("MatMul", "y", p, net.weight("w", WIDTH, 3))
+
+
+@pytest.mark.parametrize("op", ["MatMul", "left", "Gemm", "Conv"])
+def test_a_layer_that_reads_softmax_weights(op: str, tmp_path: Path) -> None:
+    """As where a detector takes the mean of distances."""
+    index = _index(_built(lambda net: _expectation(net, op)), tmp_path)
+    (found,) = find_attention(index)
+    assert (found.form, found.softmax.name, found.product.name, found.values) == ("layer", "p", "y", "w")
+    assert found.weights_index == (1 if op == "left" else 0)
+    assert find_mixed_weights(index) == ()
+
+
+@pytest.mark.parametrize(("kernel", "group"), [(3, 1), (1, TOKENS)])
+def test_other_convolutions_are_no_such_layer(kernel: int, group: int, tmp_path: Path) -> None:
+    def build(net: Blocks) -> str:
+        p = net.op("Softmax", "p", net.linear("a", "x", WIDTH, WIDTH), axis=1)
+        return net.op("Conv", "y", p, net.weight("w", TOKENS, TOKENS // group, kernel), group=group)
+
+    assert find_attention(_index(_built(build), tmp_path)) == ()
+
+
+def _difference(net: Blocks) -> str:
+    first = net.op("Softmax", "p", _scores(net), axis=-1)
+    other = net.op("Softmax", "o", net.linear("more", "x", WIDTH, TOKENS), axis=-1)
+    scaled = net.op("Mul", "scaled", other, net.constant("share", np.float32(0.3)))
+    return _attend(net, net.op("Sub", "difference", first, scaled))
+
+
+def _talking_heads(net: Blocks) -> str:
+    """Weights of two heads, mixed along the axis of the heads."""
+    heads = net.op(
+        "Reshape", "heads", net.linear("q", "x", WIDTH, 2 * TOKENS), net.ints("s4", 1, TOKENS, 2, -1)
+    )
+    p = net.op("Softmax", "p", heads, axis=-1)
+    back = net.op("Transpose", "back", p, perm=[0, 1, 3, 2])
+    mixed = net.op("MatMul", "mixed", back, net.weight("mix", 2, 2))
+    return _attend(net, net.op("Transpose", "forth", mixed, perm=[0, 3, 1, 2]))
+
+
+@pytest.mark.parametrize(("build", "names"), [(_difference, ["p", "o"]), (_talking_heads, ["p"])])
+def test_mixed_weights_are_told(build: Callable[[Blocks], str], names: list[str], tmp_path: Path) -> None:
+    index = _index(_built(build), tmp_path)
+    found = find_mixed_weights(index)
+    assert [(entry.softmax.name, entry.product.name) for entry in found] == [(name, "pv") for name in names]
+    assert "p: its softmax weights are mixed with others before pv applies them" in found[0].note
+    onnx.save(_built(build), str(tmp_path / "model.onnx"))
+    assert found[0].note in inspect(tmp_path / "model.onnx").notes
+
+
+def test_attention_that_is_found_is_not_told_as_mixed(tmp_path: Path) -> None:
+    assert find_mixed_weights(_index(transformer(), tmp_path)) == ()
+
+
+def test_a_weighted_mean(tmp_path: Path) -> None:
+    net = Blocks()
+    w = net.op("Softmax", "p", net.linear("a", "x", WIDTH, WIDTH), axis=1)
+    y = net.op(
+        "ReduceMean", "y", net.op("Mul", "pv", w, net.linear("v", "x", WIDTH, WIDTH)), net.ints("axis", 1)
+    )
+    (found,) = find_attention(_index(net.proto({"x": [1, TOKENS, WIDTH]}, [y]), tmp_path))
+    assert (found.form, found.product.name) == ("weighted sum", "pv")
 
 
 def test_layers_behind_a_normalization(tmp_path: Path) -> None:

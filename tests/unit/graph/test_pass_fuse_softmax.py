@@ -188,6 +188,29 @@ def test_a_first_axis_lines_up_without_its_dimension(tmp_path: Path) -> None:
     assert (count, ops) == (1, {"Softmax": 1})
 
 
+BASES = {"two": ("", 2.0), "half": ("", 0.5), "shifted": ("largest", 2.0)}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["weights", "product"])
+@pytest.mark.parametrize("kind", BASES)
+def test_powers_of_another_base(tmp_path: Path, kind: str, late: bool) -> None:
+    shift, base = BASES[kind]
+    model = written(
+        [PRODUCT, node("Div", "p s", "y")] if late else DIVIDE, shift=shift, b=np.array(base, np.float32)
+    )
+    for entry in model.graph.node:
+        if entry.op_type == "Exp":
+            entry.CopyFrom(node("Pow", f"b {entry.input[0]}", "e"))
+    count, ops, graph = apply(model, fuse_softmax.run, tmp_path, tolerance=ROUNDING)
+    assert (count, ops) == (1, {"Mul": 1, "Softmax": 1, **({"MatMul": 1} if late else {})})
+    assert graph.nodes[0].inputs[0].name == "x"
+
+
+def test_sums_of_another_base_stay(tmp_path: Path) -> None:
+    model = written([node("Pow", "b u", "f"), node("Div", "f s", "y")], b=np.array(2, np.float32))
+    assert apply(model, fuse_softmax.run, tmp_path, tolerance=0)[0] == 0
+
+
 @pytest.mark.parametrize(("size", "expected"), [(1e-8, 1), (5.9e-8, 1), (6e-8, 0), (1e-6, 0), (-1e-8, 0)])
 def test_an_epsilon(tmp_path: Path, size: float, expected: int) -> None:
     """It goes where float32 rounds it away, which a single element shows to the bit."""
