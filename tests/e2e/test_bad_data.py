@@ -215,5 +215,5 @@ def test_models_that_do_not_belong_together(bench: Bench) -> None:
 def test_validate_names_the_missing_file(bench: Bench) -> None:
     gone = bench.folder / "gone.onnx"
     bench.refuses(
-        3, "gone.onnx", do=lambda: here(bench.capsys, "validate", bench.model, gone, "--data", bench.data)
+        2, "gone.onnx", do=lambda: here(bench.capsys, "validate", bench.model, gone, "--data", bench.data)
     )

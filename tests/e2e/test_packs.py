@@ -197,4 +197,5 @@ def test_pictures_of_several_sizes(options: Mapping[str, Any], tmp_path: Path) -
     bits = {"target": "simulate", "weight_bits": 4, "activation_bits": 4}
     found = quantized_net(of_any_size(), samples, tmp_path, **bits, **options)
     require_proven(found)
-    assert found.report.blocks
+    # Whether or not they won, packs were solved on samples that cannot be stacked.
+    assert any("packs" in note for note in found.report.notes)
