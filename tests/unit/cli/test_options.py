@@ -14,6 +14,7 @@ from onnxptq.cli.quantize import quantize
 from onnxptq.calibrate.feeds import ImagePreprocess
 from onnxptq.calibrate.run import DEFAULT_GROUP_BYTES
 from onnxptq.errors import RecipeError
+from onnxptq.packing import DEFAULT_MEMORY
 from onnxptq.recipe import Recipe
 
 SETTINGS = sorted(set(Recipe.model_fields) - {"rules", "preprocess"})
@@ -92,8 +93,8 @@ def test_the_documented_default_is_the_recipes(name: str) -> None:
     if isinstance(default, bool):
         assert written == ("yes" if default else "no")
     elif name == "max_memory":
-        # Not a number of the recipe: without a budget the calibration's own applies.
-        assert int(written) == DEFAULT_GROUP_BYTES >> 20
+        # Not a number of the recipe: without a budget those of calibration and of packs apply.
+        assert written == f"{DEFAULT_GROUP_BYTES >> 20}; {DEFAULT_MEMORY >> 20} for packs"
     else:
         assert written == str(default)
 
