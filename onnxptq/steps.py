@@ -186,9 +186,7 @@ def write(run: Run, model: CanonicalModel, solved: Solved, path: Path, sample: S
     ``sample``, other values than the user's."""
     plan, solution = solved.plan, solved.solution
     with run.timed("write"):
-        changed = changed_tensors(
-            model, sample, work_dir=run.scratch, provider=run.recipe.provider, group_bytes=run.group_bytes
-        )
+        changed = changed_tensors(model, sample, work_dir=run.scratch, provider=run.recipe.provider)
         save_graph(
             _quantized(model, plan, solution),
             path,
