@@ -61,9 +61,14 @@ def choose_loss(outputs: Mapping[str, torch.Tensor], asked: LossChoice = "auto")
     return "kl" if floats and are_matrices else "relative"
 
 
+def class_axis(scores: torch.Tensor) -> int:
+    """The axis of the classes of scores that ``kl`` can compare."""
+    return _CLASS_AXES[scores.ndim]
+
+
 def rows_of(scores: torch.Tensor) -> int:
     """How many distributions class scores hold."""
-    return scores.numel() // scores.shape[_CLASS_AXES[scores.ndim]]
+    return scores.numel() // scores.shape[class_axis(scores)]
 
 
 def asked_loss(model: CanonicalModel, asked: LossChoice) -> LossChoice:
@@ -158,4 +163,4 @@ def _logarithms(
     if is_probability:
         wide = wide.clamp_min(torch.finfo(torch.float32).tiny).log()
     scores = torch.where(known, wide / temperature, _LEFT_OUT)
-    return torch.log_softmax(scores, dim=_CLASS_AXES[wide.ndim])
+    return torch.log_softmax(scores, dim=class_axis(wide))

@@ -4,23 +4,27 @@ The change of the loss at the network's output that an error dz of an inner tens
 1/2 dz^T F dz with the Fisher information (for class logits) or the Gauss-Newton matrix (for other outputs) F.
 Its diagonal is estimated without bias by one backward pass per sample,
 
-    class logits      g = d log p_y / dz,   y drawn from p = softmax(logits)
+    class logits      g = d sum log p_y / dz,   y drawn from p = softmax(logits) in every row
     other outputs     g = d (v . o / ||o||) / dz,   v standard normal
     weight of z_i     w_i = E[g_i^2],   scaled to mean 1
 
-where y is no class whose logit is NaN or Inf, and o leaves such elements out,
-and averaged over the samples and, where a tensor has positions behind its channel axis, over these.
+from onnxptq.lowering.output_loss import LossChoice, choose_loss, class_axis, numbers_of
 (BRECQ, Li et al., arXiv 2102.05426; FIMA-Q, Wu et al., arXiv 2506.11543.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import torch
 
 from onnxptq.lowering.network import BlockNetwork, Values
-from onnxptq.lowering.output_loss import numbers_of
+        if kind == "kl":
+            rows = value.movedim(class_axis(value), -1).flatten(0, -2)
+            limits = torch.finfo(value.dtype)
+            logits = torch.where(torch.isfinite(rows), rows, limits.min)
+            log_p = rows.clamp_min(limits.tiny).log() if name in probabilities else logits.log_softmax(dim=1)
 from onnxptq.ranks import ALONE, Ranks
 
 _LEAST = 0.05
@@ -33,6 +37,9 @@ def fisher_weights(
     probabilities: Collection[str],
     seed: int,
     ranks: Ranks = ALONE,
+    *,
+    axes: Mapping[str, int] = MappingProxyType({}),
+    asked: LossChoice = "auto",
 ) -> Mapping[str, torch.Tensor]:
     """Weights of the float tensors between the blocks of ``network``, shaped to broadcast against them.
 
@@ -43,19 +50,24 @@ def fisher_weights(
         probabilities: outputs that hold p itself and not logits.
         seed: of what is drawn; every sample draws from a stream of its own.
         ranks: processes, each with ``samples`` of its own.
+        axes: of the channels; a tensor without has them along the last of three axes, else along axis 1.
+        asked: how outputs are compared; see :func:`~onnxptq.lowering.output_loss.choose_loss`.
+
+    Raises:
+        UsageError: ``kl`` is asked for and an output holds no class scores.
     """
     sums: dict[str, torch.Tensor] = {}
     for number, sample in samples.items():
         generator = torch.Generator().manual_seed((seed << 20) + number)
         values = _run(network, sample)
         inner = {n: v for n, v in values.items() if v.requires_grad and n not in network.outputs}
-        target = _target([(n, values[n]) for n in network.outputs], probabilities, generator)
+        target = _target({n: values[n] for n in network.outputs}, asked, probabilities, generator)
         if not inner or not target.requires_grad:
             continue
         found = torch.autograd.grad(target, list(inner.values()), allow_unused=True)
         for (name, value), gradient in zip(inner.items(), found, strict=True):
             if gradient is not None and value.ndim > 1:
-                _add(sums, name, _averaged(gradient.detach().square()).cpu())
+                _add(sums, name, _averaged(gradient.detach().square(), axes.get(name)).cpu())
     total: dict[str, torch.Tensor] = {}
     for part in ranks.gather(sums):
         for name, value in part.items():
@@ -80,16 +92,27 @@ def _run(network: BlockNetwork, sample: Values) -> Values:
 
 
 def _target(
-    outputs: Sequence[tuple[str, torch.Tensor]], probabilities: Collection[str], generator: torch.Generator
+    outputs: Mapping[str, torch.Tensor],
+    asked: LossChoice,
+    probabilities: Collection[str],
+    generator: torch.Generator,
 ) -> torch.Tensor:
+    kind = choose_loss(outputs, asked)
     parts = []
-    for name, value in outputs:
+    for name, value in outputs.items():
         if not value.is_floating_point():
             continue
+<<<<<<< HEAD
         if value.ndim == 2 and value.shape[1] > 1:
             limits = torch.finfo(value.dtype)
             logits = torch.where(torch.isfinite(value), value, limits.min)
             log_p = value.clamp_min(limits.tiny).log() if name in probabilities else logits.log_softmax(dim=1)
+=======
+        if kind == "kl":
+            rows = value.movedim(class_axis(value), -1).flatten(0, -2)
+            tiny = torch.finfo(value.dtype).tiny
+            log_p = rows.clamp_min(tiny).log() if name in probabilities else torch.log_softmax(rows, dim=1)
+>>>>>>> a6f96e7 (Fisher weights: one per channel in every layout, and outputs compared as asked)
             drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(value.device)
             parts.append(log_p.gather(1, drawn).sum())
         else:
@@ -99,10 +122,11 @@ def _target(
     return torch.stack(parts).sum() if parts else torch.zeros(())
 
 
-def _averaged(squares: torch.Tensor) -> torch.Tensor:
-    """Mean over the batch and over positions; the axis that is kept is 1 for maps and the last for rows of tokens."""
-    kept = squares.ndim - 1 if squares.ndim == 3 else 1
-    return squares.mean(dim=[axis for axis in range(squares.ndim) if axis != kept], keepdim=True)
+def _averaged(squares: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """Mean over the batch and over positions; where the ``axis`` that is kept is not known, it is 1 for maps and the
+    last for rows of tokens."""
+    kept = axis if axis is not None else squares.ndim - 1 if squares.ndim == 3 else 1
+    return squares.mean(dim=[other for other in range(squares.ndim) if other != kept], keepdim=True)
 
 
 def _scaled(total: torch.Tensor) -> torch.Tensor:

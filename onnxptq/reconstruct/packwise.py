@@ -25,6 +25,7 @@ from onnxptq.memory import return_memory
 from onnxptq.quantizers.low_rank import Factors
 from onnxptq.ranks import ALONE, Ranks
 from onnxptq.reconstruct.branches import branched
+from onnxptq.reconstruct.channels import channel_axes
 from onnxptq.reconstruct.checkpoint import Checkpoints, Finished
 from onnxptq.reconstruct.fisher import fisher_weights
 from onnxptq.reconstruct.initial import with_bias_grids
@@ -307,7 +308,16 @@ def _importance(
 ) -> Mapping[str, torch.Tensor]:
     """How much the elements of outputs count, from the first of this rank's ``samples``, by number."""
     few = {number: values for number, values in samples.items() if number < FISHER_SAMPLES}
-    weights = fisher_weights(network, few, probability_outputs(model.graph), seed, ranks)
+    names = (name for block in network.blocks for name in block.outputs)
+    weights = fisher_weights(
+        network,
+        few,
+        probability_outputs(model.graph),
+        seed,
+        ranks,
+        axes=channel_axes(GraphIndex(model.graph), names),
+        asked=asked_loss(model, settings.output_loss),
+    )
     return {name: value.pow(settings.weighting) for name, value in weights.items()}
 
 

@@ -10,6 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxptq.lowering.network import BlockNetwork
+from onnxptq.lowering.output_loss import LossChoice
 from onnxptq.partition.blocks import find_blocks
 from onnxptq.reconstruct.fisher import fisher_weights
 
@@ -19,8 +20,9 @@ SECOND = (RNG.standard_normal((6, 3)) * np.linspace(0.2, 2.0, 6)[:, None]).astyp
 DRAWS = 4000
 
 
-def _network(last: str) -> BlockNetwork:
-    """x -> x FIRST -> Relu -> hidden SECOND -> (Softmax or nothing)."""
+def _network(last: str, tokens: int | None = None) -> BlockNetwork:
+    """x -> x FIRST -> Relu -> hidden SECOND -> (Softmax or nothing); with a number of ``tokens`` for each of them."""
+    middle = [] if tokens is None else [tokens]
     nodes = [
         helper.make_node("MatMul", ["x", "first"], ["a"], name="a"),
         helper.make_node("Relu", ["a"], ["h"], name="h"),
@@ -32,8 +34,8 @@ def _network(last: str) -> BlockNetwork:
     graph = helper.make_graph(
         nodes,
         "net",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
-        [helper.make_tensor_value_info(out, TensorProto.FLOAT, ["n", 3])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *middle, 4])],
+        [helper.make_tensor_value_info(out, TensorProto.FLOAT, ["n", *middle, 3])],
         [numpy_helper.from_array(FIRST, "first"), numpy_helper.from_array(SECOND, "second")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
@@ -70,3 +72,29 @@ def test_same_seed_same_weights_and_every_sample_counts() -> None:
     fewer = fisher_weights(network, dict(enumerate(xs[:-1])), frozenset(), 3)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(not torch.equal(one[name], fewer[name]) for name in one)
+
+
+def _weights_of(tokens: int | None, asked: LossChoice) -> torch.Tensor:
+    """Weights of the hidden layer on inputs that are repeated for every token."""
+    x = torch.from_numpy(np.random.default_rng(1).standard_normal((1, 4)).astype(np.float32)).abs()
+    x = x if tokens is None else x[:, None].expand(1, tokens, 4)
+    network = _network("logits", tokens)
+    feeds = {i: {"x": x} for i in range(DRAWS // (tokens or 1))}
+    return fisher_weights(network, feeds, frozenset(), 1, asked=asked)["h"].reshape(-1)
+
+
+def test_outputs_are_what_the_recipe_says() -> None:
+    """Token logits count as classes where that is asked for, and matrices as plain numbers."""
+    classes, numbers = _weights_of(None, "kl"), _weights_of(None, "relative")
+    assert torch.equal(classes, _weights_of(None, "auto"))
+    assert not torch.allclose(classes, numbers, rtol=0.3)
+    torch.testing.assert_close(_weights_of(4, "kl"), classes, rtol=0.2, atol=0.03)
+    torch.testing.assert_close(_weights_of(4, "auto"), numbers, rtol=0.2, atol=0.03)
+
+
+def test_one_weight_per_channel_along_the_axis_that_is_told() -> None:
+    found = [
+        fisher_weights(_network("logits", 5), {0: {"x": torch.ones(1, 5, 4)}}, frozenset(), 1, axes=axes)["h"]
+        for axes in ({}, {"h": 1})
+    ]
+    assert [tuple(value.shape) for value in found] == [(1, 1, 6), (1, 5, 1)]
