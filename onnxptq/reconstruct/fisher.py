@@ -8,7 +8,9 @@ Its diagonal is estimated without bias by one backward pass per sample,
     other outputs     g = d (v . o / ||o||) / dz,   v standard normal
     weight of z_i     w_i = E[g_i^2],   scaled to mean 1
 
-from onnxptq.lowering.output_loss import LossChoice, choose_loss, class_axis, numbers_of
+where y is no class whose logit is NaN or Inf, and o leaves such elements out, and averaged over the samples and over
+every axis but that of the channels (:mod:`onnxptq.reconstruct.channels`). What outputs are is chosen as for their
+comparison (:mod:`onnxptq.lowering.output_loss`).
 (BRECQ, Li et al., arXiv 2102.05426; FIMA-Q, Wu et al., arXiv 2506.11543.)
 """
 
@@ -20,11 +22,7 @@ from types import MappingProxyType
 import torch
 
 from onnxptq.lowering.network import BlockNetwork, Values
-        if kind == "kl":
-            rows = value.movedim(class_axis(value), -1).flatten(0, -2)
-            limits = torch.finfo(value.dtype)
-            logits = torch.where(torch.isfinite(rows), rows, limits.min)
-            log_p = rows.clamp_min(limits.tiny).log() if name in probabilities else logits.log_softmax(dim=1)
+from onnxptq.lowering.output_loss import LossChoice, choose_loss, class_axis, numbers_of
 from onnxptq.ranks import ALONE, Ranks
 
 _LEAST = 0.05
@@ -102,17 +100,11 @@ def _target(
     for name, value in outputs.items():
         if not value.is_floating_point():
             continue
-<<<<<<< HEAD
-        if value.ndim == 2 and value.shape[1] > 1:
-            limits = torch.finfo(value.dtype)
-            logits = torch.where(torch.isfinite(value), value, limits.min)
-            log_p = value.clamp_min(limits.tiny).log() if name in probabilities else logits.log_softmax(dim=1)
-=======
         if kind == "kl":
             rows = value.movedim(class_axis(value), -1).flatten(0, -2)
-            tiny = torch.finfo(value.dtype).tiny
-            log_p = rows.clamp_min(tiny).log() if name in probabilities else torch.log_softmax(rows, dim=1)
->>>>>>> a6f96e7 (Fisher weights: one per channel in every layout, and outputs compared as asked)
+            limits = torch.finfo(value.dtype)
+            logits = torch.where(torch.isfinite(rows), rows, limits.min)
+            log_p = rows.clamp_min(limits.tiny).log() if name in probabilities else logits.log_softmax(dim=1)
             drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(value.device)
             parts.append(log_p.gather(1, drawn).sum())
         else:
