@@ -24,9 +24,6 @@ from onnxptq.types import Array, FloatArray
 
 Matrix = npt.NDArray[np.float64]
 
-_WAITING_ELEMENTS = 1 << 22
-"""Of rows that are added together: 2,730 of them for 1536 inputs."""
-
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
@@ -114,35 +111,6 @@ class Gram:
     def is_finite(self) -> bool:
         """Whether no product has left the range of float32."""
         return bool(np.isfinite(self.quantized).all() and np.isfinite(self.mixed).all())
-
-
-class Waiting:
-    """Rows on their way into a :class:`Gram`: one product of many rows takes half as long as many products of few.
-
-    ``add`` takes them as ``Gram.add`` does; ``finish`` adds what still waits, and must come last.
-    """
-
-    def __init__(self, gram: Gram) -> None:
-        self.gram = gram
-        self._pieces: list[tuple[FloatArray, FloatArray]] = []
-        self._elements = 0
-
-    def add(self, rows: FloatArray, quantized: FloatArray) -> None:
-        """Add rows of shape (groups, n, K), now or later."""
-        self._pieces.append((rows, quantized))
-        self._elements += rows.size
-        if self._elements >= _WAITING_ELEMENTS:
-            self.finish()
-
-    def finish(self) -> Gram:
-        """The sums over all rows that were added."""
-        if len(self._pieces) == 1:
-            self.gram.add(*self._pieces[0])
-        elif self._pieces:
-            rows, quantized = zip(*self._pieces, strict=True)
-            self.gram.add(np.concatenate(rows, axis=1), np.concatenate(quantized, axis=1))
-        self._pieces, self._elements = [], 0
-        return self.gram
 
 
 def has_rows(layer: Linear) -> bool:

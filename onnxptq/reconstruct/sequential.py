@@ -27,7 +27,7 @@ from onnxptq.ranks import Ranks
 from onnxptq.reconstruct.closed_form import round_weights
 from onnxptq.reconstruct.damping import DAMPINGS, choose_damping
 from onnxptq.reconstruct.device_rows import add_on_device, device_rows
-from onnxptq.reconstruct.gram import Gram, Waiting, has_rows, layer_rows, weight_matrix, weight_tensor
+from onnxptq.reconstruct.gram import Gram, has_rows, layer_rows, weight_matrix, weight_tensor
 from onnxptq.reconstruct.pack_data import InnerValues, PackData
 from onnxptq.reconstruct.rounding import compensable_layers
 from onnxptq.types import Array, Branch, FloatArray, Pack, QParams, QuantPlan, Solution
@@ -157,7 +157,7 @@ def _sums(
     groups, _, width = weight_matrix(layer, layer.weight.values).shape
     wanted = max(_ROWS_PER_INPUT * width, min(_ROWS_PER_LAYER, _ENOUGH_PER_INPUT * width))
     each = -(-wanted // inner.count)
-    halves = [Waiting(Gram.empty(groups, width, has_floats=has_floats)) for _ in range(2)]
+    halves = [Gram.empty(groups, width, has_floats=has_floats) for _ in range(2)]
     for number, samples, value, changed in inner.at(layer.input.name, hooks):
         limit = each * samples
         pieces = -(-limit * groups * width // _ELEMENTS_AT_ONCE)
@@ -166,27 +166,22 @@ def _sums(
             zip(*(torch.tensor_split(v, parts) for v in (value, changed)), strict=True)
         ):
             _add(halves[(number + k) % 2], layer, x, other, qparams, -(-limit // parts))
-    return [half for half in (half.finish().sum_over(ranks) for half in halves) if half.rows]
+    return [half for half in (half.sum_over(ranks) for half in halves) if half.rows]
 
 
 def _add(
-    sums: Waiting,
-    layer: Linear,
-    value: torch.Tensor,
-    changed: torch.Tensor,
-    qparams: QParams | None,
-    limit: int,
+    gram: Gram, layer: Linear, value: torch.Tensor, changed: torch.Tensor, qparams: QParams | None, limit: int
 ) -> None:
     """Add about ``limit`` rows of what the layer reads: in the float network, and in the quantized one before
     ``qparams``."""
     if value.device.type != "cpu":
         read = changed if qparams is None else torch_affine.fake_quantize(changed, qparams)
-        add_on_device(sums.gram, device_rows(layer, value, limit), device_rows(layer, read, limit))
+        add_on_device(gram, device_rows(layer, value, limit), device_rows(layer, read, limit))
         return
     array = changed.numpy() if qparams is None else fake_quantize(changed.numpy(), qparams)
     rows = layer_rows(layer, value.numpy(), array, limit)
     assert rows is not None
-    sums.add(*rows)
+    gram.add(*rows)
 
 
 def _task(
