@@ -24,6 +24,9 @@ from onnxptq.types import CanonicalModel, Quantizer, QuantPlan
 _UNCHOSEN = ("not chosen by", "excluded by")
 _SHOWN = 3
 
+_NARROW_OPSET = 21
+"""The first with types of 4 bits that QuantizeLinear takes."""
+
 
 def placement_request(
     selectors: Selectors,
@@ -57,7 +60,7 @@ def placement_request(
     return PlacementRequest(
         weight_bits=recipe.weight_bits,
         activation_bits=recipe.activation_bits,
-        weight_storage="int8" if storage_notes(recipe.target, selectors.model.opset) else "int4",
+        weight_storage="int4" if _has_half_bytes(recipe.target, selectors.model.opset) else "int8",
         residuals=recipe.residuals,
         bits_of=bits,
         declined=declined,
@@ -65,17 +68,23 @@ def placement_request(
     )
 
 
+def _has_half_bytes(target: Target, opset: int) -> bool:
+    """Whether weights of up to 4 bits take half a byte each."""
+    return target == "simulate" and opset >= _NARROW_OPSET
+
+
 def storage_notes(target: Target, opset: int) -> tuple[str, ...]:
     """Why weights of up to 4 bits take a byte each; empty where they take half of one."""
+    if _has_half_bytes(target, opset):
+        return ()
     if target != "simulate":
         return (
             f"Weights of any bits take a byte each on {target}; --target simulate stores 4 bits and fewer in half.",
         )
-    if opset < 21:
-        return (
-            f"Weights of 4 bits and fewer take a byte each in a model of opset {opset}, and half with --opset 21.",
-        )
-    return ()
+    return (
+        f"Weights of 4 bits and fewer take a byte each in a model of opset {opset}, and half with --opset "
+        f"{_NARROW_OPSET}.",
+    )
 
 
 def budget_notes(recipe: Recipe, opset: int) -> tuple[str, ...]:
