@@ -3,7 +3,8 @@
     x_hat = clamp(round(x / scale), qmin - zero_point, qmax - zero_point) * scale
 
 which equals (clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale, bit for bit: all
-integers in it are exact floats. Half to even, single precision, no negative zeros.
+integers of up to 24 bits are exact floats, and a longer limit is rounded as the integer itself is. Half to even,
+single precision, no negative zeros.
 """
 
 from __future__ import annotations
@@ -25,34 +26,29 @@ def fake_quantize(x: torch.Tensor, qparams: QParams) -> torch.Tensor:
 def fake_quantizer(qparams: QParams) -> Callable[[torch.Tensor], torch.Tensor]:
     """:func:`fake_quantize` with fixed parameters, expanded once per shape of the tensor and device."""
     cache: dict[tuple[torch.Size, torch.device], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-    # Single precision holds every limit up to 24 bits; the int32 of a bias needs more.
-    wide = torch.float32 if qparams.qtype.bits <= 24 else torch.float64
 
     def apply(x: torch.Tensor) -> torch.Tensor:
         key = (x.shape, x.device)
         if key not in cache:
             cache.clear()
-            cache[key] = _expanded(qparams, x, wide)
+            cache[key] = _expanded(qparams, x)
         scale, low, high = cache[key]
-        rounded = torch.round(x / scale).to(wide)
-        clamped = torch.minimum(torch.maximum(rounded, low), high).to(torch.float32)
+        clamped = torch.minimum(torch.maximum(torch.round(x / scale), low), high)
         # Adding zero turns -0.0, which no integer stands for, into 0.0.
         return (clamped + 0.0) * scale
 
     return apply
 
 
-def _expanded(
-    qparams: QParams, x: torch.Tensor, wide: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _expanded(qparams: QParams, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scale and clamping limits that broadcast against ``x``."""
     shape = tuple(x.shape)
     scale = expand(qparams.scale, qparams.granularity, shape)
     zero_point = expand(qparams.zero_point, qparams.granularity, shape).astype(np.int64)
     low, high = qparams.qtype.qmin - zero_point, qparams.qtype.qmax - zero_point
 
-    def tensor(values: object, dtype: torch.dtype) -> torch.Tensor:
+    def tensor(values: object) -> torch.Tensor:
         # On the device even if it is a single number: dividing by a host scalar multiplies by its inverse there.
-        return torch.tensor(np.asarray(values), dtype=dtype, device=x.device)
+        return torch.tensor(np.asarray(values), dtype=torch.float32, device=x.device)
 
-    return tensor(scale, torch.float32), tensor(low, wide), tensor(high, wide)
+    return tensor(scale), tensor(low), tensor(high)

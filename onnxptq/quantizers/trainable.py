@@ -161,7 +161,7 @@ class AdaRoundWeight(torch.nn.Module):
             chosen == down + 1, 0.5 + _START_WITHIN, np.where(chosen == down, 0.5 - _START_WITHIN, share)
         )
         share = np.where(np.abs(quotient - chosen) < _ON_ITS_SIDE, share, lean)
-        stretched = np.clip((share - _SHIFT) / _STRETCH, 1e-4, 1 - 1e-4)
+        stretched = (share - _SHIFT) / _STRETCH
         self.down = torch.nn.Buffer(torch.from_numpy(down.astype(np.float32)))
         latent = np.log(stretched / (1 - stretched))
         self.latent = torch.nn.Parameter(torch.from_numpy(latent.astype(np.float32)))

@@ -55,3 +55,13 @@ def test_one_quantizer_serves_tensors_of_several_shapes() -> None:
     for shape in ((1, 2), (3, 2, 4), (1, 2)):
         x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
         assert np.array_equal(apply(torch.from_numpy(x)).numpy(), affine.fake_quantize(x, params))
+
+
+def test_groups_fit_the_shape_of_every_tensor() -> None:
+    scale = np.random.default_rng(0).uniform(0.01, 0.3, (6, 2)).astype(np.float32)
+    zero_point = np.zeros(scale.shape, np.int32)
+    params = QParams(scale=scale, zero_point=zero_point, qtype=QType.signed(4), granularity=PerGroup(1, 3))
+    apply = torch_affine.fake_quantizer(params)
+    for width in (6, 4, 5):
+        x = np.random.default_rng(width).normal(size=(6, width)).astype(np.float32)
+        assert np.array_equal(apply(torch.from_numpy(x)).numpy(), affine.fake_quantize(x, params))

@@ -10,8 +10,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxptq.graph.save import save_graph
-from onnxptq.qdq import insert_quantizers
-from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, search_weight_qparams
+from onnxptq.qdq import insert_adjustable, insert_quantizers
+from onnxptq.quantizers.affine import (
+    asymmetric_qparams,
+    fake_quantize,
+    search_weight_qparams,
+    symmetric_qparams,
+)
 from onnxptq.runtime import Session
 from onnxptq.types import (
     GRAPH_OUTPUT,
@@ -95,13 +100,17 @@ def _nodes(path: Path) -> dict[str, onnx.NodeProto]:
     return {node.name: node for node in onnx.load(str(path)).graph.node}
 
 
-def _fan_out(folder: Path, *outputs: str) -> CanonicalModel:
+def _fan_out_proto(*outputs: str) -> onnx.ModelProto:
     """x -> relu -> {neg, abs}."""
     net = Net()
     net.op("Relu", "relu", "x")
     net.op("Neg", "neg", "relu")
     net.op("Abs", "abs", "relu")
-    return canonical(net.proto({"x": [2, 5]}, outputs or ("neg", "abs")), folder)
+    return net.proto({"x": [2, 5]}, outputs or ("neg", "abs"))
+
+
+def _fan_out(folder: Path, *outputs: str) -> CanonicalModel:
+    return canonical(_fan_out_proto(*outputs), folder)
 
 
 COARSE = asymmetric_qparams(0.0, 2.0, QType.unsigned(2))
@@ -186,6 +195,67 @@ def test_names_that_the_model_has_taken_get_a_number(taken: str, tmp_path: Path)
     )
     feed = random_samples(model, 1)[0]
     np.testing.assert_array_equal(_run(path, feed)["neg"], -fake_quantize(np.maximum(feed["x"], 0), COARSE))
+
+
+@pytest.mark.parametrize("taken", ["node", "tensor"])
+def test_nodes_and_tensors_have_names_of_their_own(taken: str, tmp_path: Path) -> None:
+    """A name counts as taken whether a node or a tensor has it."""
+    proto = _fan_out_proto()
+    relu, neg, _ = proto.graph.node
+    if taken == "node":
+        neg.name = "relu_QuantizeLinear"
+    else:
+        relu.output[0] = neg.input[0] = proto.graph.node[2].input[0] = "relu_QuantizeLinear_Output"
+    del proto.graph.value_info[:]
+    model = canonical(proto, tmp_path)
+    source = "relu" if taken == "node" else "relu_QuantizeLinear_Output"
+    quantizer = _activation(source, (neg.name, 0), qtype=QType.unsigned(2), quantizer_id="relu")
+    path = _write(model, tmp_path, [quantizer], {"relu": COARSE})
+    written = onnx.load(str(path)).graph
+    assert len({node.name for node in written.node}) == len(written.node)
+    feed = random_samples(model, 1)[0]
+    np.testing.assert_array_equal(_run(path, feed)["neg"], -fake_quantize(np.maximum(feed["x"], 0), COARSE))
+
+
+def test_the_second_output_of_a_node_as_a_quantized_graph_output(tmp_path: Path) -> None:
+    net = Net()
+    net.op("Split", "first", "x", outputs=["second"], axis=1, num_outputs=2)
+    model = canonical(net.proto({"x": [2, 6]}, ["first", "second"]), tmp_path)
+    quantizer = _activation("second", (GRAPH_OUTPUT, 0), qtype=QType.unsigned(2))
+    path = _write(model, tmp_path, [quantizer], {"second": COARSE})
+    feed = random_samples(model, 1)[0]
+    found = _run(path, feed)
+    np.testing.assert_array_equal(found["first"], feed["x"][:, :3])
+    np.testing.assert_array_equal(found["second"], fake_quantize(feed["x"][:, 3:], COARSE))
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+@pytest.mark.parametrize(("low", "high"), [(-2.0, 2.0), (-2.0, 1.0)], ids=["zero", "not zero"])
+def test_int8_activations_name_their_zero_point_unless_it_is_zero(
+    low: float, high: float, opset: int, tmp_path: Path
+) -> None:
+    """From opset 21 on, where a node that names none has zeros of type int8."""
+    net = Net(opset=opset)
+    net.op("Neg", "neg", "x")
+    model = canonical(net.proto({"x": [2, 5]}, ["neg"]), tmp_path)
+    qtype = QType.signed(8)
+    qparams = symmetric_qparams(np.asarray(high), qtype, PerTensor())
+    if low != -high:
+        qparams = asymmetric_qparams(low, high, qtype)
+    path = _write(model, tmp_path, [_activation("x", ("neg", 0), qtype=qtype)], {"x": qparams})
+    feed = random_samples(model, 1)[0]
+    np.testing.assert_array_equal(_run(path, feed)["neg"], -fake_quantize(feed["x"], qparams))
+    is_silent = opset >= 21 and low == -high
+    assert len(_nodes(path)["x_DequantizeLinear"].input) == (2 if is_silent else 3)
+
+
+def test_parameters_of_4_bit_storage_cannot_be_fed(tmp_path: Path) -> None:
+    model = _fan_out(tmp_path)
+    qtype = QType.unsigned(4, "uint4")
+    plan = QuantPlan(target="simulate", quantizers=(_activation("relu", ("neg", 0), qtype=qtype),))
+    solution = Solution(qparams={"relu": asymmetric_qparams(0.0, 2.0, qtype)})
+    with pytest.raises(ValueError, match="4-bit storage cannot be fed"):
+        insert_adjustable(model.graph, plan, solution)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -30,6 +30,13 @@ def test_groups_are_repeated_along_their_axis() -> None:
     np.testing.assert_array_equal(expanded[:, 4], [2, 4, 6])
 
 
+def test_an_axis_may_be_counted_from_the_end() -> None:
+    values = np.arange(1, 6)
+    for axis in (-1, 2):
+        np.testing.assert_array_equal(expand(values, PerAxis(axis), (2, 3, 5))[0, 0], values)
+    assert expand(values[:3], PerAxis(-2), (2, 3, 5)).shape == (1, 3, 1)
+
+
 def _loss(weight: np.ndarray, qparams: QParams, norm: float) -> np.ndarray:
     error = np.abs(weight - fake_quantize(weight, qparams)).astype(np.float64) ** norm
     return error.reshape(weight.shape[0], -1).sum(axis=1)
@@ -46,6 +53,20 @@ def test_weight_search_finds_the_best_of_its_factors(bits: int) -> None:
         _loss(weight, symmetric_qparams(absmax * (1 - 0.01 * k), qtype, PerAxis(0)), 2.4) for k in range(80)
     ]
     np.testing.assert_allclose(_loss(weight, found, 2.4), np.min(every, axis=0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", [11, 53, 61])
+def test_weight_search_goes_on_as_long_as_it_helps(seed: int) -> None:
+    """From 6 bits on it stops early, but not at the fifth factor that each were better than the one before."""
+    weight = np.random.default_rng(seed).standard_t(3, (1, 400)).astype(np.float32)
+    qtype = QType.signed(6)
+    every = [
+        _loss(weight, symmetric_qparams(np.abs(weight).max(axis=1) * (1 - 0.01 * k), qtype, PerAxis(0)), 2.4)
+        for k in range(80)
+    ]
+    assert int(np.argmin(every)) > 5
+    found = search_weight_qparams(weight, qtype, PerAxis(0), norm=2.4)
+    np.testing.assert_allclose(_loss(weight, found, 2.4), np.min(every), rtol=1e-6)
 
 
 def test_weight_search_along_the_last_axis_equals_the_transposed_one() -> None:

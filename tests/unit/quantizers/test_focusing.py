@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxptq.quantizers.affine import (
+    SMALLEST_SCALE,
     asymmetric_qparams,
     fake_quantize,
     range_of,
@@ -139,6 +140,31 @@ def test_gradients_agree_with_finite_differences(region: str) -> None:
         assert float(parameter.grad) / learned._width == pytest.approx(slope, abs=1e-5)
 
 
+def test_a_step_below_zero_ends_at_zero() -> None:
+    """The upper end stays where it is, and the lower one can leave again."""
+    learned = _moved(FocusedActivation(_qparams(4, 0, 1.0)), -0.5, 0.0)
+    found = learned(torch.tensor([0.05, 3.0]))
+    assert [float(end.detach()) for end in learned.ends()] == pytest.approx([0.0, 1.0])
+    assert float(found[1].detach()) == pytest.approx(1.0)
+    assert float(range_of(learned.hardened())[1]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("high_by", [-1.0, -3.0])
+def test_ends_that_meet_are_held_apart(high_by: float) -> None:
+    learned = _moved(FocusedActivation(_qparams(4, 5, 1.0)), 0.0, high_by)
+    learned(torch.tensor([0.05, 3.0])).sum().backward()
+    b1, b2 = (float(end.detach()) for end in learned.ends())
+    assert b2 - b1 == pytest.approx(learned._width * 2.0**-10, rel=1e-3)
+    # From here the values above draw the upper end back.
+    assert learned.high.grad is not None
+    assert float(learned.high.grad) > 0.0
+
+
+def test_a_scale_is_never_so_small_that_kernels_slow_down() -> None:
+    learned = _moved(FocusedActivation(_qparams(4, 0, 1e-16)), 0.0, -0.99)
+    assert learned.hardened().scale >= np.float32(SMALLEST_SCALE)
+
+
 def test_learning_finds_the_interval_that_was_used() -> None:
     """From a grid over [0, 1] to values between 0.2 and 0.6."""
     target = _values(0, 0.3, 4000) + 0.2
@@ -164,6 +190,8 @@ def test_which_grids_can_start_above_zero() -> None:
     # 255 steps leave no room in int8; a range with values below 0; a grid of a target with zero point 0 alone.
     assert not can_focus(asymmetric_qparams(0.0, 1.0, QType.unsigned(8)))
     assert not can_focus(asymmetric_qparams(-1.0, 1.0, QType.unsigned(4)))
+    # A signed grid of both signs, though its range begins at 0.
+    assert not can_focus(asymmetric_qparams(0.0, 1.0, QType.signed(4)))
     assert not can_focus(
         QParams(
             scale=np.asarray(0.1, np.float32),

@@ -51,6 +51,29 @@ def test_it_starts_with_the_correction_merged(kind: str) -> None:
     np.testing.assert_array_equal(learned().detach().numpy(), value)
 
 
+def test_the_strongest_part_comes_first() -> None:
+    u, s, v = np.linalg.svd(RNG.standard_normal((6, 8)).astype(np.float32), full_matrices=False)
+    factors = Factors(left=u * s, right=v)
+    for rank in (1, 4, 6):
+        part = factors.truncated(rank)
+        assert part.rank == rank
+        np.testing.assert_allclose(part.product(), (u[:, :rank] * s[:rank]) @ v[:rank], rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_that_is_zero_adds_nothing() -> None:
+    weight = RNG.standard_normal((6, 8)).astype(np.float32)
+    factors = _factors(3, False)
+    right = factors.right.copy()
+    right[1] = 0.0
+    kept = Factors(left=factors.left[:, [0, 2]], right=right[[0, 2]])
+    qparams = _grid(weight, PerAxis(0))
+    learned = LowRankWeight(weight, weight, qparams, [Factors(left=factors.left, right=right)])
+    wanted = LowRankWeight(weight, weight, qparams, [kept])
+    np.testing.assert_allclose(
+        learned.correction().detach().numpy(), wanted.correction().detach().numpy(), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_only_factors_and_scales_move() -> None:
     weight = RNG.standard_normal((6, 8)).astype(np.float32)
     learned = LowRankWeight(weight, weight, _grid(weight, PerAxis(0)), [_factors(3, False)])
