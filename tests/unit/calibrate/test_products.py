@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, range_o
 from onnxptq.rooting import root_weights
 from onnxptq.runtime import Session
 from onnxptq.samples import ListFeeds
-from onnxptq.types import CanonicalModel, PerTensor, QParams, Sample
+from onnxptq.types import CanonicalModel, PerTensor, QParams, QType, Sample
 from tests.unit.rotate.rotate_nets import transformer
 from tests.unit.small_nets import NETS, Net, canonical, planned, random_samples, vector_attention
 
@@ -97,6 +98,17 @@ def test_memory_does_not_change_the_choice(tmp_path: Path) -> None:
             second.full,
             second.free,
         )
+
+
+def test_a_shared_scale_is_not_for_one_product_to_choose(tmp_path: Path) -> None:
+    model = canonical(transformer(), tmp_path)
+    plan = planned(model, "simulate", activation_bits=4)
+    names = ("block0.att.p", "block1.att.p")
+    tied = tuple(replace(q, scale_group="both") if q.quantizer_id in names else q for q in plan.quantizers)
+    samples = random_samples(model, 1)
+    ranges = {name: asymmetric_qparams(0.0, 1.0, QType.unsigned(4)) for name in names}
+    assert set(names) <= choose_softmax_ranges(model, plan, ranges, samples).keys()
+    assert choose_softmax_ranges(model, replace(plan, quantizers=tied), ranges, samples) == {}
 
 
 def test_nothing_to_choose_without_a_product(tmp_path: Path) -> None:

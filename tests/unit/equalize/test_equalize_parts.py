@@ -210,6 +210,22 @@ def test_predicted_noise_never_grows(seed: int, symmetric: bool, snap: bool) -> 
     assert np.abs(choice.x).max() <= np.log(64) + 1e-12
 
 
+@pytest.mark.parametrize("rows", [3, 64])
+def test_a_sample_of_rows_is_spread_evenly_and_weighs_as_much(rows: int) -> None:
+    """Rows in rising order of noise: the sample's noise is that of all to within the step between two of its rows."""
+    count = 5 * rows
+    level = 1.0 + np.arange(count) / count
+    term = WeightTerm(
+        name="w", index=np.arange(2), sign=np.ones(2), absmax=np.stack([level, level / 2], axis=1),
+        gain=np.full(count, 0.5), energy=np.ones(2),
+    )  # fmt: skip
+    few = term.thinned(rows)
+    assert few.absmax.shape == (rows, 2)
+    assert few.gain.sum() == pytest.approx(term.gain.sum())
+    assert few.noise(np.zeros(2)) == pytest.approx(term.noise(np.zeros(2)), rel=1.0 / rows)
+    assert term.thinned(count) is term
+
+
 def test_rows_that_the_search_leaves_out_still_judge() -> None:
     """Of 128 rows the search sees every other one; the ones it misses forbid what the activation asks for."""
     spread, zero = np.array([1.0, 8.0]), np.zeros(2)

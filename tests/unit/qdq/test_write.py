@@ -249,6 +249,22 @@ def test_int8_activations_name_their_zero_point_unless_it_is_zero(
     assert len(_nodes(path)["x_DequantizeLinear"].input) == (2 if is_silent else 3)
 
 
+def test_zero_points_that_are_zero_at_first_can_be_fed_too(tmp_path: Path) -> None:
+    """A node that names none would keep to 0."""
+    net = Net()
+    net.op("Neg", "neg", "x")
+    model = canonical(net.proto({"x": [2, 5]}, ["neg"]), tmp_path)
+    qtype = QType.signed(8)
+    start = symmetric_qparams(np.asarray(2.0), qtype, PerTensor())
+    plan = QuantPlan(target="simulate", quantizers=(_activation("x", ("neg", 0), qtype=qtype),))
+    graph, feeds = insert_adjustable(model.graph, plan, Solution(qparams={"x": start}))
+    save_graph(graph, tmp_path / "adjustable.onnx")
+    feed = dict(random_samples(model, 1)[0])
+    for qparams in (start, asymmetric_qparams(-0.5, 2.0, qtype)):
+        found = _run(tmp_path / "adjustable.onnx", feed | feeds({"x": qparams}))
+        np.testing.assert_array_equal(found["neg"], -fake_quantize(feed["x"], qparams))
+
+
 def test_parameters_of_4_bit_storage_cannot_be_fed(tmp_path: Path) -> None:
     model = _fan_out(tmp_path)
     qtype = QType.unsigned(4, "uint4")
