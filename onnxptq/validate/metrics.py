@@ -8,7 +8,7 @@ With reference r and quantized q, over all elements of all samples:
 and for an output of class scores, one row per sample: top-1 agreement is the fraction of rows in which both
 models rank the same class first, top-5 agreement that in which the reference's first class is among the
 quantized model's first five, accuracy the fraction in which the label is ranked first. Of equal scores the
-lower class number ranks higher. Sums are in double precision; counts are exact, so the order of the samples
+lower class number ranks higher; a row with NaN ranks none. Sums are in double precision; counts are exact, so the order of the samples
 changes a value by no more than double rounding.
 """
 
@@ -205,13 +205,15 @@ class OutputMeter:
         rows = np.arange(len(first))
         self._classes = reference.shape[1]
         self._ranked += len(first)
-        told = np.isfinite(reference).all(axis=1)  # NaN has no rank
+        told = np.isfinite(reference).all(axis=1)
+        # NaN has no rank: a row that holds one puts no class first.
+        is_ranked = [~np.isnan(scores).any(axis=1) for scores in (reference, quantized)]
         self._told += int(told.sum())
-        self._top1 += int((first == other)[told].sum())
+        self._top1 += int(((first == other) & is_ranked[1])[told].sum())
         score = quantized[rows, first][:, None]
         earlier = np.arange(self._classes)[None, :] < first[:, None]
         rank = ((quantized > score) | ((quantized == score) & earlier)).sum(axis=1)
-        self._top5 += int((rank < _TOP)[told].sum())
+        self._top5 += int(((rank < _TOP) & is_ranked[1])[told].sum())
         if labels is not None:
             if len(labels) != len(first):
                 raise FeedError(
@@ -219,8 +221,8 @@ class OutputMeter:
                     "Give one label per sample.",
                 )
             self._labelled += len(labels)
-            self._right_reference += int((first == labels).sum())
-            self._right_quantized += int((other == labels).sum())
+            self._right_reference += int(((first == labels) & is_ranked[0]).sum())
+            self._right_quantized += int(((other == labels) & is_ranked[1]).sum())
 
     @property
     def ranked(self) -> int:

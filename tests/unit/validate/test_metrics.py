@@ -143,6 +143,23 @@ def test_rows_without_a_rank_are_no_agreement() -> None:
     assert _meter([(r, q)]).top1_agreement == 0.5
 
 
+@pytest.mark.parametrize("place", [0, 7])
+def test_a_row_that_the_quantized_model_has_lost_agrees_with_nothing(place: int) -> None:
+    """Wherever the NaN is: a comparison with it is False, and the first maximum of numpy is the first NaN."""
+    r = np.eye(8, dtype=np.float32)[[0, 1, 7]]
+    q = r.copy()
+    q[:2, place] = np.nan
+    meter = OutputMeter("y")
+    meter.update(r, q, np.array([0, 1, 7]))
+    result = meter.result()
+    assert result.top1_agreement == result.top5_agreement == result.quantized_accuracy == pytest.approx(1 / 3)
+    assert result.reference_accuracy == 1.0
+    other = OutputMeter("y")
+    other.update(q, r, np.array([0, 1, 7]))
+    assert other.result().reference_accuracy == pytest.approx(1 / 3)
+    assert other.result().quantized_accuracy == 1.0
+
+
 @pytest.mark.parametrize(
     ("labels", "named"), [([0, 1, 4, 9], "f, sample 2: 4 .*and 1 more"), ([0, -1], "f, sample 1: -1 ")]
 )
