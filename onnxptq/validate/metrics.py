@@ -8,8 +8,8 @@ With reference r and quantized q, over all elements of all samples:
 and for an output of class scores, one row per sample: top-1 agreement is the fraction of rows in which both
 models rank the same class first, top-5 agreement that in which the reference's first class is among the
 quantized model's first five, accuracy the fraction in which the label is ranked first. Of equal scores the
-lower class number ranks higher; a row with NaN ranks none. Sums are in double precision; counts are exact, so the order of the samples
-changes a value by no more than double rounding.
+lower class number ranks higher; a row with NaN ranks none. Sums are in double precision; counts are exact, so the
+order of the samples changes a value by no more than double rounding.
 """
 
 from __future__ import annotations
