@@ -327,8 +327,9 @@ def test_resize_to_sizes(mode: str, sizes: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("attributes", [{"exclude_outside": 1}, {"cubic_coeff_a": -0.5}], ids=named)
-def test_resize_cubic_options(attributes: dict[str, Any]) -> None:
-    feed = {"x": normal(1, 2, 6, 5), "scales": np.array([1, 1, 1.7, 2.0], np.float32)}
+@pytest.mark.parametrize("scales", [(1.7, 2.0), (2.0, 2.0)], ids=named)
+def test_resize_cubic_options(attributes: dict[str, Any], scales: tuple[float, float]) -> None:
+    feed = {"x": normal(1, 2, 6, 5), "scales": np.array([1, 1, *scales], np.float32)}
     check_against_onnxruntime(
         "Resize", feed, opset=13, inputs=["x", "", "scales"], mode="cubic", rtol=1e-4, atol=1e-5, **attributes
     )

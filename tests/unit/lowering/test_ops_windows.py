@@ -50,6 +50,7 @@ CONV_TRANSPOSE_CASES: list[dict[str, Any]] = [
     {"strides": [3, 2], "pads": [1, 0, 1, 1], "output_padding": [2, 1]},
     {"dilations": [2, 2], "pads": [1, 1, 1, 1]},
     {"strides": [2, 2], "output_shape": [9, 11]},
+    {"strides": [2, 2], "output_shape": [10, 12]},
     {"strides": [2, 2], "output_shape": [8, 9], "auto_pad": "SAME_UPPER"},
     {"strides": [2, 2], "output_shape": [8, 9], "auto_pad": "SAME_LOWER"},
     {"strides": [2, 2], "auto_pad": "SAME_UPPER"},
@@ -76,6 +77,7 @@ POOL_CASES: list[dict[str, Any]] = [
     {"kernel_shape": [2, 2], "strides": [2, 2]},
     {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]},
     {"kernel_shape": [3, 2], "pads": [0, 1, 2, 0]},
+    {"kernel_shape": [3, 3], "pads": [2, 2, 2, 2]},
     {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1},
     {"kernel_shape": [2, 2], "strides": [3, 3], "ceil_mode": 1},
     {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1], "ceil_mode": 1},
@@ -125,8 +127,9 @@ def test_lp_pool_pads(p: int) -> None:
     check_against_onnxruntime("LpPool", {"x": normal(1, 2, 7, 8)}, opset=18, rtol=1e-4, atol=1e-5, **case)
 
 
-def test_max_pool_of_integers() -> None:
-    x = RNG.integers(-128, 127, (1, 2, 6, 6)).astype(np.int8)
+@pytest.mark.parametrize("most", [127, -100])
+def test_max_pool_of_integers(most: int) -> None:
+    x = RNG.integers(-128, most, (1, 2, 6, 6)).astype(np.int8)
     check_against_onnxruntime("MaxPool", {"x": x}, opset=12, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
 
 

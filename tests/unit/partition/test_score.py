@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -17,14 +18,24 @@ from onnxptq.errors import UsageError
 from onnxptq.graph.index import GraphIndex
 from onnxptq.lowering.output_loss import OutputLoss, choose_loss
 from onnxptq.partition.blocks import find_blocks
-from onnxptq.partition.score import score_blocks
+from onnxptq.partition.score import Scorer, score_blocks
 from onnxptq.qdq.write import insert_quantizers
 from onnxptq.quantizers.affine import asymmetric_qparams
+from onnxptq.ranks import ALONE, Ranks
 from onnxptq.reconstruct.initial import initial_solution
 from onnxptq.runtime import Session
 from onnxptq.targets import simulate
 from onnxptq.targets.placement import PlacementRequest
-from onnxptq.types import Array, Block, CanonicalModel, InputSpec, QuantPlan, Sample, Solution
+from onnxptq.types import (
+    Array,
+    Block,
+    CanonicalModel,
+    InputSpec,
+    QuantPlan,
+    Sample,
+    Sensitivity,
+    Solution,
+)
 from tests.unit.partition import small_networks
 from tests.unit.partition.small_networks import Net, image_net
 
@@ -304,3 +315,37 @@ def test_relative_loss_of_missing_and_silent_outputs() -> None:
     loss.add(reference, {})
     # Another shape is wholly wrong (25 of 50 over both batches); a silent output is compared with 1.
     assert loss.value() == pytest.approx(25 / 50 + 0.25)
+
+
+class _Replayed(Ranks):
+    """One of several ranks, alone: its sums are noted, or those of all ranks are given back."""
+
+    def __init__(self, rank: int, size: int, totals: list[Array] | None = None) -> None:
+        super().__init__(rank, size)
+        self.own: list[Array] = []
+        self._totals = iter(totals or ())
+
+    def sum(self, values: Array) -> Array:
+        self.own.append(np.array(values))
+        return next(self._totals, values)
+
+
+@pytest.mark.parametrize("normalize", ["element", "sample"])
+def test_ranks_add_up_what_they_have_seen(normalize: Literal["element", "sample"]) -> None:
+    graph = classifier()
+    samples = samples_of(graph, 5)
+    plan, solution = quantized(graph, samples)
+    blocks = find_blocks(graph)
+
+    def scored(ranks: Ranks) -> Sequence[Sensitivity]:
+        return Scorer(canonical(graph), blocks, samples, normalize=normalize, ranks=ranks).score(
+            plan, solution
+        )
+
+    both = [_Replayed(rank, 2) for rank in range(2)]
+    for ranks in both:
+        scored(ranks)
+    totals = [np.asarray(a + b) for a, b in zip(*(ranks.own for ranks in both), strict=True)]
+    for one, other in zip(scored(ALONE), scored(_Replayed(0, 2, totals)), strict=True):
+        for name in ("loss", "squared_error", "absolute_error", "curvature", "omega"):
+            assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-6)

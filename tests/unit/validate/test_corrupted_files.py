@@ -13,10 +13,13 @@ import pytest
 from onnx import helper, numpy_helper
 
 from onnxptq.errors import OutputCheckError
+from onnxptq.targets import PlacementRequest
+from onnxptq.types import PerAxis
 from onnxptq.validate import structure
 from onnxptq.validate.parity import check_parity
 from onnxptq.validate.structure import check_structure
-from tests.unit.validate.written_model import Written
+from tests.unit.small_nets import Net
+from tests.unit.validate.written_model import Written, samples, write
 
 Corrupt = Callable[[onnx.ModelProto], None]
 
@@ -291,6 +294,14 @@ def test_the_written_files_pass(int8: Written, narrow: Written, tmp_path: Path) 
     for written in (int8, narrow):
         _check(written, written.path)
         _compare(written, written.path, tmp_path)
+
+
+def test_the_scale_of_a_single_channel_is_one_of_its_axis(tmp_path: Path) -> None:
+    net = Net(opset=17)
+    onnx.save(net.proto({"x": [1, 4, 8, 8]}, [net.conv("y", "x", (1, 4, 3, 3))]), str(tmp_path / "net.onnx"))
+    written = write(tmp_path / "net.onnx", tmp_path, "ort-cpu", PlacementRequest(), samples(1, batch=1))
+    assert {q.granularity for q in written.plan.quantizers if q.role != "activation"} == {PerAxis(0)}
+    _check(written, written.path)
 
 
 @pytest.mark.parametrize(("corrupt", "message"), INT8, ids=lambda v: getattr(v, "__name__", None))
