@@ -149,6 +149,6 @@ def _redirected(plan: QuantPlan, layers: Collection[str]) -> QuantPlan:
     kept = []
     for quantizer in plan.quantizers:
         sites = tuple(moved(s) for s in quantizer.sites if s.consumer in layers and s.input_index < 2)
-        if sites and quantizer.role != "bias":
+        if sites:
             kept.append(replace(quantizer, sites=sites))
     return QuantPlan(target=plan.target, quantizers=tuple(kept))

@@ -49,6 +49,13 @@ def _assert_identical(a: TensorStatistics, b: TensorStatistics) -> None:
     np.testing.assert_array_equal(a.counts, b.counts)
 
 
+def test_both_zeros_are_one() -> None:
+    zeros = [np.float32([0.0]), np.float32([-0.0])]
+    first = _result(_built(*zeros))
+    _assert_identical(first, _result(_built(*zeros[::-1])))
+    assert math.copysign(1.0, first.minimum) == math.copysign(1.0, first.maximum) == 1.0
+
+
 @settings(max_examples=150, deadline=None)
 @given(values=ARRAYS, data=st.data())
 def test_order_and_cuts_do_not_matter(values: np.ndarray, data: st.DataObject) -> None:

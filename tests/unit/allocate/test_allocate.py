@@ -308,3 +308,9 @@ def test_costs_that_rise_with_bits_are_pooled() -> None:
     assert [c.cost for c in found.weights] == pytest.approx([0.5, 0.2, 0.2, 0.02, 0.02, 0.02])
     assert found.activations == ()
     assert monotone(found) == found
+
+
+def test_of_equally_good_bits_of_activations_the_fewest_are_taken() -> None:
+    """Where they cost no bytes, nothing else tells them apart."""
+    packs = [pack(0, [0.3, 0.2, 0.1, 0.1, 0.1, 0.1], [0.4, 0.2, 0.1, 0.1, 0.1, 0.1])]
+    assert [b.activations for b in allocate(packs, WeightBytes(1000)).bits] == [4]

@@ -96,6 +96,14 @@ def test_percentile_keeps_that_share_of_the_values(name: str, percent: float) ->
     assert abs(float(high) - float(wanted_high)) <= slack
 
 
+def test_percentile_leaves_out_as_much_on_either_side() -> None:
+    """Where the ends fall between two values exactly."""
+    statistics = _statistics(np.float32([-8.0, -2.0, 3.0, 9.0]))
+    observer = Observer(name="percentile", percentile=50.0)
+    found = choose_qparams(statistics, QType.unsigned(8), symmetric=False, observer=observer)
+    assert [float(end) for end in range_of(found)] == pytest.approx([-2.0, 3.0], abs=0.05)
+
+
 @pytest.mark.parametrize("percent", [99.9, 95.0])
 def test_symmetric_percentile_keeps_that_share_of_the_magnitudes(percent: float) -> None:
     values = VALUES["heavy_tail"]

@@ -13,6 +13,7 @@ import onnx
 import onnx.reference
 import pytest
 
+from onnxptq.calibrate.cache import load_calibration, save_calibration
 from onnxptq.calibrate.run import Calibration, calibrate
 from onnxptq.errors import FeedError, MemoryBudgetError
 from onnxptq.ranks import Ranks
@@ -55,6 +56,34 @@ def test_groups_and_order_change_no_bit(net: str, tmp_path: Path) -> None:
         _assert_identical(whole, _run(model, samples, tmp_path, group_bytes=size))
     _assert_identical(whole, _run(model, samples[::-1], tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_samples_set_apart_count_in_statistics_and_not_in_what_is_fitted(tmp_path: Path) -> None:
+    model = canonical(NETS["residual_block"](), tmp_path)
+    samples = random_samples(model, 5)
+    names = [spec.name for spec in model.inputs] + _inner(model)
+    found = calibrate(model, ListFeeds(samples), names, apart={1, 3})
+    _assert_identical(found, _run(model, samples, tmp_path))
+    others = _run(model, [samples[i] for i in (0, 2, 4)], tmp_path)
+    _assert_identical(replace(found, statistics=found.fitting), others)
+
+
+@pytest.mark.parametrize("histogram", [True, False])
+def test_a_calibration_comes_back_from_disk(histogram: bool, tmp_path: Path) -> None:
+    model = canonical(NETS["residual_block"](), tmp_path)
+    names = [spec.name for spec in model.inputs] + _inner(model)
+    stored = calibrate(model, ListFeeds(random_samples(model, 3)), names, apart={1}, histogram=histogram)
+    save_calibration(tmp_path, "key", stored)
+    found = load_calibration(tmp_path, "key")
+    assert found is not None
+    assert load_calibration(tmp_path, "other") is None
+    _assert_identical(found, stored)
+    _assert_identical(*(replace(c, statistics=c.fitting) for c in (found, stored)))
+    assert (found.samples, found.skips, found.uncalibrated) == (
+        stored.samples,
+        stored.skips,
+        stored.uncalibrated,
+    )
 
 
 @pytest.mark.parametrize("count", [1, 4, 5])

@@ -254,6 +254,16 @@ def test_limits_hold_the_factors_of_single_variables() -> None:
         np.testing.assert_allclose(np.exp(x), [0.5, 1.0, 1.0, 0.125], rtol=1e-6)
 
 
+def test_factors_stay_where_no_noise_counts() -> None:
+    zero = np.zeros(2)
+    term = ActivationTerm(
+        name="t", index=np.arange(2), sign=np.ones(2), low=zero, high=np.array([1.0, 9.0]), gain=zero,
+        tail_low=zero, tail_high=zero, risk=zero, symmetric=False,
+    )  # fmt: skip
+    choice = choose([term], *within(64.0, 2), snap=False)
+    assert (choice.before, choice.after, choice.x.tolist()) == (0.0, 0.0, [0.0, 0.0])
+
+
 def test_dead_channels_keep_factor_one() -> None:
     zero = np.zeros(3)
     term = ActivationTerm(

@@ -221,6 +221,26 @@ def test_a_residual_unit_is_the_last_use_of_its_input() -> None:
     assert found.index((side,)) < found.index((unit,))
 
 
+def test_a_projection_is_no_expansion_of_the_depthwise_layer_behind_it() -> None:
+    net = image_net()
+    wide = net.conv_relu("x", 3, 16)
+    narrow = net.conv_relu(wide, 16, 8, 1)
+    separable = net.conv_relu(net.conv_relu(narrow, 8, 8, 3, 1, 8), 8, 12, 1)
+    graph, _ = net.built(net.head(separable, 12))
+    assert [block.outputs for block in find_blocks(graph)][:2] == [(wide,), (narrow,)]
+
+
+def test_a_half_that_reads_something_else_too_is_joined_to_no_attention() -> None:
+    graph, _ = KNOWN["vit"]()
+    apart = list(find_blocks(graph, join=False))
+    forks = [i for i, block in enumerate(apart) if block.kind == "fork"]
+    second = forks[3]  # the MLP half of the second transformer block
+    apart[second] = replace(apart[second], inputs=(*apart[second].inputs, apart[0].outputs[0]))
+    found = join_halves(graph, apart)
+    assert sum(block.kind == "joined" for block in found) == 11
+    assert [block.nodes for block in found if block.kind == "fork"] == [apart[i].nodes for i in forks[2:4]]
+
+
 def test_a_weight_cap_cuts_what_the_layer_cap_does_not() -> None:
     graph = small_networks.unet()
     assert len(find_blocks(graph, max_linears=99, max_weights=500)) > len(find_blocks(graph, max_linears=99))

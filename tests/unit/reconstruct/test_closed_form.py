@@ -10,8 +10,9 @@ import pytest
 from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import find_linears
 from onnxptq.quantizers.affine import fake_quantize, search_weight_qparams
+from onnxptq.ranks import ALONE
 from onnxptq.reconstruct.closed_form import DAMPING, round_weights
-from onnxptq.reconstruct.gram import Gram, layer_rows, weight_matrix, weight_tensor
+from onnxptq.reconstruct.gram import Gram, layer_rows, picked, weight_matrix, weight_tensor
 from onnxptq.runtime import Session
 from onnxptq.types import PerAxis, QParams, QType
 from tests.unit.small_nets import Net, canonical
@@ -39,6 +40,29 @@ def _literal(weight: np.ndarray, g: np.ndarray, c: np.ndarray, qparams: QParams)
         for later in range(place + 1, k):
             work[:, order[later]] -= error * upper[place, later]
     return done.astype(np.float32)
+
+
+@pytest.mark.parametrize("limit", [20, 21, 24, 1000])
+def test_all_rows_are_taken_where_there_is_room(limit: int) -> None:
+    np.testing.assert_array_equal(picked(20, limit), np.arange(20))
+    assert len(picked(2000, limit)) == limit
+
+
+def test_sums_of_rows_that_stay_as_they_are_remain_one_array() -> None:
+    """By that the rounding knows that there is no error of inputs to make up for."""
+    rows = _rows(1, 30, 5)
+    for is_mixed in (False, True):
+        first, second = (Gram.empty(1, 5, is_mixed=is_mixed) for _ in range(2))
+        first.add(rows[:, :10], rows[:, :10])
+        second.add(rows[:, 10:], rows[:, 10:])
+        whole = Gram.empty(1, 5, is_mixed=is_mixed)
+        whole.add(rows, rows)
+        both = first.plus(second)
+        for found in (both, both.centred(), whole.sum_over(ALONE)):
+            assert (found.mixed is found.quantized) == (not is_mixed)
+            np.testing.assert_allclose(found.mixed, found.quantized, rtol=1e-5, atol=1e-4)
+        assert both.rows == whole.rows == 30
+        np.testing.assert_allclose(both.quantized, whole.quantized, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("groups", "channels", "width"), [(1, 5, 7), (3, 2, 9), (1, 4, 150)])

@@ -133,6 +133,13 @@ def test_grouped_convolutions_are_rounded_with_error_compensation(tmp_path: Path
     assert not np.array_equal(solution.weights["depthwise.w"], nearest)
 
 
+def test_convolutions_of_two_groups_have_no_correction(tmp_path: Path) -> None:
+    net = Net()
+    net.conv("y", net.conv("a", "x", (8, 4, 1, 1)), (8, 4, 3, 3), group=2)
+    made = case(net.proto({"x": [1, 4, 8, 8]}, ["y"]), tmp_path, longest=99, weight_bits=3, activation_bits=3)
+    assert set(_corrected(made)[1]) == {"a.w"}
+
+
 def test_ranks_end_at_what_the_matrix_has(tmp_path: Path) -> None:
     made = case(NETS["residual_block"](), tmp_path, longest=99, samples=8)
     assert _corrected(made, rank=12)[1] == {"stem.w": 12, "conv1.w": 12, "conv2.w": 12, "head.w": 10}

@@ -276,13 +276,29 @@ def test_a_concat_with_a_constant_says_why_it_stays_float(tmp_path: Path) -> Non
         ((8, 32, 3, 3), 32, 1, True),
         ((32, 1, 3, 3), 32, 32, False),
         ((8, 1, 3, 3), 8, 8, True),
+        ((32, 8, 3, 3), 32, 4, False),
     ],
-    ids=["pictures", "few_in", "few_out", "depthwise", "narrow_depthwise"],
+    ids=["pictures", "few_in", "few_out", "depthwise", "narrow_depthwise", "groups"],
 )
 def test_narrow_convolutions_stay_float_for_tensorrt(
     shape: tuple[int, ...], channels: int, group: int, is_float: bool, tmp_path: Path
 ) -> None:
     model = _single("Conv", shape, shape=[1, channels, 8, 8], group=group)
+    plan = _place(model, tmp_path, "tensorrt")
+    assert (plan.quantizers == ()) == is_float
+    assert ("y" in _reasons(plan)) == is_float
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "is_float"),
+    [((3, 32), 1, False), ((8, 32), 1, True), ((32, 8), 1, True), ((32, 8), 4, False)],
+    ids=["pictures", "few_in", "few_out", "groups"],
+)
+def test_narrow_transposed_convolutions_stay_float_for_tensorrt(
+    shape: tuple[int, int], group: int, is_float: bool, tmp_path: Path
+) -> None:
+    """Their weights hold the channels that are read first."""
+    model = _single("ConvTranspose", (*shape, 3, 3), shape=[1, shape[0], 8, 8], group=group)
     plan = _place(model, tmp_path, "tensorrt")
     assert (plan.quantizers == ()) == is_float
     assert ("y" in _reasons(plan)) == is_float
@@ -344,17 +360,18 @@ def test_bits_per_node(tmp_path: Path) -> None:
     assert edges["conv2", 1].qtype == QType.signed(3)
 
 
-def test_int4_storage_is_for_weights_of_up_to_4_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [3, 4])
+def test_int4_storage_is_for_weights_of_up_to_4_bits(bits: int, tmp_path: Path) -> None:
     plan = _place(
         NETS["conv_relu_conv"](),
         tmp_path,
         "simulate",
-        weight_bits=3,
+        weight_bits=bits,
         weight_storage="int4",
         bits_of={"conv2": (5, 8)},
     )
     edges = _edges(plan)
-    assert edges["conv1", 1].qtype == QType.signed(3, "int4")
+    assert edges["conv1", 1].qtype == QType.signed(bits, "int4")
     assert edges["conv2", 1].qtype == QType.signed(5, "int8")
 
 
@@ -387,6 +404,17 @@ def test_a_weight_read_twice_has_one_quantizer_per_axis(target: str, tmp_path: P
     weights = [q for q in plan.quantizers if q.tensor == "w"]
     readers = {tuple(s.consumer for s in q.sites): q.granularity for q in weights}
     assert readers == {("a", "b"): PerAxis(1), ("c",): PerAxis(0)}
+
+
+@ALL
+def test_a_weight_read_at_different_bits_has_a_quantizer_for_each(target: str, tmp_path: Path) -> None:
+    net = Net()
+    w = net.weight("w", 16, 16)
+    net.op("MatMul", "b", net.op("MatMul", "a", "x", w), w)
+    plan = _place(net.proto({"x": [4, 16]}, ["b"]), tmp_path, target, bits_of={"b": (4, 8)})
+    weights = [q for q in plan.quantizers if q.tensor == "w"]
+    assert {q.sites[0].consumer: q.qtype.bits for q in weights} == {"a": 8, "b": 4}
+    assert len({q.quantizer_id for q in weights}) == 2
 
 
 @ALL
@@ -423,6 +451,26 @@ def test_weights_of_operators_without_a_row_are_listed(target: str, tmp_path: Pa
         "hidden": "no",
         "y": "operators of com.microsoft stay in float",
     }
+
+
+@ALL
+def test_an_operator_of_another_domain_is_not_the_one_of_the_table(target: str, tmp_path: Path) -> None:
+    graph = graph_of(LINEARS["matmul"][0], tmp_path)
+    graph.nodes[0].domain = "com.microsoft"
+    plan = TARGETS[target](GraphIndex(graph), PlacementRequest())
+    assert plan.quantizers == ()
+    assert _reasons(plan) == {"y": "operators of com.microsoft stay in float"}
+
+
+def test_a_product_of_activations_reads_what_a_convolution_writes_quantized(tmp_path: Path) -> None:
+    """It has no weights that onnxruntime could quantize on its own, so it does not matter that it runs in float."""
+    net = Net()
+    product = net.op(
+        "MatMul", "product", net.conv("a", "x", (16, 16, 1, 1)), net.conv("b", "x", (16, 16, 1, 1))
+    )
+    model = net.proto({"x": [1, 16, 8, 8]}, [net.conv("y", product, (16, 16, 1, 1))])
+    edges = _edges(_place(model, tmp_path, "ort-cpu"))
+    assert {("product", 0), ("product", 1), ("y", 0)} <= set(edges)
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "tensorrt"])

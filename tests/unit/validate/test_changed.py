@@ -14,7 +14,7 @@ from onnxptq.equalize.run import find_rescaling
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.samples import ListFeeds
 from onnxptq.types import CanonicalModel, Sample
-from onnxptq.validate.changed import METADATA, changed_tensors, recorded
+from onnxptq.validate.changed import METADATA, _differ, changed_tensors, recorded
 from tests.unit.small_nets import Net
 
 
@@ -68,3 +68,12 @@ def test_a_damaged_list_is_no_error(text: str) -> None:
     assert list(recorded({METADATA: text})) == (["a"] if text.startswith("[") else [])
     assert list(recorded({METADATA: json.dumps(["a", "b"])})) == ["a", "b"]
     assert list(recorded({})) == []
+
+
+def test_sums_that_are_no_numbers_tell_nothing() -> None:
+    """Of a masked tensor sums are infinite, or NaN where both infinities meet; the others still count."""
+    before = np.array([np.nan, np.inf, 5.0])
+    assert not _differ(before, before.copy(), 1e-3)
+    assert not _differ(before, np.array([1.0, 2.0, 5.0]), 1e-3)
+    assert _differ(before, np.array([np.nan, np.inf, 6.0]), 1e-3)
+    assert _differ(np.array([1.0, 2.0, 5.0]), before, 1e-3)
