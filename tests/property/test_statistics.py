@@ -158,3 +158,11 @@ def test_extremes_alone_need_no_histogram() -> None:
 
 def test_nothing_seen_is_no_statistics() -> None:
     assert _built(np.zeros((0, 3), np.float32)).result() is None
+
+
+def test_extremes_of_one_member_leave_no_histogram() -> None:
+    whole, extremes = _built(np.float32([1.0, 2.0])), StatisticsBuilder(histogram=False)
+    extremes.update(np.float32([-3.0, 0.5, 4.0]))
+    for members in ([_result(whole), _result(extremes)], [_result(extremes), _result(whole)]):
+        found = combined(members)
+        assert (found.minimum, found.maximum, found.elements, found.counts) == (-3.0, 4.0, 5, None)

@@ -148,6 +148,18 @@ def test_entropy_is_not_fooled_by_the_zeros_behind_a_relu(
     assert float(spiked.scale) > 0.5 * float(worst.scale)
 
 
+@pytest.mark.parametrize("name", ["relu", "negative", "one_massive_value"])
+def test_a_symmetric_grid_has_half_its_levels_for_either_sign(name: str) -> None:
+    """So values and their mirror images together have the threshold that the values have alone."""
+    values = np.abs(VALUES[name]) * np.sign(VALUES[name].sum())
+    observer = Observer(name="entropy")
+    one, both = (
+        choose_qparams(_statistics(v), QType.signed(6), symmetric=True, observer=observer)
+        for v in (values, np.append(values, -values))
+    )
+    assert float(one.scale) == pytest.approx(float(both.scale), rel=1e-3)
+
+
 def test_entropy_cuts_a_single_massive_value() -> None:
     found = choose_qparams(
         _statistics(VALUES["one_massive_value"]),

@@ -73,6 +73,17 @@ def test_a_group_without_such_a_member_takes_all_of_them() -> None:
     assert high >= 10.0 - 0.5 * found["a"].scale
 
 
+def test_zero_counts_as_a_value_of_every_range() -> None:
+    """A tensor far from 0 needs more of the grid than one that is wider and has 0 in it, so its observer decides."""
+    calibration = _calibration(a=_statistics(10.0, *[10.5] * 98, 11.0), b=_statistics(-1.0, *[0.0] * 98, 2.0))
+    plan, few = (
+        _plan(_quantizer("a", "g"), _quantizer("b", "g")),
+        Observer(name="percentile", percentile=50.0),
+    )
+    low, high = range_of(choose_ranges(plan, calibration, few, {"a": MINMAX})["a"])
+    assert (float(low), float(high)) == pytest.approx((-1.0, 11.0), abs=0.05)
+
+
 def test_of_equal_ranges_the_tensor_with_more_values_leads() -> None:
     many = _statistics(*np.linspace(-1, 1, 50), 100.0)
     few = _statistics(-1.0, 100.0)
@@ -119,6 +130,19 @@ def test_only_the_better_half_sees_the_remaining_samples() -> None:
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3), (1, 12), (2, 12)]
     assert best is CANDIDATES[1]
     assert list(listed.values()) == [1.0, 4.5, 3.0, 2.0]
+
+
+def test_of_three_candidates_two_see_all_samples() -> None:
+    seen: list[tuple[str, int]] = []
+
+    def evaluate(observer: Observer, samples: int) -> float:
+        seen.append((label(observer), samples))
+        return float(CANDIDATES.index(observer))
+
+    best, _ = select_observer(evaluate, 16, CANDIDATES[:3])
+    assert best is CANDIDATES[2]
+    first, second, third = (label(c) for c in CANDIDATES[:3])
+    assert seen == [(first, 4), (second, 4), (third, 4), (second, 16), (third, 16)]
 
 
 def test_scores_that_are_not_numbers_never_win() -> None:

@@ -105,8 +105,9 @@ def test_average_pool(case: dict[str, Any], size: tuple[int, int], include: int)
 
 @pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
 @pytest.mark.parametrize("ceil", [0, 1], ids=["floor", "ceil"])
-def test_dilated_pools(op: str, ceil: int) -> None:
-    case = {"kernel_shape": [3, 2], "dilations": [2, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
+@pytest.mark.parametrize("pad", [0, 1])
+def test_dilated_pools(op: str, ceil: int, pad: int) -> None:
+    case = {"kernel_shape": [3, 2], "dilations": [2, 3], "strides": [2, 2], "pads": [pad] * 4}
     check_against_onnxruntime(op, {"x": normal(2, 3, 9, 10)}, opset=19, ceil_mode=ceil, **case)
 
 

@@ -14,6 +14,7 @@ from onnxptq.lowering import lower
 from onnxptq.lowering.network import BlockNetwork
 from onnxptq.partition.blocks import find_blocks, join_halves, merge_blocks, verify_blocks
 from onnxptq.partition.describe import describe_blocks
+from onnxptq.partition.operators import is_depthwise
 from onnxptq.types import GRAPH_OUTPUT, Block, Site
 from tests.unit.partition import small_networks
 from tests.unit.partition.small_networks import KNOWN, OTHERS, Net, image_net
@@ -228,6 +229,14 @@ def test_a_projection_is_no_expansion_of_the_depthwise_layer_behind_it() -> None
     separable = net.conv_relu(net.conv_relu(narrow, 8, 8, 3, 1, 8), 8, 12, 1)
     graph, _ = net.built(net.head(separable, 12))
     assert [block.outputs for block in find_blocks(graph)][:2] == [(wide,), (narrow,)]
+
+
+def test_a_convolution_of_one_channel_is_not_depthwise() -> None:
+    net = image_net()
+    kinds = {net.conv("x", 3, 3, group=3): True, net.conv("x", 3, 1): False}
+    kinds[net.conv(list(kinds)[1], 1, 1)] = False
+    graph, _ = net.built(*kinds)
+    assert {node.outputs[0].name: is_depthwise(node) for node in graph.nodes} == kinds
 
 
 def test_a_half_that_reads_something_else_too_is_joined_to_no_attention() -> None:

@@ -166,6 +166,17 @@ def test_layers_without_a_bias_of_their_own_are_left_alone(tmp_path: Path) -> No
     assert _corrected(model, plan, solution, samples, tmp_path) == {}
 
 
+@pytest.mark.parametrize("shape", [(1,), (5, 4)], ids=["one for all", "one per row"])
+def test_a_bias_that_is_no_value_per_channel_stays(shape: tuple[int, ...], tmp_path: Path) -> None:
+    net = Net()
+    net.op("Gemm", "y", "x", net.weight("w", 6, 4), net.weight("b", *shape))
+    model = canonical(net.proto({"x": [5, 6]}, ["y"]), tmp_path)
+    samples = random_samples(model, 2)
+    plan, solution = _solved(model, samples, weight_bits=3)
+    found = _corrected(model, plan, solution, samples, tmp_path)
+    np.testing.assert_array_equal(found["b"], model.graph.tensors()["b"].values)
+
+
 def test_samples_that_are_not_finite_correct_nothing(tmp_path: Path) -> None:
     net = Net()
     net.linear("y", "x", 6, 4)

@@ -48,6 +48,14 @@ def test_all_rows_are_taken_where_there_is_room(limit: int) -> None:
     assert len(picked(2000, limit)) == limit
 
 
+def test_a_transposed_input_has_no_rows(tmp_path: Path) -> None:
+    net = Net()
+    net.op("Gemm", "y", "x", net.weight("w", 5, 4), transA=1)
+    model = canonical(net.proto({"x": [5, 3]}, ["y"]), tmp_path)
+    for layer in find_linears(GraphIndex(model.graph)):
+        assert layer_rows(layer, np.zeros((5, 3), np.float32), None, 10) is None
+
+
 def test_sums_of_rows_that_stay_as_they_are_remain_one_array() -> None:
     """By that the rounding knows that there is no error of inputs to make up for."""
     rows = _rows(1, 30, 5)

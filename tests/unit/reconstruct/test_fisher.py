@@ -56,6 +56,7 @@ def test_weights_are_the_diagonal_of_the_fisher_matrix(last: str) -> None:
     exact = np.maximum(exact / exact.mean(), 0.05)
     inner = [name for name in found if found[name].shape[-1] == 6]
     assert inner
+    assert not found.keys() & {*network.outputs, "x"}
     for name in inner:
         got = found[name].numpy().reshape(-1)
         assert got.mean() == pytest.approx(1.0, abs=1e-5)

@@ -64,3 +64,14 @@ def test_weights_of_the_solution_take_the_place_of_the_models(tmp_path: Path) ->
     assert np.mean(inside) > 0.9
     apart = np.abs(found.weights["y.w"] - other) / grid.scale.reshape(-1, 1, 1, 1)
     assert np.mean(apart[inside]) < 2.0
+
+
+def test_values_too_large_for_their_squares_keep_the_nearest_grid_points(tmp_path: Path) -> None:
+    net = Net()
+    net.conv("y", "x", (8, 6, 3, 3))
+    model = canonical(net.proto({"x": [1, 6, 12, 12]}, ["y"]), tmp_path)
+    samples = [{"x": np.float32(1e25) * sample["x"]} for sample in random_samples(model, 2)]
+    plan = planned(model, "simulate", activation_bits=8)
+    ranges = choose_ranges(plan, calibrate(model, ListFeeds(samples), ["x"]), Observer(name="minmax"))
+    start = initial_solution(model.graph, plan, ranges)
+    assert round_in_closed_form(model, plan, start, samples).weights == start.weights

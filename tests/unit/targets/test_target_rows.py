@@ -127,6 +127,16 @@ def test_distances_that_only_choose_neighbours_stay_float(target: str, tmp_path:
 
 
 @ALL
+def test_a_layer_that_only_chooses_is_quantized(target: str, tmp_path: Path) -> None:
+    """Weights are read from memory all the same."""
+    net = Net()
+    net.op("TopK", "best", net.linear("router", "x", 16, 32), net.constant("one", [1]), outputs=["which"])
+    net.op("Gather", "y", net.weight("experts", 32, 4), "which")
+    plan = _place(net.proto({"x": [4, 16]}, ["y"]), tmp_path, target)
+    assert {("router.mm", 0), ("router.mm", 1)} <= set(_edges(plan))
+
+
+@ALL
 def test_a_product_of_constants_is_left_alone(target: str, tmp_path: Path) -> None:
     net = Net()
     net.op("MatMul", "folded", net.weight("a", 4, 4), net.weight("b", 4, 4))
@@ -304,11 +314,23 @@ def test_narrow_transposed_convolutions_stay_float_for_tensorrt(
     assert ("y" in _reasons(plan)) == is_float
 
 
-def test_vector_products_stay_float_for_tensorrt(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("left", "right", "is_float"),
+    [([1, 16], [16, 8], True), ([8, 16], [16, 1], True), ([8, 16], [16, 8], False)],
+)
+def test_vector_products_stay_float_for_tensorrt(
+    left: list[int | str], right: list[int | str], is_float: bool, tmp_path: Path
+) -> None:
     net = Net()
-    net.op("MatMul", "y", net.op("Relu", "a", "x"), net.op("Transpose", "b", "x", perm=[1, 0]))
-    plan = _place(net.proto({"x": [1, 16]}, ["y"]), tmp_path, "tensorrt")
-    assert "single vector" in _reasons(plan)["y"]
+    net.op("MatMul", "y", net.op("Relu", "a", "x"), net.op("Relu", "b", "z"))
+    plan = _place(net.proto({"x": left, "z": right}, ["y"]), tmp_path, "tensorrt")
+    assert ("single vector" in _reasons(plan).get("y", "")) == is_float
+    assert (("y", 1) in _edges(plan)) != is_float
+
+
+def test_a_layer_on_a_single_vector_is_quantized_for_tensorrt(tmp_path: Path) -> None:
+    model = _single("MatMul", (16, 32), shape=[1, 16])
+    assert ("y", 1) in _edges(_place(model, tmp_path, "tensorrt"))
 
 
 def test_tensorrt_uses_one_kind_of_grid_everywhere(tmp_path: Path) -> None:

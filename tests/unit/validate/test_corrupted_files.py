@@ -76,6 +76,10 @@ def zero_point_changed(model: onnx.ModelProto) -> None:
     _set(model, _quantizer_of(model, "conv0", 0)[0].input[2], _bumped)
 
 
+def zero_point_cleared(model: onnx.ModelProto) -> None:
+    _set(model, _quantizer_of(model, "conv0", 0)[0].input[2], np.zeros_like)
+
+
 def axis_changed(model: onnx.ModelProto) -> None:
     for attribute in _quantizer_of(model, "conv1", 1)[0].attribute:
         if attribute.name == "axis":
@@ -160,6 +164,32 @@ def extra_node(model: onnx.ModelProto) -> None:
     model.graph.node.extend([*nodes[:at], extra, *nodes[at:]])
 
 
+def clip_added(model: onnx.ModelProto) -> None:
+    _, quantize = _quantizer_of(model, "conv1", 0)
+    assert quantize is not None
+    at = list(model.graph.node).index(quantize)
+    bounds = [numpy_helper.from_array(np.float32(value), f"bound{value}") for value in (0, 1)]
+    model.graph.initializer.extend(bounds)
+    clip = helper.make_node("Clip", [quantize.input[0], *(b.name for b in bounds)], ["clipped"], name="clip")
+    quantize.input[0] = "clipped"
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes[:at], clip, *nodes[at:]])
+
+
+def sparse_weight_added(model: onnx.ModelProto) -> None:
+    values = numpy_helper.from_array(np.ones(1, np.float32), "sparse")
+    places = numpy_helper.from_array(np.zeros(1, np.int64), "sparse_indices")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [4]))
+
+
+def function_added(model: onnx.ModelProto) -> None:
+    body = [helper.make_node("Relu", ["a"], ["b"])]
+    opsets = [helper.make_opsetid("", 17)]
+    model.functions.append(helper.make_function("own", "Twice", ["a"], ["b"], body, opsets))
+    model.opset_import.append(helper.make_opsetid("own", 1))
+
+
 def output_renamed(model: onnx.ModelProto) -> None:
     model.graph.output[0].name = "renamed"
     _node(model, "head").output[0] = "renamed"
@@ -235,6 +265,7 @@ INT8: tuple[tuple[Corrupt, str], ...] = (
     (weight_integer_changed, "weight 'w1'.*1 of its integers"),
     (bias_integer_changed, "bias 'b1'.*1 of its integers"),
     (zero_point_changed, "activation 'x'.*the zero point"),
+    (zero_point_cleared, "activation 'x'.*the zero point"),
     (axis_changed, "weight 'w1'.*the axis"),
     (axis_removed, "weight 'w1'.*the axis"),
     (reader_repointed_to_float, "activation 'r0'.*is absent on some or all"),
@@ -245,6 +276,9 @@ INT8: tuple[tuple[Corrupt, str], ...] = (
     (extra_pair, "'ed' is not in the plan"),
     (extra_pair_behind_a_pair, "activation 'r0'|is not in the plan"),
     (extra_node, "node 'idle'"),
+    (clip_added, "activation 'r0'.*it has a Clip that its grid does not need"),
+    (sparse_weight_added, "holds sparse initializers"),
+    (function_added, "holds functions"),
     (output_renamed, "outputs are renamed, features instead of scores, features"),
     (outputs_swapped, "outputs are features, scores instead"),
     (batch_fixed, "type or shape of graph input 'x'"),
