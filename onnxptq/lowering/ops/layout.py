@@ -55,11 +55,7 @@ def flatten(spec: NodeSpec) -> Kernel:
     """Two axes: everything before ``axis``, and the rest."""
     axis = spec.integer("axis", 1)
 
-    def run(x: Tensor) -> Tensor:
-        split = axis + x.dim() if axis < 0 else axis
-        return x.reshape(math.prod(x.shape[:split]), math.prod(x.shape[split:]))
-
-    return run
+    return lambda x: x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
 def _squeeze(x: Tensor, axes: Ints) -> Tensor:

@@ -314,3 +314,16 @@ def test_of_equally_good_bits_of_activations_the_fewest_are_taken() -> None:
     """Where they cost no bytes, nothing else tells them apart."""
     packs = [pack(0, [0.3, 0.2, 0.1, 0.1, 0.1, 0.1], [0.4, 0.2, 0.1, 0.1, 0.1, 0.1])]
     assert [b.activations for b in allocate(packs, WeightBytes(1000)).bits] == [4]
+
+
+def test_an_average_is_met_where_its_product_falls_short_by_a_rounding() -> None:
+    """4.35 x 100 is 434.99999999999994 in floating point."""
+    packs = [pack(0, [0.0, 0.0], [], n=65, bits=(4, 5)), pack(1, [1.0, 0.0], [], n=35, bits=(4, 5))]
+    assert [b.weights for b in allocate(packs, AverageBits(4.35, 8.0)).bits] == [4, 5]
+
+
+def test_the_greedy_counts_elements_of_activations_too() -> None:
+    """Without them the second pack would fit."""
+    flat, sizes = [1.0] * 6, ((1, 100), (2, 10), (20, 10), (1, 100))
+    packs = [pack(i, flat, flat, n=n, m=m, omega=9.0 if i == 1 else 1.0) for i, (n, m) in enumerate(sizes)]
+    assert [b.weights for b in allocate_greedily(packs, 4).bits] == [6, 4, 4, 6]

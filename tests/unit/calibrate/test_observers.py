@@ -195,3 +195,16 @@ def test_a_tensor_takes_milliseconds(name: str) -> None:
         choose_qparams(s, QType.unsigned(8), symmetric=False, observer=Observer(name=name))  # type: ignore[arg-type]
     # Measured 2 to 7 ms per tensor; the bound leaves room for a busy machine.
     assert (time.process_time() - begin) / len(statistics) < 0.05
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_margin_widens_both_ends_up_to_the_bounds(symmetric: bool) -> None:
+    statistics, qtype = _statistics(np.float32([-2.0, 4.0])), QType.signed(8)
+
+    def ends(bounds: tuple[float, float] | None) -> list[float]:
+        observer = Observer(name="minmax", margin=1.5)
+        found = choose_qparams(statistics, qtype, symmetric=symmetric, observer=observer, bounds=bounds)
+        return [float(end) for end in range_of(found)]
+
+    assert ends(None) == pytest.approx([-6.0 if symmetric else -3.0, 6.0], abs=0.06)
+    assert ends((-2.5, 5.0)) == pytest.approx([-5.0 if symmetric else -2.5, 5.0], abs=0.06)

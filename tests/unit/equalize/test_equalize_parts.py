@@ -210,6 +210,17 @@ def test_predicted_noise_never_grows(seed: int, symmetric: bool, snap: bool) -> 
     assert np.abs(choice.x).max() <= np.log(64) + 1e-12
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_noise_does_not_change_with_the_sign(symmetric: bool) -> None:
+    term = activation(4, symmetric=symmetric)
+    mirrored = replace(term, low=-term.high, high=-term.low, tail_low=term.tail_high, tail_high=term.tail_low)
+    x = np.random.default_rng(3).normal(size=3) * 0.3
+    assert term.noise(x) == pytest.approx(mirrored.noise(x), rel=1e-12)
+    (value, slope), (other, other_slope) = (t.smooth(8)(x) for t in (term, mirrored))
+    assert value == pytest.approx(other, rel=1e-12)
+    np.testing.assert_allclose(slope, other_slope, rtol=1e-9, atol=1e-15)
+
+
 @pytest.mark.parametrize("rows", [3, 64])
 def test_a_sample_of_rows_is_spread_evenly_and_weighs_as_much(rows: int) -> None:
     """Rows in rising order of noise: the sample's noise is that of all to within the step between two of its rows."""

@@ -13,6 +13,7 @@ import torch
 from onnxptq.lowering import lower
 from onnxptq.lowering.network import BlockNetwork
 from onnxptq.partition.blocks import find_blocks, join_halves, merge_blocks, verify_blocks
+from onnxptq.partition.dataflow import Dataflow
 from onnxptq.partition.describe import describe_blocks
 from onnxptq.partition.operators import is_depthwise
 from onnxptq.types import GRAPH_OUTPUT, Block, Site
@@ -199,6 +200,7 @@ def test_the_shape_of_a_tensor_inside_an_earlier_block_is_known() -> None:
     assert blocks[-1].shape_inputs == (inside,)
     assert all(inside not in block.outputs for block in blocks)
     assert_composition_equals_network(graph, blocks)
+    verify_blocks(graph, (merge_blocks(blocks, [], index=0),))
 
 
 def test_keys_and_values_of_a_memory_are_computed_in_the_layer_that_reads_them() -> None:
@@ -366,3 +368,28 @@ def test_a_fork_is_cut_around_what_has_no_torch_form() -> None:
     assert [block.kind for block in blocks] == ["plain", "plain", "float", "region"]
     assert first in blocks[1].outputs
     assert_composition_equals_network(graph, blocks)
+
+
+def test_a_chain_is_no_half_of_a_transformer_block() -> None:
+    graph, _ = KNOWN["vit"]()
+    apart = find_blocks(graph, join=False)
+    chains = [replace(block, kind="plain") if block.kind == "fork" else block for block in apart]
+    assert [block.kind for block in join_halves(graph, chains)] == [block.kind for block in chains]
+
+
+def test_of_the_readers_of_a_tensor_products_go_last() -> None:
+    net = image_net()
+    x = net.conv_relu("x", 3, 4)
+    product = net.conv(x, 4, 4, 1)
+    pooled = net.op("MaxPool", x, kernel_shape=[1, 1])
+    graph, _ = net.built(net.op("Add", product, pooled))
+    assert [node.op for node in Dataflow(graph).nodes] == ["Conv", "Relu", "MaxPool", "Conv", "Add"]
+
+
+def test_a_depthwise_layer_is_joined_with_a_pointwise_one_alone() -> None:
+    net = image_net()
+    x = net.conv_relu("x", 3, 8)
+    deep = net.conv_relu(x, 8, 8, 3, 1, 8)
+    dense = net.conv_relu(deep, 8, 8, 3)
+    graph, _ = net.built(net.conv(dense, 8, 4, 3))
+    assert [block.outputs for block in find_blocks(graph)][:3] == [(x,), (deep,), (dense,)]

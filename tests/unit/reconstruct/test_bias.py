@@ -141,10 +141,14 @@ def test_the_order_of_samples_changes_no_bit(tmp_path: Path) -> None:
     np.testing.assert_array_equal(first["y.b"], last["y.b"])
 
 
-def test_int32_biases_do_not_hide_what_they_correct(tmp_path: Path) -> None:
+@pytest.mark.parametrize("op", ["MatMul", "Gemm"])
+def test_int32_biases_do_not_hide_what_they_correct(op: str, tmp_path: Path) -> None:
     """On ort-cpu the bias itself has a quantizer; the correction is the same as without one."""
     net = Net()
-    net.linear("b", "x", 6, 4)
+    if op == "MatMul":
+        net.linear("b", "x", 6, 4)
+    else:
+        net.op("Gemm", "b", "x", net.weight("b.w", 6, 4), net.weight("b.b", 4))
     model = canonical(net.proto({"x": [5, 6]}, ["b"]), tmp_path)
     samples = random_samples(model, 3)
     results = []

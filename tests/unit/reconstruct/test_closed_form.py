@@ -188,3 +188,24 @@ def test_rows_come_from_every_column(kind: str, samples: int, side: int, limit: 
     assert 0.8 * limit <= counts.sum() <= limit
     assert seen.tolist() == columns.tolist()
     assert counts.max() <= 3 * counts.mean()
+
+
+def test_a_group_that_is_close_to_singular_leaves_the_others_alone() -> None:
+    """Inputs that hardly leave their mean have sums about it that are not definite: they alone are damped more."""
+    x = _rows(1, 400, 6)
+    gram = Gram.empty(2, 6)
+    gram.add(np.repeat(x, 2, axis=0), np.round(np.repeat(x, 2, axis=0) * 2) / 2)
+    gram.quantized[1] -= 1.5 * np.linalg.eigvalsh(gram.quantized[1])[3] * np.eye(6)
+    weight = RNG.standard_normal((2, 4, 6)).astype(np.float32)
+    qparams = search_weight_qparams(weight.reshape(8, 6), QType.signed(3), PerAxis(0))
+    found = round_weights(weight, gram, qparams)
+    own = QParams(
+        scale=qparams.scale[:4],
+        zero_point=qparams.zero_point[:4],
+        qtype=qparams.qtype,
+        granularity=PerAxis(0),
+    )
+    alone = Gram(
+        *(getattr(gram, name)[:1] for name in ("quantized", "mixed", "float_total", "quantized_total")), 400
+    )
+    np.testing.assert_array_equal(found[:1], round_weights(weight[:1], alone, own))

@@ -99,3 +99,11 @@ def test_one_weight_per_channel_along_the_axis_that_is_told() -> None:
         for axes in ({}, {"h": 1})
     ]
     assert [tuple(value.shape) for value in found] == [(1, 1, 6), (1, 5, 1)]
+
+
+def test_channels_that_differ_in_number_from_sample_to_sample_have_no_weight_each() -> None:
+    network = _network("logits")
+    inputs = {i: {"x": torch.ones((rows, 4))} for i, rows in enumerate((2, 3))}
+    found = fisher_weights(network, inputs, frozenset(), 1, axes={"a": 0, "h": 0})
+    # What the last sample alone says.
+    assert {value.shape for value in found.values()} == {(3, 1)}

@@ -204,6 +204,29 @@ def test_tensorrt_quantizes_the_skip_input_of_a_residual_sum(tmp_path: Path) -> 
     assert ("sum", 1) not in edges
 
 
+def test_a_skip_input_that_cannot_be_calibrated_stays_float(tmp_path: Path) -> None:
+    net = Net()
+    skip = net.op("Sigmoid", "skip", "x")
+    net.op("Add", "sum", net.conv("conv", "x", (16, 16, 3, 3)), skip)
+    model = net.proto({"x": [1, 16, 8, 8]}, ["sum"])
+    assert ("sum", 1) in _edges(_place(model, tmp_path, "tensorrt"))
+    plan = _place(model, tmp_path, "tensorrt", uncalibrated={"skip": "NaN"})
+    assert ("sum", 1) not in _edges(plan)
+    assert ("conv", 0) in _edges(plan)
+
+
+def test_a_product_left_in_float_keeps_reading_what_is_quantized_in_front_of_it(tmp_path: Path) -> None:
+    """Unless a quantizer stands behind it too: then onnxruntime would run it on integers all the same."""
+    net = Net()
+    net.conv(
+        "last", net.conv("middle", net.conv("first", "x", (16, 16, 1, 1)), (16, 16, 1, 1)), (16, 16, 1, 1)
+    )
+    model = net.proto({"x": [1, 16, 8, 8]}, ["last"])
+    for declined, is_read in (("last", True), ("middle", False)):
+        plan = _place(model, tmp_path, "ort-cpu", declined={declined: "no"})
+        assert ((declined, 0) in _edges(plan)) == is_read
+
+
 @pytest.mark.parametrize("residuals", [False, True])
 def test_simulation_quantizes_sums_of_residual_connections_where_asked(
     residuals: bool, tmp_path: Path
@@ -413,6 +436,9 @@ def test_two_readers_at_different_bits_get_two_quantizers(target: str, tmp_path:
     found = {q.quantizer_id: q for q in plan.quantizers if q.tensor == "x"}
     assert len(found) == (2 if target == "simulate" else 1)
     assert len({q.scale_group for q in found.values()}) == len(found)
+    if target == "simulate":
+        readers = {q.qtype.bits: [site.consumer for site in q.sites] for q in found.values()}
+        assert readers == {8: ["y"], 4: ["z"]}
 
 
 @ALL

@@ -164,6 +164,11 @@ def extra_node(model: onnx.ModelProto) -> None:
     model.graph.node.extend([*nodes[:at], extra, *nodes[at:]])
 
 
+def name_repeated(model: onnx.ModelProto) -> None:
+    extra_node(model)
+    _node(model, "idle").name = "act"
+
+
 def clip_added(model: onnx.ModelProto) -> None:
     _, quantize = _quantizer_of(model, "conv1", 0)
     assert quantize is not None
@@ -276,6 +281,7 @@ INT8: tuple[tuple[Corrupt, str], ...] = (
     (extra_pair, "'ed' is not in the plan"),
     (extra_pair_behind_a_pair, "activation 'r0'|is not in the plan"),
     (extra_node, "node 'idle'"),
+    (name_repeated, "nodes without a name of their own"),
     (clip_added, "activation 'r0'.*it has a Clip that its grid does not need"),
     (sparse_weight_added, "holds sparse initializers"),
     (function_added, "holds functions"),

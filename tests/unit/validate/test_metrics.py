@@ -172,9 +172,10 @@ def test_labels_that_are_no_class(labels: list[int], named: str) -> None:
     assert "which has 4" in refused.value.message
 
 
-def test_labels_belong_to_the_outputs_that_have_all_their_classes() -> None:
+@pytest.mark.parametrize("most", [9, 4])
+def test_labels_belong_to_the_outputs_that_have_all_their_classes(most: int) -> None:
     outputs = {"boxes": np.ones((2, 4), np.float32), "scores": np.eye(2, 10, dtype=np.float32)}
-    meter = QualityMeter([("boxes", "boxes"), ("scores", "scores")], labels=np.array([0, 9]))
+    meter = QualityMeter([("boxes", "boxes"), ("scores", "scores")], labels=np.array([0, most]))
     meter.update(outputs, outputs)
     boxes, scores = meter.results()
     assert boxes.reference_accuracy is None

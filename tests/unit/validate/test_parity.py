@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from onnxptq.errors import OutputCheckError
 from onnxptq.runtime import Session, group_within
 from onnxptq.types import Sample
 from onnxptq.validate import exposure, parity
+from onnxptq.validate.metrics import OutputMeter
 from onnxptq.validate.parity import OutputParity, Parity, check_parity
 from tests.unit.validate.written_model import Written, run_outputs, samples
 
@@ -134,6 +136,10 @@ def test_sizes_come_from_shapes_or_from_a_run(int8: Written, tmp_path: Path) -> 
         names = ["c0", "features", "scores", "x"]
         wanted = {"c0": 5 * 6 * 64 * 4, "features": 5 * 6 * 64 * 4, "scores": 5 * 7 * 4, "x": 5 * 4 * 64 * 4}
         assert exposure.sizes_of(path, names, feed, exact=True) == wanted
+        # Four bytes per element, whatever the file stores.
+        stored = next(t for t in onnx.load(str(path)).graph.initializer if len(t.dims) == 4)
+        size = {stored.name: 4 * int(np.prod(stored.dims))}
+        assert exposure.sizes_of(path, [stored.name], feed, exact=True) == size
 
 
 def test_groups_cover_the_units_within_the_limit() -> None:
@@ -152,3 +158,37 @@ def test_what_integer_kernels_lose_is_told() -> None:
     (note,) = Parity(samples=2, edges=(), outputs=outputs, provider="cpu").notes
     assert "'lost' has 3.6 dB" in note
     assert "23.7 dB" in note
+
+
+def _meter(sqnr_db: float, count: int, rows: int) -> OutputMeter:
+    """Of an output with that distance from its reference."""
+    meter = OutputMeter("y", is_scores=False)
+    reference = np.ones((rows, count // rows))
+    meter.update(reference, reference + 10 ** (-sqnr_db / 20))
+    return meter
+
+
+@pytest.mark.parametrize(
+    ("exact", "fast", "is_coarse", "is_refused"),
+    [
+        (40.0, 37.5, False, False),
+        (40.0, 36.0, False, True),
+        # Of 4 independent rows chance alone explains 13 dB.
+        (40.0, 36.0, True, False),
+        (40.0, 22.0, True, True),
+        # Above 60 dB differences do not count.
+        (100.0, 58.0, False, False),
+        (100.0, 56.0, False, True),
+    ],
+)
+def test_how_much_the_default_session_may_lose(
+    exact: float, fast: float, is_coarse: bool, is_refused: bool
+) -> None:
+    """3 dB, and three deviations of 8.7 / sqrt(n) dB: 0.26 dB for 10 000 elements."""
+    given = (Path("q.onnx"), "y", _meter(exact, 10_000, 4), _meter(fast, 10_000, 4), is_coarse)
+    if is_refused:
+        with pytest.raises(OutputCheckError, match=f"has {fast} dB .* gives {exact} dB"):
+            parity._judge(*given)
+    else:
+        found = parity._judge(*given)
+        assert (found.exact_sqnr_db, found.fast_sqnr_db) == pytest.approx((exact, fast))
