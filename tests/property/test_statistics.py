@@ -116,7 +116,7 @@ def test_bins_agree_with_numpy() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 64, 56, 56), (1, 257, 384), (3, 65_537), (131_072,), (2, 2, 2, 99_991)]
+    "shape", [(1, 64, 56, 56), (1, 257, 384), (3, 65_537), (131_072,), (2, 2, 2, 99_991), (43_000, 6)]
 )
 def test_strided_subset(shape: tuple[int, ...]) -> None:
     size = math.prod(shape)
@@ -166,3 +166,11 @@ def test_extremes_of_one_member_leave_no_histogram() -> None:
     for members in ([_result(whole), _result(extremes)], [_result(extremes), _result(whole)]):
         found = combined(members)
         assert (found.minimum, found.maximum, found.elements, found.counts) == (-3.0, 4.0, 5, None)
+
+
+def test_zeros_do_not_widen_the_bins_of_a_tiny_tensor() -> None:
+    zeros, tiny = _result(_built(np.zeros(3, np.float32))), _result(_built(np.float32([1e-20, -3e-20])))
+    for members in ([zeros, tiny], [tiny, zeros]):
+        _assert_identical(
+            combined(members), _result(_built(np.zeros(3, np.float32), np.float32([1e-20, -3e-20])))
+        )

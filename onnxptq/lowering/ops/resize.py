@@ -250,7 +250,7 @@ def _read_mode(spec: NodeSpec) -> ResizeMode:
         nearest=spec.text("nearest_mode", "round_prefer_floor"),
         cubic_a=round(spec.number("cubic_coeff_a", -0.75), 7),
         exclude_outside=bool(spec.integer("exclude_outside", 0)),
-        antialias=bool(spec.integer("antialias", 0)) and mode != "nearest",
+        antialias=bool(spec.integer("antialias", 0)),
         extrapolation=spec.number("extrapolation_value", 0.0),
     )
     if mode not in ("nearest", "linear", "cubic") or how.coordinates not in _COORDINATES:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from onnxptq.calibrate.observers import Observer, choose_qparams
-from onnxptq.calibrate.statistics import StatisticsBuilder, TensorStatistics
+from onnxptq.calibrate.statistics import HISTOGRAM_ELEMENTS, StatisticsBuilder, TensorStatistics
 from onnxptq.quantizers.affine import asymmetric_qparams, fake_quantize, range_of, symmetric_qparams
 from onnxptq.types import PerTensor, QParams, QType
 
@@ -208,3 +208,24 @@ def test_a_margin_widens_both_ends_up_to_the_bounds(symmetric: bool) -> None:
 
     assert ends(None) == pytest.approx([-6.0 if symmetric else -3.0, 6.0], abs=0.06)
     assert ends((-2.5, 5.0)) == pytest.approx([-5.0 if symmetric else -2.5, 5.0], abs=0.06)
+
+
+def test_all_percent_are_the_extremes_whether_the_histogram_has_seen_them_or_not() -> None:
+    values = np.ones(3 * HISTOGRAM_ELEMENTS, np.float32)
+    values[1], values[-2] = -7.0, 9.0
+    statistics = _statistics(values)
+    centres, _ = statistics.bins()
+    assert centres.min() > 0.0
+    observer = Observer(name="percentile", percentile=100.0)
+    found = choose_qparams(statistics, QType.unsigned(8), symmetric=False, observer=observer)
+    assert [float(end) for end in range_of(found)] == pytest.approx([-7.0, 9.0], abs=0.04)
+
+
+@pytest.mark.parametrize("name", ["relu", "negative", "constant"])
+def test_percentiles_stay_within_what_was_seen(name: str) -> None:
+    """A bin at an end reaches beyond it."""
+    values, observer = VALUES[name], Observer(name="percentile", percentile=99.9999)
+    found = choose_qparams(_statistics(values), QType.unsigned(8), symmetric=False, observer=observer)
+    low, high = (float(end) for end in range_of(found))
+    assert min(float(values.min()), 0.0) * (1 + 1e-6) <= low
+    assert high <= max(float(values.max()), 0.0) * (1 + 1e-6)

@@ -296,3 +296,11 @@ def test_no_root_without_weights_that_a_product_reads(tmp_path: Path) -> None:
     model = canonical(net.proto({"x": [4, 8]}, [net.linear("b", y, 8, 8)]), tmp_path)
     found = choose_root(model, planned(model, "simulate"), random_samples(model, 1))
     assert (found.order, found.noise_db) == (1, {})
+
+
+def test_a_root_whose_product_stays_in_float_is_not_quantized(tmp_path: Path) -> None:
+    model = canonical(NETS["attention_block"](), tmp_path)
+    model, _ = root_weights(model, 2, random_samples(model, 1)[0], work_dir=tmp_path)
+    assert "softmax_root" in {q.tensor for q in planned(model, "simulate").quantizers}
+    plan = planned(model, "simulate", declined={"pv": "no"})
+    assert not {"softmax", "softmax_root"} & {q.tensor for q in plan.quantizers}

@@ -265,6 +265,18 @@ def test_limits_hold_the_factors_of_single_variables() -> None:
         np.testing.assert_allclose(np.exp(x), [0.5, 1.0, 1.0, 0.125], rtol=1e-6)
 
 
+def test_ranges_below_zero_are_equalized_as_well() -> None:
+    spread, zero = np.array([1.0, 8.0, 0.25, 2.0]), np.zeros(4)
+    below = ActivationTerm(
+        name="t", index=np.arange(4), sign=np.ones(4), low=-spread, high=zero, gain=np.ones(4),
+        tail_low=zero, tail_high=zero, risk=zero, symmetric=False,
+    )  # fmt: skip
+    above = replace(below, low=zero, high=spread)
+    found = [choose([term], *within(64.0, 4), snap=False) for term in (below, above)]
+    np.testing.assert_allclose(found[0].x, found[1].x, atol=1e-9)
+    assert found[0].after < 0.5 * found[0].before
+
+
 def test_factors_stay_where_no_noise_counts() -> None:
     zero = np.zeros(2)
     term = ActivationTerm(

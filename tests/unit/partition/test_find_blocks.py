@@ -393,3 +393,15 @@ def test_a_depthwise_layer_is_joined_with_a_pointwise_one_alone() -> None:
     dense = net.conv_relu(deep, 8, 8, 3)
     graph, _ = net.built(net.conv(dense, 8, 4, 3))
     assert [block.outputs for block in find_blocks(graph)][:3] == [(x,), (deep,), (dense,)]
+
+
+@pytest.mark.parametrize(("most", "is_cut"), [(3, False), (2, True)])
+def test_a_fork_of_as_many_layers_as_allowed_is_one_block(most: int, is_cut: bool) -> None:
+    net = image_net()
+    x = net.conv_relu("x", 3, 4)
+    y = x
+    for _ in range(3):
+        y = net.conv_relu(y, 4, 4)
+    graph, _ = net.built(net.op("Add", y, x))
+    kinds = [block.kind for block in find_blocks(graph, max_linears=most)]
+    assert (kinds == ["plain", "fork"]) != is_cut

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxptq.lowering.network import BlockNetwork
 from onnxptq.lowering.output_loss import LossChoice
 from onnxptq.partition.blocks import find_blocks
-from onnxptq.reconstruct.fisher import fisher_weights
+from onnxptq.reconstruct.fisher import _scaled, fisher_weights
 
 RNG = np.random.default_rng(5)
 FIRST = RNG.standard_normal((4, 6)).astype(np.float32)
@@ -107,3 +107,7 @@ def test_channels_that_differ_in_number_from_sample_to_sample_have_no_weight_eac
     found = fisher_weights(network, inputs, frozenset(), 1, axes={"a": 0, "h": 0})
     # What the last sample alone says.
     assert {value.shape for value in found.values()} == {(3, 1)}
+
+
+def test_a_tensor_that_has_never_mattered_weighs_every_element_alike() -> None:
+    assert torch.equal(_scaled(torch.zeros(1, 6)), torch.ones(1, 6))

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from onnxptq.calibrate.observers import Observer
 from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import calibrate
+from onnxptq.graph.index import GraphIndex
 from onnxptq.quantizers.affine import fake_quantize
 from onnxptq.reconstruct.initial import bias_qparams, initial_solution
-from onnxptq.reconstruct.rounding import round_in_closed_form
+from onnxptq.reconstruct.rounding import compensable_layers, round_in_closed_form
 from onnxptq.samples import ListFeeds
 from tests.unit.small_nets import Net, canonical, planned, random_samples
 
@@ -75,3 +77,12 @@ def test_values_too_large_for_their_squares_keep_the_nearest_grid_points(tmp_pat
     ranges = choose_ranges(plan, calibrate(model, ListFeeds(samples), ["x"]), Observer(name="minmax"))
     start = initial_solution(model.graph, plan, ranges)
     assert round_in_closed_form(model, plan, start, samples).weights == start.weights
+
+
+@pytest.mark.parametrize(("most", "is_in"), [(54, True), (53, False)])
+def test_layers_of_the_greatest_width_are_rounded(most: int, is_in: bool, tmp_path: Path) -> None:
+    net = Net()
+    net.conv("y", "x", (8, 6, 3, 3))
+    model = canonical(net.proto({"x": [1, 6, 12, 12]}, ["y"]), tmp_path)
+    found = compensable_layers(GraphIndex(model.graph), planned(model, "simulate"), most)
+    assert len(found) == is_in

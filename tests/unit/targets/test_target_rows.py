@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.reference
 import pytest
 from onnx import TensorProto
 
 from onnxptq.graph.index import GraphIndex
 from onnxptq.targets import TARGETS, PlacementRequest, candidate_tensors
-from onnxptq.targets.placement import ScaleGroups
+from onnxptq.targets.placement import ScaleGroups, known_bounds
 from onnxptq.types import GRAPH_OUTPUT, PerAxis, PerTensor, QType, Quantizer, QuantPlan
 from tests.unit.small_nets import NETS, Net, graph_of, vector_attention
 
@@ -204,6 +205,59 @@ def test_tensorrt_quantizes_the_skip_input_of_a_residual_sum(tmp_path: Path) -> 
     assert ("sum", 1) not in edges
 
 
+def test_a_product_that_others_read_too_fuses_with_no_sum(tmp_path: Path) -> None:
+    net = Net()
+    net.op("Sigmoid", "other", net.conv("conv", "x", (16, 16, 3, 3)))
+    net.op("Add", "sum", "conv", net.op("Sigmoid", "skip", "x"))
+    plan = _place(net.proto({"x": [1, 16, 8, 8]}, ["sum", "other"]), tmp_path, "tensorrt")
+    assert {node for node, _ in _edges(plan)} == {"conv"}
+
+
+def test_an_output_that_cannot_be_calibrated_stays_float(tmp_path: Path) -> None:
+    plan = _place(LINEARS["conv"][0], tmp_path, "ort-cpu", uncalibrated={"y": "NaN"})
+    assert {q.tensor for q in plan.quantizers} == {"x", "w0", "w1"}
+
+
+@pytest.mark.parametrize(
+    ("op", "ends"),
+    [
+        ("Relu", (0.0, np.inf)),
+        ("Sigmoid", (0.0, 1.0)),
+        ("HardSigmoid", (0.0, 1.0)),
+        ("Softmax", (0.0, 1.0)),
+        ("Tanh", (-1.0, 1.0)),
+        ("Elu", None),
+    ],
+)
+def test_bounds_of_operators_are_met_and_never_left(
+    op: str, ends: tuple[float, float] | None, tmp_path: Path
+) -> None:
+    graph = graph_of(_single(op, shape=[1, 4]), tmp_path)
+    assert known_bounds(graph.nodes[0]) == ends
+    if ends is not None:
+        x = np.float32([[-80.0, 0.0, 1e-3, 80.0]])
+        (y,) = onnx.reference.ReferenceEvaluator(_single(op, shape=[1, 4])).run(None, {"x": x})
+        assert ends[0] <= y.min()
+        assert y.max() <= ends[1]
+        assert y.min() == pytest.approx(ends[0])
+        assert y.max() == pytest.approx(min(ends[1], 80.0))
+
+
+@pytest.mark.parametrize(
+    ("given", "bounds"),
+    [(("low", "high"), (-1.0, 6.0)), (("low", ""), None), (("", "high"), None), ((), None)],
+)
+def test_a_clip_has_bounds_where_both_are_known(
+    given: tuple[str, ...], bounds: tuple[float, float] | None, tmp_path: Path
+) -> None:
+    net = Net()
+    known = {"low": net.constant("low", np.float32(-1)), "high": net.constant("high", np.float32(6)), "": ""}
+    net.op("Clip", "y", "x", *(known[name] for name in given))
+    graph = graph_of(net.proto({"x": [1, 4]}, ["y"]), tmp_path)
+    assert known_bounds(graph.nodes[0]) == bounds
+    assert known_bounds(None) is None
+
+
 def test_a_skip_input_that_cannot_be_calibrated_stays_float(tmp_path: Path) -> None:
     net = Net()
     skip = net.op("Sigmoid", "skip", "x")
@@ -305,13 +359,15 @@ def test_a_concat_with_a_constant_says_why_it_stays_float(tmp_path: Path) -> Non
     ("shape", "channels", "group", "is_float"),
     [
         ((32, 3, 3, 3), 3, 1, False),
+        ((32, 4, 3, 3), 4, 1, False),
+        ((32, 5, 3, 3), 5, 1, True),
         ((32, 8, 3, 3), 8, 1, True),
         ((8, 32, 3, 3), 32, 1, True),
         ((32, 1, 3, 3), 32, 32, False),
         ((8, 1, 3, 3), 8, 8, True),
         ((32, 8, 3, 3), 32, 4, False),
     ],
-    ids=["pictures", "few_in", "few_out", "depthwise", "narrow_depthwise", "groups"],
+    ids=["pictures", "four_in", "five_in", "few_in", "few_out", "depthwise", "narrow_depthwise", "groups"],
 )
 def test_narrow_convolutions_stay_float_for_tensorrt(
     shape: tuple[int, ...], channels: int, group: int, is_float: bool, tmp_path: Path

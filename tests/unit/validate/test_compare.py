@@ -321,3 +321,20 @@ def test_models_of_any_name_are_compared_layer_by_layer(int8: Written, tmp_path:
         shutil.copyfile(original, place)
     found = compare(source, written, FEEDS, work_dir=tmp_path, layers=True, group_bytes=1)
     assert found.layers == _compare(int8, tmp_path, layers=True).layers
+
+
+def test_inputs_and_outputs_of_other_names_are_matched_by_their_order(int8: Written, tmp_path: Path) -> None:
+    other = onnx.load(str(int8.path))
+    names = {"x": "pictures", "scores": "logits"}
+    for entry in (*other.graph.input, *other.graph.output):
+        entry.name = names.get(entry.name, entry.name)
+    for node in other.graph.node:
+        for field in (node.input, node.output):
+            field[:] = [names.get(name, name) for name in field]
+    onnx.save(other, str(tmp_path / "other.onnx"))
+    found = _compare(int8, tmp_path, tmp_path / "other.onnx", layers=True)
+    same = _compare(int8, tmp_path, layers=True)
+    assert found.outputs == same.outputs
+    assert "inputs have different names and were matched by their order: x = pictures" in found.notes[0]
+    assert "scores = logits, features = features" in found.notes[1]
+    assert {"x", "c1", "sum"} <= {layer.tensor for layer in found.layers}
