@@ -74,8 +74,7 @@ def correct_pack(
             return rounded(task, solution)
         factors = correction(task.matrix, task.sums, task.ridge, rank)
         layer = task.layer
-        is_transposed = layer.node.op != "Conv" and layer.axis % 2 == 1
-        found[layer.weight.name] = replace(factors, is_transposed=is_transposed)
+        found[layer.weight.name] = replace(factors, is_transposed=layer.axis % 2 == 1)
         merged = task.matrix + factors.product()[None]
         nearest = fake_quantize(weight_tensor(layer, merged), solution.qparams[task.quantizer_id])
         return task.solved(solution, weight_matrix(layer, nearest))

@@ -116,7 +116,7 @@ def test_bins_agree_with_numpy() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 64, 56, 56), (1, 257, 384), (3, 65_537), (131_072,), (2, 2, 2, 99_991), (43_000, 6)]
+    "shape", [(1, 64, 56, 56), (1, 257, 384), (3, 65_537), (131_072,), (2, 2, 2, 99_991), (43_001, 6)]
 )
 def test_strided_subset(shape: tuple[int, ...]) -> None:
     size = math.prod(shape)

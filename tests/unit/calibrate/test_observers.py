@@ -104,6 +104,13 @@ def test_percentile_leaves_out_as_much_on_either_side() -> None:
     assert [float(end) for end in range_of(found)] == pytest.approx([-2.0, 3.0], abs=0.05)
 
 
+def test_symmetric_percentile_keeps_no_more_than_asked() -> None:
+    statistics = _statistics(np.float32([1.0, -2.0, 3.0, -4.0]))
+    observer = Observer(name="percentile", percentile=50.0)
+    found = choose_qparams(statistics, QType.signed(8), symmetric=True, observer=observer)
+    assert float(found.scale) * 127 == pytest.approx(2.0, abs=0.01)
+
+
 @pytest.mark.parametrize("percent", [99.9, 95.0])
 def test_symmetric_percentile_keeps_that_share_of_the_magnitudes(percent: float) -> None:
     values = VALUES["heavy_tail"]

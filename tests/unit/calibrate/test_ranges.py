@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,13 @@ def test_zero_counts_as_a_value_of_every_range() -> None:
     )
     low, high = range_of(choose_ranges(plan, calibration, few, {"a": MINMAX})["a"])
     assert (float(low), float(high)) == pytest.approx((-1.0, 11.0), abs=0.05)
+
+
+def test_bounds_of_a_quantizer_stop_a_margin() -> None:
+    observer, calibration = Observer(name="minmax", margin=2.0), _calibration(a=_statistics(0.0, 4.0))
+    for bounds, high in ((None, 8.0), ((0.0, 6.0), 6.0)):
+        found = choose_ranges(_plan(replace(_quantizer("a"), bounds=bounds)), calibration, observer)
+        assert float(range_of(found["a"])[1]) == pytest.approx(high)
 
 
 def test_of_equal_ranges_the_tensor_with_more_values_leads() -> None:

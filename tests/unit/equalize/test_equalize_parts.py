@@ -415,3 +415,28 @@ def test_a_trial_rounds_activations_and_weights(tmp_path: Path, bits: int) -> No
     # One of 200 activations may fall on the other side of a tie after float32 rounding: 0.05 dB.
     assert found == pytest.approx(expected, abs=0.05)
     assert not list(tmp_path.glob("trial*"))
+
+
+@pytest.mark.parametrize("op", ["Mul", "Div"])
+def test_gains_go_through_a_quotient_as_through_the_product_with_its_inverse(op: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    by = rng.uniform(0.5, 4.0, (1, 6, 1, 1)).astype(np.float32)
+    weights = {
+        "w1": rng.standard_normal((6, 4, 1, 1)).astype(np.float32),
+        "by": by if op == "Mul" else 1 / by,
+        "w2": rng.standard_normal((5, 6, 3, 3)).astype(np.float32),
+    }
+    nodes = [node("Conv", "x w1", "a"), node(op, "a by", "b"), node("Conv", "b w2", "y")]
+    source = build(nodes, {"x": (1, 4, 12, 12)}, ["y"], weights)
+    model, feeds = canonical(source, tmp_path), samples_for(source, 3)
+    index, trace = GraphIndex(model.graph), traced(model, next(iter(feeds)))
+    shapes, _ = concrete_shapes(model, next(iter(feeds)), "cpu")
+    spreads = observe(
+        model, feeds, {"y": trace.labels["y"]}, trace.classes,
+        sizes=shapes, positions=range(3), provider="cpu", group_bytes=1 << 20, tick=lambda: None,
+    )  # fmt: skip
+    gains = channel_gains(index, trace, spreads, shapes)
+    signal = float((spreads["y"].energy * spreads["y"].share).sum()) * 5
+    wanted = np.square(weights["w2"]).sum(axis=(0, 2, 3)) / signal * np.square(by.reshape(-1))
+    roots = trace.classes.roots(trace.labels["a"]).reshape(-1).tolist()
+    np.testing.assert_allclose([gains["a"][root] for root in roots], wanted, rtol=1e-5)

@@ -15,7 +15,7 @@ from onnxptq.lowering.network import BlockNetwork
 from onnxptq.partition.blocks import find_blocks, join_halves, merge_blocks, verify_blocks
 from onnxptq.partition.dataflow import Dataflow
 from onnxptq.partition.describe import describe_blocks
-from onnxptq.partition.operators import is_depthwise
+from onnxptq.partition.operators import is_depthwise, is_pointwise
 from onnxptq.types import GRAPH_OUTPUT, Block, Site
 from tests.unit.partition import small_networks
 from tests.unit.partition.small_networks import KNOWN, OTHERS, Net, image_net
@@ -241,6 +241,13 @@ def test_a_convolution_of_one_channel_is_not_depthwise() -> None:
     assert {node.outputs[0].name: is_depthwise(node) for node in graph.nodes} == kinds
 
 
+def test_a_grouped_convolution_is_not_pointwise() -> None:
+    net = image_net()
+    kinds = {net.conv("x", 3, 6, 1): True, net.conv("x", 3, 6, 1, group=3): False, net.conv("x", 3, 6): False}
+    graph, _ = net.built(*kinds)
+    assert {node.outputs[0].name: is_pointwise(node) for node in graph.nodes} == kinds
+
+
 def test_a_half_that_reads_something_else_too_is_joined_to_no_attention() -> None:
     graph, _ = KNOWN["vit"]()
     apart = list(find_blocks(graph, join=False))
@@ -274,8 +281,9 @@ def test_networks_without_products_or_nodes() -> None:
     graph, _ = net.built(net.op("Softmax", net.op("Relu", "x")))
     assert [len(block.nodes) for block in find_blocks(graph)] == [2]
     assert find_blocks(gs.Graph()) == ()
-    with pytest.raises(ValueError, match="start at 1"):
-        find_blocks(graph, max_live=0)
+    for wrong in ({"max_live": 0}, {"max_linears": 0}):
+        with pytest.raises(ValueError, match="start at 1"):
+            find_blocks(graph, **wrong)
 
 
 def test_sites_are_the_edges_of_the_nodes() -> None:

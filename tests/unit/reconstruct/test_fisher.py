@@ -111,3 +111,15 @@ def test_channels_that_differ_in_number_from_sample_to_sample_have_no_weight_eac
 
 def test_a_tensor_that_has_never_mattered_weighs_every_element_alike() -> None:
     assert torch.equal(_scaled(torch.zeros(1, 6)), torch.ones(1, 6))
+
+
+def test_probabilities_say_what_their_logits_say() -> None:
+    """With the same draws, as they are drawn from the same p; peaked, so that p is far from softmax(p)."""
+    x = {i: {"x": torch.from_numpy(4 * RNG.standard_normal((1, 4)).astype(np.float32))} for i in range(20)}
+    logits, softmax = _network("logits"), _network("Softmax")
+    one = fisher_weights(logits, x, frozenset(), 1)
+    other = fisher_weights(softmax, x, frozenset(softmax.outputs), 1)
+    shared = one.keys() & other.keys()
+    assert shared
+    for name in shared:
+        np.testing.assert_allclose(one[name].numpy(), other[name].numpy(), rtol=1e-3, atol=1e-4)

@@ -86,3 +86,11 @@ def test_layers_of_the_greatest_width_are_rounded(most: int, is_in: bool, tmp_pa
     model = canonical(net.proto({"x": [1, 6, 12, 12]}, ["y"]), tmp_path)
     found = compensable_layers(GraphIndex(model.graph), planned(model, "simulate"), most)
     assert len(found) == is_in
+
+
+def test_a_weight_that_two_layers_read_is_not_rounded_for_one_of_them(tmp_path: Path) -> None:
+    net = Net()
+    w = net.weight("w", 6, 6)
+    net.op("MatMul", "y", net.op("MatMul", "a", "x", w), w)
+    model = canonical(net.proto({"x": [4, 6]}, ["y"]), tmp_path)
+    assert compensable_layers(GraphIndex(model.graph), planned(model, "simulate"), 99) == []

@@ -328,6 +328,58 @@ def test_tensorrt_pools_between_products_are_quantized(op: str, tmp_path: Path) 
     assert ("last", 0) not in _edges(plan)
 
 
+def test_a_pool_that_is_to_stay_float_does(tmp_path: Path) -> None:
+    net = Net()
+    pool = net.op("MaxPool", "pool", net.conv("conv", "x", (16, 16, 3, 3)), kernel_shape=[2, 2])
+    model = net.proto({"x": [1, 16, 8, 8]}, [net.conv("next", pool, (16, 16, 1, 1))])
+    assert ("pool", 0) in _edges(_place(model, tmp_path, "tensorrt"))
+    assert ("pool", 0) not in _edges(_place(model, tmp_path, "tensorrt", declined={"pool": "no"}))
+
+
+CARRIERS: dict[str, dict[str, object]] = {
+    "AveragePool": {"kernel_shape": [2, 2]},
+    "Elu": {},
+    "GlobalAveragePool": {},
+    "HardSigmoid": {},
+    "HardSwish": {},
+    "LeakyRelu": {},
+    "MaxPool": {"kernel_shape": [2, 2]},
+    "Relu": {},
+    "Sigmoid": {},
+    "Transpose": {"perm": [0, 1, 3, 2]},
+}
+
+
+@pytest.mark.parametrize("op", [*CARRIERS, "Resize", "Erf", "InstanceNormalization"])
+def test_outputs_of_convolutions_are_quantized_where_a_kernel_reads_them_through(
+    op: str, tmp_path: Path
+) -> None:
+    """Behind a normalization, or what is not known, everything is float."""
+    net = Net()
+    more: list[str] = []
+    if op == "Resize":
+        more = ["", "", net.constant("sizes", np.array([1, 16, 16, 16], np.int64))]
+    if op == "InstanceNormalization":
+        more = [net.weight("scale", 16), net.weight("shift", 16)]
+    x = net.op(op, "between", net.conv("conv", "x", (16, 16, 3, 3)), *more, **CARRIERS.get(op, {}))
+    model = net.proto({"x": [1, 16, 8, 8]}, [net.conv("next", x, (16, 16, 1, 1))])
+    plan = _place(model, tmp_path, "ort-cpu")
+    is_carried = op in CARRIERS or op == "Resize"
+    assert ("no integer kernel follows" in _reasons(plan).get("conv", "")) != is_carried
+    assert (("between", 0) in _edges(plan)) == (is_carried and op != "Relu")
+
+
+def test_parts_of_a_tensor_keep_its_scale(tmp_path: Path) -> None:
+    net = Net()
+    x = net.op("LeakyRelu", "act", net.conv("conv", "x", (16, 16, 3, 3)))
+    pool = net.op("MaxPool", "pool", "conv", kernel_shape=[2, 2])
+    net.op("Split", "first", pool, outputs=["second"], axis=1, num_outputs=2)
+    outputs = [net.conv(f"{part}_conv", part, (16, 8, 1, 1)) for part in ("first", "second")]
+    edges = _edges(_place(net.proto({"x": [1, 16, 8, 8]}, [*outputs, x]), tmp_path, "ort-cpu"))
+    groups = {edges[key].scale_group for key in (("pool", 0), ("first_conv", 0), ("second_conv", 0))}
+    assert len(groups) == 1
+
+
 def test_concats_share_one_scale_through_nesting_and_movement(tmp_path: Path) -> None:
     plan = _place(NETS["concat_block"](), tmp_path, "tensorrt")
     edges = _edges(plan)
