@@ -236,3 +236,14 @@ def test_percentiles_stay_within_what_was_seen(name: str) -> None:
     low, high = (float(end) for end in range_of(found))
     assert min(float(values.min()), 0.0) * (1 + 1e-6) <= low
     assert high <= max(float(values.max()), 0.0) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["relu", "one_massive_value"])
+def test_entropy_takes_values_of_either_sign_alike(name: str) -> None:
+    values, observer = np.abs(VALUES[name]), Observer(name="entropy")
+    above, below = (
+        choose_qparams(_statistics(v), QType.unsigned(6), symmetric=False, observer=observer)
+        for v in (values, -values)
+    )
+    assert float(above.scale) == pytest.approx(float(below.scale), rel=1e-3)
+    assert (int(above.zero_point), int(below.zero_point)) == (0, 63)

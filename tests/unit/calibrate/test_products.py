@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from onnxptq.calibrate import products
 from onnxptq.calibrate.observers import Observer
 from onnxptq.calibrate.products import ORDERS, ROOT_MARGIN_DB, choose_root, choose_softmax_ranges
 from onnxptq.calibrate.ranges import choose_ranges
@@ -288,6 +289,20 @@ def test_the_order_of_the_root_is_what_rooted_models_say(bits: int, tmp_path: Pa
     assert found.noise_db == pytest.approx(expected, abs=0.05)
     best = min(expected, key=lambda order: expected[order])
     assert found.order == (best if expected[best] < expected[1] - ROOT_MARGIN_DB else 1)
+
+
+def test_a_root_must_gain_more_than_integer_kernels_are_worth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = canonical(NETS["attention_block"](), tmp_path)
+    samples = random_samples(plain, 2)
+    plan = planned(plain, "simulate", activation_bits=3)
+    noise_db = choose_root(plain, plan, samples).noise_db
+    gain = noise_db[1] - min(noise_db.values())
+    assert gain > 0.0
+    for margin, is_rooted in ((gain * 0.99, True), (gain * 1.01, False)):
+        monkeypatch.setattr(products, "ROOT_MARGIN_DB", margin)
+        assert (choose_root(plain, plan, samples).order > 1) == is_rooted
 
 
 def test_no_root_without_weights_that_a_product_reads(tmp_path: Path) -> None:

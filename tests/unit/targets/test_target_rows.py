@@ -447,7 +447,14 @@ def test_narrow_transposed_convolutions_stay_float_for_tensorrt(
 
 @pytest.mark.parametrize(
     ("left", "right", "is_float"),
-    [([1, 16], [16, 8], True), ([8, 16], [16, 1], True), ([8, 16], [16, 8], False)],
+    [
+        ([1, 16], [16, 8], True),
+        ([8, 16], [16, 1], True),
+        ([8, 16], [16, 8], False),
+        # Of one axis: the product says nothing of rows and columns.
+        ([16], [16, 8], False),
+        ([8, 16], [16], False),
+    ],
 )
 def test_vector_products_stay_float_for_tensorrt(
     left: list[int | str], right: list[int | str], is_float: bool, tmp_path: Path

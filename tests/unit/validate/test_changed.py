@@ -77,3 +77,9 @@ def test_sums_that_are_no_numbers_tell_nothing() -> None:
     assert not _differ(before, np.array([1.0, 2.0, 5.0]), 1e-3)
     assert _differ(before, np.array([np.nan, np.inf, 6.0]), 1e-3)
     assert _differ(np.array([1.0, 2.0, 5.0]), before, 1e-3)
+
+
+def test_a_sum_that_cancels_is_held_against_the_magnitudes_of_its_terms() -> None:
+    before = np.array([1e-6, 100.0, 20.0])
+    assert not _differ(before, np.array([5e-2, 100.0, 20.0]), 1e-3)
+    assert _differ(before, np.array([5e-1, 100.0, 20.0]), 1e-3)

@@ -231,3 +231,9 @@ def test_samples_with_other_numbers_of_rows_are_left_out_behind_a_selection() ->
     assert comparable(meter.results()) == [meter.results()[1]]
     with pytest.raises(OutputCheckError):
         meter.update(one, {"y": one["y"][0], "z": one["z"]})
+
+
+@pytest.mark.parametrize(("other", "cosine", "sqnr_db"), [(0.0, 1.0, math.inf), (1.0, 0.0, -math.inf)])
+def test_zeros_have_the_direction_of_zeros_alone(other: float, cosine: float, sqnr_db: float) -> None:
+    result = _meter([(np.zeros(4, np.float32), np.full(4, other, np.float32))])
+    assert (result.cosine, result.sqnr_db) == (cosine, sqnr_db)
