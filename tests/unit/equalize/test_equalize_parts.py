@@ -210,6 +210,16 @@ def test_predicted_noise_never_grows(seed: int, symmetric: bool, snap: bool) -> 
     assert np.abs(choice.x).max() <= np.log(64) + 1e-12
 
 
+def test_a_symmetric_grid_over_values_of_one_sign_has_twice_the_step() -> None:
+    zero = np.zeros(2)
+    term = ActivationTerm(
+        name="t", index=np.arange(2), sign=np.ones(2), low=zero, high=np.array([1.0, 3.0]), gain=np.ones(2),
+        tail_low=zero, tail_high=zero, risk=zero, symmetric=False,
+    )  # fmt: skip
+    x = np.array([0.2, -0.4])
+    assert replace(term, symmetric=True).noise(x) == pytest.approx(4 * term.noise(x))
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_noise_does_not_change_with_the_sign(symmetric: bool) -> None:
     term = activation(4, symmetric=symmetric)

@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 
 from onnxptq.quantizers.affine import (
+    SMALLEST_SCALE,
+    asymmetric_qparams,
     expand,
     fake_quantize,
+    largest_scale,
+    range_of,
     search_weight_qparams,
+    shifted_qparams,
+    shifted_type,
     symmetric_qparams,
     symmetric_zero_point,
 )
-from onnxptq.types import PerAxis, PerGroup, PerTensor, QParams, QType
+from onnxptq.types import PerAxis, PerGroup, PerTensor, QParams, QType, Quantizer
 
 
 @pytest.mark.parametrize(
@@ -93,3 +99,42 @@ def test_a_channel_of_zeros_has_a_positive_scale() -> None:
     found = search_weight_qparams(np.zeros((3, 2), np.float32), QType.signed(8), PerTensor())
     assert found.scale > 0
     assert found.scale.shape == ()
+
+
+def test_ranges_beyond_the_floats_are_cut_to_them() -> None:
+    limit = float(np.finfo(np.float32).max)
+    for low, high in ((0.0, np.inf), (-np.inf, 0.0), (-np.inf, np.inf)):
+        found = asymmetric_qparams(low, high, QType.unsigned(8))
+        assert np.isfinite(found.scale)
+        assert all(np.isfinite(end) for end in range_of(found))
+    wide = QParams(
+        scale=np.asarray(limit / 2, np.float32),
+        zero_point=np.asarray(128, np.int32),
+        qtype=QType.unsigned(8),
+        granularity=PerTensor(),
+    )
+    assert [float(end) for end in range_of(wide)] == [-limit, limit]
+
+
+@pytest.mark.parametrize("high", [0.0, 1e-30])
+def test_grids_above_zero_have_no_smaller_scale_either(high: float) -> None:
+    qtype = shifted_type(QType.unsigned(4))
+    assert qtype is not None
+    assert shifted_qparams(3, high, qtype).scale == np.float32(SMALLEST_SCALE)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "low", "is_bounded"),
+    [(None, 0.0, False), ((0.0, np.inf), 0.0, False), ((0.0, 6.0), 0.0, True), ((-6.0, 6.0), -1.0, False)],
+)
+def test_a_grid_that_starts_with_its_tensor_may_not_end_behind_it(
+    bounds: tuple[float, float] | None, low: float, is_bounded: bool
+) -> None:
+    qparams = asymmetric_qparams(low, 2.0, QType.unsigned(8))
+    quantizer = Quantizer(
+        quantizer_id="q", tensor="t", role="activation", qtype=qparams.qtype, granularity=PerTensor(),
+        symmetric=False, sites=(), scale_group="q", bounds=bounds,
+    )  # fmt: skip
+    found = largest_scale(quantizer, qparams)
+    assert found == (pytest.approx(6.0 / 255) if is_bounded else np.inf)
+    assert not is_bounded or np.float32(255) * np.float32(found) <= 6.0

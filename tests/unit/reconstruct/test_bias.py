@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -219,3 +220,27 @@ def test_the_solution_covers_the_plan(tmp_path: Path) -> None:
         for q in plan.quantizers:
             assert solution.qparams[q.quantizer_id].qtype == q.qtype
             assert solution.qparams[q.quantizer_id].granularity == q.granularity
+
+
+def test_a_bias_of_the_solution_is_the_one_that_is_corrected(tmp_path: Path) -> None:
+    net = Net()
+    net.conv("y", "x", (4, 3, 3, 3))
+    model = canonical(net.proto({"x": [1, 3, 9, 9]}, ["y"]), tmp_path)
+    samples = random_samples(model, 2)
+    plan, solution = _solved(model, samples, weight_bits=3)
+    bias = model.graph.tensors()["y.b"].values
+    moved = replace(solution, weights={"y.b": bias + np.float32(2.0)})
+    first, second = (_corrected(model, plan, s, samples, tmp_path)["y.b"] for s in (solution, moved))
+    np.testing.assert_allclose(second - first, 2.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("opset", [13, 17, 18])
+def test_means_are_written_as_the_opset_has_them(opset: int, tmp_path: Path) -> None:
+    """From 18 on their axes are an input."""
+    net = Net(opset=opset)
+    net.conv("y", "x", (4, 3, 3, 3))
+    model = replace(canonical(net.proto({"x": [1, 3, 9, 9]}, ["y"]), tmp_path), opset=opset)
+    samples = random_samples(model, 2)
+    plan, solution = _solved(model, samples, weight_bits=3)
+    found = _corrected(model, plan, solution, samples, tmp_path)["y.b"]
+    assert np.abs(found - model.graph.tensors()["y.b"].values).max() > 1e-4

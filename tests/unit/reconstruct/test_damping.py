@@ -86,3 +86,13 @@ def test_rows_that_are_all_zero_decide_nothing() -> None:
     matrix = RNG.standard_normal((1, 3, 4)).astype(np.float32)
     zero = np.zeros((1, 10, 4), np.float32)
     assert choose_damping(matrix, _gram(zero, zero), _gram(zero, zero)) == DAMPINGS[-1]
+
+
+@pytest.mark.parametrize("size", [2.0**-20, 2.0**10])
+def test_the_size_of_the_inputs_does_not_matter(size: float) -> None:
+    """lam is a share of their own squares."""
+    matrix = RNG.standard_normal((1, 5, 24)).astype(np.float32)
+    halves = _halves(30, 24, 4.0)
+    scaled = [(np.float32(size) * x, np.float32(size) * read) for x, read in halves]
+    one, other = (choose_damping(matrix, *(_gram(*half) for half in pair)) for pair in (halves, scaled))
+    assert one == other > DAMPINGS[0]

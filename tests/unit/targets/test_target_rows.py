@@ -334,6 +334,19 @@ def test_a_pool_that_is_to_stay_float_does(tmp_path: Path) -> None:
     model = net.proto({"x": [1, 16, 8, 8]}, [net.conv("next", pool, (16, 16, 1, 1))])
     assert ("pool", 0) in _edges(_place(model, tmp_path, "tensorrt"))
     assert ("pool", 0) not in _edges(_place(model, tmp_path, "tensorrt", declined={"pool": "no"}))
+    assert ("pool", 0) not in _edges(_place(model, tmp_path, "tensorrt", uncalibrated={"conv": "NaN"}))
+
+
+def test_a_concat_of_what_cannot_be_calibrated_says_why_it_stays_float(tmp_path: Path) -> None:
+    net = Net()
+    parts = [net.op("Sigmoid", name, "x") for name in ("a", "b")]
+    model = net.proto(
+        {"x": [1, 16, 8, 8]}, [net.conv("y", net.op("Concat", "cat", *parts, axis=1), (16, 32, 1, 1))]
+    )
+    assert ("cat", 1) in _edges(_place(model, tmp_path, "tensorrt"))
+    plan = _place(model, tmp_path, "tensorrt", uncalibrated={"b": "NaN"})
+    assert {node for node, _ in _edges(plan)} == {"y"}
+    assert "'b' cannot be calibrated: NaN" in _reasons(plan)["cat"]
 
 
 CARRIERS: dict[str, dict[str, object]] = {

@@ -237,3 +237,9 @@ def test_samples_with_other_numbers_of_rows_are_left_out_behind_a_selection() ->
 def test_zeros_have_the_direction_of_zeros_alone(other: float, cosine: float, sqnr_db: float) -> None:
     result = _meter([(np.zeros(4, np.float32), np.full(4, other, np.float32))])
     assert (result.cosine, result.sqnr_db) == (cosine, sqnr_db)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e15])
+def test_decibels_do_not_depend_on_the_size(size: float) -> None:
+    r = np.float64([3.0, 4.0]) * size
+    assert _meter([(r, 1.01 * r)]).sqnr_db == pytest.approx(40.0)
