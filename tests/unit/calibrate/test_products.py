@@ -319,3 +319,27 @@ def test_a_root_whose_product_stays_in_float_is_not_quantized(tmp_path: Path) ->
     assert "softmax_root" in {q.tensor for q in planned(model, "simulate").quantizers}
     plan = planned(model, "simulate", declined={"pv": "no"})
     assert not {"softmax", "softmax_root"} & {q.tensor for q in plan.quantizers}
+
+
+def test_a_mean_has_the_noise_over_signal_of_the_sum(tmp_path: Path) -> None:
+    found = []
+    for op in ("ReduceSum", "ReduceMean"):
+        proto = vector_attention()
+        (total,) = (node for node in proto.graph.node if node.op_type == "ReduceSum")
+        total.op_type = op
+        model = canonical(proto, tmp_path)
+        plan, samples = planned(model, "simulate", activation_bits=3), random_samples(model, 1)
+        ranges = {"p": asymmetric_qparams(0.0, 1.0, QType.unsigned(3))}
+        found.append(choose_softmax_ranges(model, plan, ranges, samples)["p"])
+    assert (found[0].full, found[0].from_zero, found[0].free) == (
+        found[1].full,
+        found[1].from_zero,
+        found[1].free,
+    )
+
+
+def test_a_root_that_cannot_be_calibrated_leaves_its_weights_quantized(tmp_path: Path) -> None:
+    model = canonical(NETS["attention_block"](), tmp_path)
+    model, _ = root_weights(model, 2, random_samples(model, 1)[0], work_dir=tmp_path)
+    plan = planned(model, "simulate", uncalibrated={"softmax_root": "NaN"})
+    assert {q.tensor for q in plan.quantizers} & {"softmax", "softmax_root"} == {"softmax"}

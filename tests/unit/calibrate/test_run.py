@@ -108,6 +108,17 @@ def test_what_one_process_finds_broken_is_left_out_of_all(ranks: Ranks, tmp_path
     assert all("NaN" in reason for reason in found.uncalibrated.values())
 
 
+def test_the_first_sample_that_is_broken_is_told_whichever_process_has_it(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    net = Net()
+    model = canonical(net.proto({"x": [1, 4]}, [net.op("Log", "log", "x")]), tmp_path)
+    for values, word in (((0.0, -1.0), "Inf"), ((-1.0, 0.0), "NaN"), ((1.0, 0.0, -1.0), "Inf")):
+        samples = [{"x": np.full((1, 4), value, np.float32)} for value in values]
+        found = calibrate(model, ListFeeds(samples), ["x", "log"], ranks=ranks)
+        assert word in found.uncalibrated["log"]
+
+
 def test_fusions_do_not_depend_on_the_group(tmp_path: Path) -> None:
     """onnxruntime fuses a convolution with the sum behind it, which rounds differently, unless both are seen."""
     net = Net()

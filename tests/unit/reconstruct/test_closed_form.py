@@ -209,3 +209,13 @@ def test_a_group_that_is_close_to_singular_leaves_the_others_alone() -> None:
         *(getattr(gram, name)[:1] for name in ("quantized", "mixed", "float_total", "quantized_total")), 400
     )
     np.testing.assert_array_equal(found[:1], round_weights(weight[:1], alone, own))
+
+
+@pytest.mark.parametrize(
+    ("size", "read", "is_finite"), [(1.0, 1.0, True), (1e30, 1e10, False), (1e30, 1e30, False)]
+)
+def test_sums_know_whether_they_are_finite(size: float, read: float, is_finite: bool) -> None:
+    """Quantized rows may be cut off where the float ones are not."""
+    gram = Gram.empty(1, 2)
+    gram.add(np.full((1, 3, 2), size, np.float32), np.full((1, 3, 2), read, np.float32))
+    assert gram.is_finite == is_finite

@@ -338,3 +338,11 @@ def test_inputs_and_outputs_of_other_names_are_matched_by_their_order(int8: Writ
     assert "inputs have different names and were matched by their order: x = pictures" in found.notes[0]
     assert "scores = logits, features = features" in found.notes[1]
     assert {"x", "c1", "sum"} <= {layer.tensor for layer in found.layers}
+
+
+def test_labels_are_not_expected_to_fit_outputs_that_are_no_class_scores(
+    int8: Written, tmp_path: Path
+) -> None:
+    found = _compare(int8, tmp_path, labels=[6, *[0] * 9])
+    assert [output.labelled for output in found.outputs] == [10, 0]
+    assert found.notes == ()
