@@ -134,6 +134,7 @@ def read_model(path: Path, *, is_float: bool = True) -> onnx.ModelProto:
     model = _parse(path)
     _check_header(model, path)
     _check_tensors(model, path)
+    _forget_negative_dimensions(model)
     if is_float:
         _check_floats_only(model, path)
     return model
@@ -217,6 +218,15 @@ def _check_tensors(model: onnx.ModelProto, path: Path) -> None:
         problem = _tensor_problem(tensor, path.parent)
         if problem:
             raise InvalidModelError(f"{where}: {problem}.", _REEXPORT)
+
+
+def _forget_negative_dimensions(model: onnx.ModelProto) -> None:
+    """Make dimensions unknown that converters write as -1, which ONNX has no meaning for and onnxruntime ignores."""
+    for graph in proto.walk_graphs(model.graph):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_value < 0:
+                    dim.ClearField("dim_value")
 
 
 def _outside(tensor: TensorProto, path: Path) -> str | None:

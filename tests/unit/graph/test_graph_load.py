@@ -23,6 +23,7 @@ from onnxptq.errors import (
 from onnxptq.graph import native
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.load import load_model, model_bytes, read_model
+from onnxptq.graph.specs import input_specs
 from tests.unit.graph.graph_helpers import assert_close, build, feed_for, node, random, run
 
 
@@ -392,3 +393,13 @@ def test_a_native_process_without_room(tmp_path: Path, monkeypatch: pytest.Monke
         load_model(saved(tmp_path, linear()))
     assert tempfile.gettempdir() in caught.value.message
     assert "TMPDIR" in caught.value.remedy
+
+
+def test_negative_dimensions_are_unknown_ones(tmp_path: Path) -> None:
+    model = linear()
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        value.type.tensor_type.shape.dim[0].dim_value = -1
+    path = saved(tmp_path, model)
+
+    assert input_specs(path)[0].shape == (None, 4)
+    assert canonicalize(path, tmp_path).inputs[0].shape == (None, 4)
