@@ -35,6 +35,7 @@ from onnxptq.graph.links import number_repeated, write_linked
 from onnxptq.graph.load import check_model, model_bytes, read_model
 from onnxptq.graph.names import name_nodes, user_names
 from onnxptq.graph.native import NativeError, run_native
+from onnxptq.graph.order import sort_nodes
 from onnxptq.graph.origins import find_regions, inner_names, user_nodes
 from onnxptq.graph.passes import PASSES
 from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
@@ -131,7 +132,8 @@ def canonicalize(
     """
     tick = started(progress, "Reading the model", 5)
     model = read_model(path)
-    contents = _checked_hash(model, path)
+    is_reordered = sort_nodes(model)
+    contents = _checked_hash(model, path, is_changed=is_reordered)
     tick()
     source_bytes = model_bytes(model, path)
     # Of no effect on a model without such nodes: its form stays the same for all targets.
@@ -139,6 +141,8 @@ def canonicalize(
     fingerprint = _fingerprint(contents, (opset, min_opset, simplify, *held))
     tick()
     draft = _Draft(source=path, model=model, infer_types=infer_types)
+    if is_reordered:
+        draft.notes.append("Nodes stood before others that they read: they were sorted.")
     renamed_source = _rename_repeated(draft, work_dir)
     _drop_initializer_inputs(model)
     _require_numpy_ends(model, path)
@@ -190,11 +194,11 @@ def canonicalize(
     )
 
 
-def _checked_hash(model: onnx.ModelProto, path: Path) -> str:
+def _checked_hash(model: onnx.ModelProto, path: Path, *, is_changed: bool) -> str:
     """The hash of the file and its external data, once the checker has found nothing wrong."""
     with ThreadPoolExecutor(1) as pool:
         # The checker has a process of its own, which takes as long as the hash of the file.
-        verdict = pool.submit(check_model, model, path)
+        verdict = pool.submit(check_model, model, path, is_changed=is_changed)
         contents = _sha256(model, path)
         verdict.result()
     return contents
