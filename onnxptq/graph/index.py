@@ -5,6 +5,7 @@ The index is a snapshot: build a new one after an edit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -78,6 +79,17 @@ def probability_outputs(graph: gs.Graph) -> frozenset[str]:
 def is_constant(tensor: gs.Tensor) -> bool:
     """Whether ``tensor`` is an initializer."""
     return isinstance(tensor, gs.Constant)
+
+
+_LARGE_WEIGHT = 4096
+"""Elements from which on copies of a constant show in the size of the file."""
+
+
+def is_shared_weight(index: GraphIndex, tensor: gs.Tensor) -> bool:
+    """Whether ``tensor`` is a large constant of several readers, which must not get one for each of them."""
+    return (
+        is_constant(tensor) and math.prod(tensor.shape) >= _LARGE_WEIGHT and len(index.uses(tensor.name)) > 1
+    )
 
 
 def is_float32(tensor: gs.Tensor) -> bool:
