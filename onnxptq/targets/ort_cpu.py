@@ -90,8 +90,10 @@ _CARRIERS = MOVEMENT_OPS | {
 
 
 def _carries(node: gs.Node) -> bool:
-    """Whether ``node`` is of the operators between two integer kernels. A division is, by a constant: x clip(x + 3, 0, 6)
-    / 6 is an activation, while a normalization divides by what it has measured."""
+    """Whether ``node`` is of the operators between two integer kernels.
+
+    A division is, by a constant: x clip(x + 3, 0, 6) / 6 is an activation; norms divide by what they measure.
+    """
     return node.op in _CARRIERS or (node.op == "Div" and is_constant(node.inputs[1]))
 
 
