@@ -39,11 +39,12 @@ from onnxptq.graph.order import sort_nodes
 from onnxptq.graph.origins import find_regions, inner_names, user_nodes
 from onnxptq.graph.passes import PASSES
 from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
+from onnxptq.graph.sharing import share_again, shared_reads
 from onnxptq.graph.surgeon import import_graph
 from onnxptq.listing import listed
 from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip, started
 
-FORM = 11
+FORM = 12
 """Version of the canonical form: part of the fingerprint, raised when results change."""
 
 LARGE_MODEL_BYTES = 1_500_000_000
@@ -445,7 +446,9 @@ def _require_float32_weights(graph: gs.Graph, path: Path) -> None:
 
 def _run_passes(graph: gs.Graph, draft: _Draft) -> None:
     for rewrite in PASSES:
+        shared = shared_reads(graph)
         count = rewrite.run(graph)
+        share_again(shared)
         if count:
             draft.notes.append(rewrite.note(count))
     graph.cleanup(remove_unused_graph_inputs=False).toposort()

@@ -81,14 +81,14 @@ def is_constant(tensor: gs.Tensor) -> bool:
     return isinstance(tensor, gs.Constant)
 
 
-_LARGE_WEIGHT = 4096
+LARGE_WEIGHT = 4096
 """Elements from which on copies of a constant show in the size of the file."""
 
 
 def is_shared_weight(index: GraphIndex, tensor: gs.Tensor) -> bool:
     """Whether ``tensor`` is a large constant of several readers, which must not get one for each of them."""
     return (
-        is_constant(tensor) and math.prod(tensor.shape) >= _LARGE_WEIGHT and len(index.uses(tensor.name)) > 1
+        is_constant(tensor) and math.prod(tensor.shape) >= LARGE_WEIGHT and len(index.uses(tensor.name)) > 1
     )
 
 
