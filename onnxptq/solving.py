@@ -19,7 +19,7 @@ from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.select import CANDIDATES, label, select_observer
 from onnxptq.graph.attention import find_mixed_weights
-from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.index import GraphIndex, outputs_behind
 from onnxptq.listing import listed
 from onnxptq.qdq import insert_quantizers
 from onnxptq.ranks import ALONE, Ranks
@@ -226,8 +226,15 @@ class Solver:
                 self.scratch,
                 self.recipe.provider,
                 reference=self.reference,
+                outputs=self._spoiled(),
             )
         return self._known_trial
+
+    def _spoiled(self) -> frozenset[str]:
+        """The outputs that quantizers of the plan come before."""
+        sites = [site for quantizer in self.plan.quantizers for site in quantizer.sites]
+        behind = outputs_behind(GraphIndex(self.model.graph), {site.consumer for site in sites})
+        return behind | {site.tensor for site in sites if site.consumer == GRAPH_OUTPUT}
 
     def relax(self, found: Solution, plan_of: Callable[[str], QuantPlan]) -> Mapping[str, str]:
         """More nodes to leave in float, with reasons, because the outputs stay below the recipe's floor.

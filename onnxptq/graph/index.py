@@ -6,7 +6,7 @@ The index is a snapshot: build a new one after an edit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,3 +118,17 @@ def read_tensors(node: gs.Node) -> Iterator[gs.Tensor]:
             }
             captured = [t for inner in attribute.nodes for t in read_tensors(inner)]
             yield from (t for t in (*captured, *attribute.outputs) if t.name not in own)
+
+
+_SHAPE_READERS = frozenset({"Shape", "Size"})
+
+
+def outputs_behind(index: GraphIndex, nodes: Collection[str]) -> frozenset[str]:
+    """The graph outputs whose values depend on what ``nodes`` compute."""
+    changed: set[str] = set()
+    for node in index.nodes:
+        if node.op in _SHAPE_READERS:
+            continue
+        if node.name in nodes or any(tensor.name in changed for tensor in read_tensors(node)):
+            changed.update(tensor.name for tensor in node.outputs)
+    return index.output_names & changed
