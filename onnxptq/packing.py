@@ -150,11 +150,18 @@ def focus_notes(model: CanonicalModel, plan: QuantPlan, start: Solution, recipe:
 
 
 def _lengthened(settings: Learning, steps: int) -> Learning:
-    """``steps`` in all, of which a search for ranks keeps its share; samples are taken as many times more often."""
+    """``steps`` in all, of which a search for ranks keeps its share; samples are taken as many times more often.
+    Where that is less, tuning takes no more."""
     usual = settings.search_steps + settings.steps
     searching = settings.search_steps * steps // usual
     passes = None if settings.passes is None else settings.passes * steps / usual
-    return replace(settings, search_steps=searching, steps=steps - searching, passes=passes)
+    return replace(
+        settings,
+        search_steps=searching,
+        steps=steps - searching,
+        passes=passes,
+        tuning_steps=min(settings.tuning_steps, steps),
+    )
 
 
 def torch_device() -> str:
