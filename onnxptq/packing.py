@@ -29,6 +29,8 @@ from onnxptq.reconstruct.checkpoint import Checkpoints
 from onnxptq.reconstruct.learning import BALANCED, FAST, PAPER, Learning
 from onnxptq.reconstruct.pack_quantizers import unfocused
 from onnxptq.reconstruct.packwise import Resources, reconstruct
+from onnxptq.reconstruct.rounding import round_shared
+from onnxptq.reconstruct.sequential import MAX_WIDTH, ROUNDING_DAMPING
 from onnxptq.types import (
     Block,
     CanonicalModel,
@@ -281,6 +283,17 @@ def solve_by_packs(
         tuned_together = _together(need, spare - need.parameters)
         if need.activations + need.parameters > spare:
             whole, untuned = None, _unfit(need, spare)
+    if settings.is_closed_form_first:
+        start = round_shared(
+            model,
+            plan,
+            start,
+            samples,
+            max_width=MAX_WIDTH,
+            damping=ROUNDING_DAMPING,
+            provider=recipe.provider,
+            progress=progress,
+        )
     folder = work_dir / "packs" / _key(model, plan, start, samples, packing, settings, recipe, device)
     found = reconstruct(
         model,
