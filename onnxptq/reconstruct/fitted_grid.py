@@ -114,8 +114,11 @@ def _descended(q: Matrix, slope: Matrix, scales: Matrix, held: Matrix, qtype: QT
     for k in range(q.shape[2]):
         curvature = scales * held[:, None, k, k]
         step = np.clip(np.rint(q[:, :, k] - own[:, :, k] / curvature), qtype.qmin, qtype.qmax) - q[:, :, k]
-        if step.any():
+        group, channel = np.nonzero(step)
+        if len(group):
             q[:, :, k] += step
             steps[:, :, k] = step
-            own += (step * scales)[:, :, None] * held[:, None, k, :]
+            # Few channels move at a time, and what lies in front is not looked at again.
+            change = (step * scales)[group, channel]
+            own[group, channel, k + 1 :] += change[:, None] * held[group, k, k + 1 :]
     return steps
