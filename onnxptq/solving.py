@@ -297,20 +297,15 @@ class Solver:
         candidates = CANDIDATES if len(few.quantizers) < len(activations.quantizers) else (AT_FEW_BITS,)
         solutions = {candidate: solved(fitting, candidate) for candidate in candidates}
         rank = self._trial().adjustable(activations, solutions[candidates[0]])
-        observer, scores = select_observer(
+        selected = select_observer(
             lambda candidate, count: rank(solutions[candidate], count),
             len(self.samples.trial),
             candidates,
             progress=self.progress,
         )
-        self._float_rank = scores[label(observer)]
-        listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
-        self.notes.append(
-            f"Ranges by {label(observer)} (dB on calibration samples, on fewer for what fell behind: {listed})."
-            if len(candidates) > 1
-            else f"Ranges by {label(observer)} ({listed} dB on calibration samples)."
-        )
-        return solved(self.statistics, observer).qparams
+        self._float_rank = selected.scores[label(selected.observer)]
+        self.notes.append(selected.summary)
+        return solved(self.statistics, selected.observer).qparams
 
     def _focused(self) -> Mapping[str, QParams]:
         """Parameters of the softmax outputs whose observer no rule names."""
