@@ -28,8 +28,8 @@ measured too: each does within half a dB of one of these."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selected:
-    """The ``observer`` that won, the last scores of those that were tried on all samples, in dB by label, and of those
-    that fell behind on fewer of them."""
+    """The ``observer`` that won, and the last scores in dB, by label: of those that were tried on all samples, and of
+    those that fell behind on fewer of them."""
 
     observer: Observer
     scores: Mapping[str, float]
