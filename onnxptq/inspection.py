@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +116,7 @@ def inspect(
         )
         selectors = Selectors(canonical)
         index = selectors.index
-        constants = [t for t in canonical.graph.tensors().values() if isinstance(t, gs.Constant)]
-        sizes = [math.prod(int(d) for d in t.shape) for t in constants]
+        sizes = [math.prod(int(d) for d in t.shape) for t in _constants(canonical.graph)]
         return Inspection(
             model=str(model),
             opset=canonical.opset,
@@ -148,6 +147,15 @@ def inspect(
             ),
             names=canonical.user_nodes,
         )
+
+
+def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
+    """The constants of a graph, and of those inside its nodes."""
+    yield from (tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant))
+    for node in graph.nodes:
+        for attribute in node.attrs.values():
+            if isinstance(attribute, gs.Graph):
+                yield from _constants(attribute)
 
 
 def _refusal(model: CanonicalModel) -> tuple[str, ...]:

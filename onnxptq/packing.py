@@ -29,6 +29,8 @@ from onnxptq.reconstruct.checkpoint import Checkpoints
 from onnxptq.reconstruct.learning import BALANCED, FAST, PAPER, Learning
 from onnxptq.reconstruct.pack_quantizers import unfocused
 from onnxptq.reconstruct.packwise import Resources, reconstruct
+from onnxptq.reconstruct.rounding import round_shared
+from onnxptq.reconstruct.sequential import MAX_WIDTH, ROUNDING_DAMPING
 from onnxptq.types import (
     Block,
     CanonicalModel,
@@ -150,11 +152,18 @@ def focus_notes(model: CanonicalModel, plan: QuantPlan, start: Solution, recipe:
 
 
 def _lengthened(settings: Learning, steps: int) -> Learning:
-    """``steps`` in all, of which a search for ranks keeps its share; samples are taken as many times more often."""
+    """``steps`` in all, of which a search for ranks keeps its share; samples are taken as many times more often.
+    Where that is less, tuning takes no more."""
     usual = settings.search_steps + settings.steps
     searching = settings.search_steps * steps // usual
     passes = None if settings.passes is None else settings.passes * steps / usual
-    return replace(settings, search_steps=searching, steps=steps - searching, passes=passes)
+    return replace(
+        settings,
+        search_steps=searching,
+        steps=steps - searching,
+        passes=passes,
+        tuning_steps=min(settings.tuning_steps, steps),
+    )
 
 
 def torch_device() -> str:
@@ -274,6 +283,17 @@ def solve_by_packs(
         tuned_together = _together(need, spare - need.parameters)
         if need.activations + need.parameters > spare:
             whole, untuned = None, _unfit(need, spare)
+    if settings.is_closed_form_first:
+        start = round_shared(
+            model,
+            plan,
+            start,
+            samples,
+            max_width=MAX_WIDTH,
+            damping=ROUNDING_DAMPING,
+            provider=recipe.provider,
+            progress=progress,
+        )
     folder = work_dir / "packs" / _key(model, plan, start, samples, packing, settings, recipe, device)
     found = reconstruct(
         model,

@@ -237,7 +237,8 @@ def require_quantizers(plan: QuantPlan, model: CanonicalModel, recipe: Recipe) -
     if plan.quantizers:
         return
     excluded = any(skip.reason.startswith("excluded by") for skip in plan.skips)
-    reasons = [f"{s.site}: {s.reason}" for s in plan.skips if not s.reason.startswith(_UNCHOSEN)]
+    skips = (*plan.skips, *model.skips)
+    reasons = [f"{s.site}: {s.reason.removesuffix('.')}" for s in skips if not s.reason.startswith(_UNCHOSEN)]
     why = f" ({'; '.join(reasons[:_SHOWN])})" if reasons else ""
     if recipe.include:
         raise TargetIllegalError(

@@ -17,7 +17,11 @@ Score = Callable[[QuantPlan, Solution], float]
 """Quality in dB of a plan under a solution."""
 
 LARGEST_SHARE = 0.2
-"""Of the quantized nodes at most this share is taken out; a network that needs more is not rescued so."""
+"""Of the quantized nodes at most this share is taken out, but always one; a network that needs more is not rescued
+so, save from nodes that spoil it by themselves."""
+
+_SPOILING_SHARE = 0.5
+"""A node that makes more than this share of the noise is taken out even where the floor stays out of reach."""
 
 
 def measure_noise(
@@ -48,7 +52,7 @@ def find_relaxation(
 ) -> Mapping[str, str]:
     """More nodes to leave in float so that the outputs reach ``floor`` dB, each with its reason.
 
-    Empty where that would take too many of them.
+    Where that would take too many of them, those that each make most of the noise that the worse ones leave.
 
     Args:
         noise: of every node, as :func:`measure_noise` found it.
@@ -59,18 +63,22 @@ def find_relaxation(
     # The single noises explain the whole up to a factor, which the rest is assumed to keep.
     left = sum(quantized.values())
     factor = _noise(reached) / max(left, 1e-30)
+    room = max(1, math.floor(LARGEST_SHARE * len(noise))) - len(declined) if len(noise) > 1 else 0
     found: dict[str, str] = {}
+    spoiling, spoils = 0, True
     for node in sorted(quantized, key=lambda name: (-noise[name], name)):
         if left * factor <= _noise(floor):
             break
+        spoils = spoils and noise[node] > _SPOILING_SHARE * left
+        spoiling += spoils
         found[node] = (
             f"left in float: quantized alone it leaves {_decibel(noise[node]):.1f} dB at the output, "
             f"and the outputs stayed below {floor:g} dB"
         )
         left -= noise[node]
-    if len(found) + len(declined) > LARGEST_SHARE * len(noise):
-        return {}
-    return found
+    if len(found) <= room:
+        return found
+    return {node: found[node] for node in list(found)[: max(0, min(spoiling, room))]}
 
 
 def _restricted(plan: QuantPlan, solution: Solution) -> tuple[QuantPlan, Solution]:

@@ -19,7 +19,7 @@ from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import Calibration
 from onnxptq.calibrate.select import CANDIDATES, label, select_observer
 from onnxptq.graph.attention import find_mixed_weights
-from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.index import GraphIndex, outputs_behind
 from onnxptq.listing import listed
 from onnxptq.qdq import insert_quantizers
 from onnxptq.ranks import ALONE, Ranks
@@ -226,8 +226,15 @@ class Solver:
                 self.scratch,
                 self.recipe.provider,
                 reference=self.reference,
+                outputs=self._spoiled(),
             )
         return self._known_trial
+
+    def _spoiled(self) -> frozenset[str]:
+        """The outputs that quantizers of the plan come before."""
+        sites = [site for quantizer in self.plan.quantizers for site in quantizer.sites]
+        behind = outputs_behind(GraphIndex(self.model.graph), {site.consumer for site in sites})
+        return behind | {site.tensor for site in sites if site.consumer == GRAPH_OUTPUT}
 
     def relax(self, found: Solution, plan_of: Callable[[str], QuantPlan]) -> Mapping[str, str]:
         """More nodes to leave in float, with reasons, because the outputs stay below the recipe's floor.
@@ -290,20 +297,15 @@ class Solver:
         candidates = CANDIDATES if len(few.quantizers) < len(activations.quantizers) else (AT_FEW_BITS,)
         solutions = {candidate: solved(fitting, candidate) for candidate in candidates}
         rank = self._trial().adjustable(activations, solutions[candidates[0]])
-        observer, scores = select_observer(
+        selected = select_observer(
             lambda candidate, count: rank(solutions[candidate], count),
             len(self.samples.trial),
             candidates,
             progress=self.progress,
         )
-        self._float_rank = scores[label(observer)]
-        listed = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
-        self.notes.append(
-            f"Ranges by {label(observer)} (dB on calibration samples, on fewer for what fell behind: {listed})."
-            if len(candidates) > 1
-            else f"Ranges by {label(observer)} ({listed} dB on calibration samples)."
-        )
-        return solved(self.statistics, observer).qparams
+        self._float_rank = selected.scores[label(selected.observer)]
+        self.notes.append(selected.summary)
+        return solved(self.statistics, selected.observer).qparams
 
     def _focused(self) -> Mapping[str, QParams]:
         """Parameters of the softmax outputs whose observer no rule names."""

@@ -50,6 +50,8 @@ class Trial:
     Args:
         samples: inputs on which outputs are compared; chosen among the calibration samples.
         reference: the float model whose outputs are wanted; None for ``model`` itself.
+        outputs: those that are compared, of ``model.judged``; all of them where none is named. What no quantizer
+            comes before is always right, and would hide in a mean how far the others are off.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class Trial:
         provider: Provider,
         *,
         reference: Path | None = None,
+        outputs: Collection[str] = (),
     ) -> None:
         self._model = model
+        self._judged = [name for name in model.judged if name in outputs] or list(model.judged)
         self._samples = samples
         self._path = scratch / "trial.onnx"
         self._provider = provider
@@ -76,7 +80,7 @@ class Trial:
         )
         tally = _Tally(self._model.boundary)
         for sample, reference in zip(self._samples, self._references, strict=True):
-            tally.add(reference, session.run(sample, self._model.judged))
+            tally.add(reference, session.run(sample, self._judged))
         return tally.quality()
 
     def adjustable(self, plan: QuantPlan, start: Solution) -> Callable[[Solution, int], float]:
@@ -128,7 +132,7 @@ class Trial:
     def _references(self) -> Sequence[Mapping[str, Array]]:
         """The float outputs."""
         session = Session(self._reference, provider=self._provider)
-        return [session.run(sample, self._model.judged) for sample in self._samples]
+        return [session.run(sample, self._judged) for sample in self._samples]
 
 
 class _Tally:

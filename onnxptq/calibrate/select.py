@@ -10,7 +10,8 @@ close, more samples would not decide much either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from onnxptq.calibrate.observers import Observer
 from onnxptq.types import Progress, started
@@ -25,13 +26,32 @@ CANDIDATES: Sequence[Observer] = (
 measured too: each does within half a dB of one of these."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selected:
+    """The ``observer`` that won, and the last scores in dB, by label: of those that were tried on all samples, and of
+    those that fell behind on fewer of them."""
+
+    observer: Observer
+    scores: Mapping[str, float]
+    behind: Mapping[str, float]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        best = label(self.observer)
+        others = [f"{name} {score:.2f}" for name, score in self.scores.items() if name != best]
+        found = "; ".join([f"{self.scores[best]:.2f} dB on calibration samples", *others])
+        behind = ", ".join(f"{name} {score:.2f}" for name, score in self.behind.items())
+        return f"Ranges by {best} ({found}{f'; behind on fewer of them: {behind}' if behind else ''})."
+
+
 def select_observer(
     evaluate: Callable[[Observer, int], float],
     samples: int,
     candidates: Sequence[Observer] = CANDIDATES,
     progress: Progress | None = None,
-) -> tuple[Observer, dict[str, float]]:
-    """The candidate that wins the last round, the earlier one on a tie, and the last score of each by label.
+) -> Selected:
+    """The candidate that wins the last round, the earlier one on a tie.
 
     Args:
         evaluate: the quality of the network's outputs under an observer on the first so many samples, in dB.
@@ -48,8 +68,11 @@ def select_observer(
         for candidate in remaining:
             scores[candidate] = evaluate(candidate, count)
             tick()
-    best = max(remaining, key=lambda c: _ordered(scores[c]))
-    return best, {label(c): scores[c] for c in candidates}
+    return Selected(
+        observer=max(remaining, key=lambda c: _ordered(scores[c])),
+        scores={label(c): scores[c] for c in remaining},
+        behind={label(c): scores[c] for c in candidates if c not in remaining},
+    )
 
 
 def _rounds(candidates: int, samples: int) -> list[tuple[int, int]]:

@@ -9,7 +9,6 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxptq.equalize.tracing import Edit, Trace
-from onnxptq.graph.classes import Classes
 from onnxptq.graph.forms import write_form
 from onnxptq.graph.surgeon import set_constant
 from onnxptq.types import CanonicalModel
@@ -28,14 +27,19 @@ def rescaled_graph(model: CanonicalModel, trace: Trace, factors: Mapping[int, fl
     """A copy of the model's graph with every constant rescaled."""
     graph = model.graph.copy()
     nodes = {node.name: node for node in graph.nodes}
+    done: set[str] = set()
     for edit in trace.edits:
-        _rescale(graph, nodes[edit.node.name], edit, trace.classes, factors)
+        name = edit.node.inputs[edit.index].name
+        if name in trace.shared:
+            if name in done:
+                continue
+            done.add(name)
+        _rescale(graph, nodes[edit.node.name], edit, trace, factors)
     return graph
 
 
-def _rescale(
-    graph: gs.Graph, node: gs.Node, edit: Edit, classes: Classes, factors: Mapping[int, float]
-) -> None:
+def _rescale(graph: gs.Graph, node: gs.Node, edit: Edit, trace: Trace, factors: Mapping[int, float]) -> None:
+    classes = trace.classes
     scale = np.ones(())
     if edit.times is not None:
         scale = scale * classes.factors(edit.times, factors)
@@ -43,5 +47,9 @@ def _rescale(
         scale = scale / classes.factors(edit.over, factors)
     if (scale == 1.0).all():
         return
-    values = (node.inputs[edit.index].values * scale).astype(np.float32)
-    set_constant(graph, node, edit.index, values)
+    old = node.inputs[edit.index]
+    values = (old.values * scale).astype(np.float32)
+    if old.name in trace.shared:
+        old.values, old.data_location = values, None
+    else:
+        set_constant(graph, node, edit.index, values)

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.graph import layouts
 from onnxptq.graph.classes import Classes, Literals
-from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.index import GraphIndex, is_shared_weight
 from onnxptq.graph.tracing import ChannelTracer, Shapes
 from onnxptq.types import Array
 
@@ -69,10 +69,15 @@ class Bounds:
 
 Rule = Callable[["Tracer", gs.Node], None]
 
+_READ_AGAIN = "its weight is read elsewhere as well"
+
 
 @dataclass(slots=True, eq=False)
 class Trace:
-    """The outcome: labels of every float tensor, the edits, and the records that the noise model reads."""
+    """The outcome: labels of every float tensor, the edits, and the records that the noise model reads.
+
+    ``shared`` names constants that have several readers and one value for all of them.
+    """
 
     classes: Classes
     labels: dict[str, Literals] = field(default_factory=dict)
@@ -80,6 +85,7 @@ class Trace:
     products: list[Product] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     bounds: list[Bounds] = field(default_factory=list)
+    shared: set[str] = field(default_factory=set)
     declined: dict[str, str] = field(default_factory=dict)
 
 
@@ -93,7 +99,27 @@ class Tracer(ChannelTracer):
     def run(self, rules: Mapping[str, Rule]) -> Trace:
         """Label every tensor in graph order."""
         self.follow(rules)
+        self._keep_shared()
         return self.trace
+
+    def _keep_shared(self) -> None:
+        """Let large constants that several nodes read change for all of them alike, else each would get a copy."""
+        edits: dict[str, list[Edit]] = {}
+        for edit in self.trace.edits:
+            edits.setdefault(edit.node.inputs[edit.index].name, []).append(edit)
+        for name, found in edits.items():
+            if not is_shared_weight(self.index, found[0].node.inputs[found[0].index]):
+                continue
+            self.trace.shared.add(name)
+            is_followed = len(found) == len(self.index.uses(name))
+            for kind in ("times", "over"):
+                labels = [getattr(edit, kind) for edit in found]
+                given = [each for each in labels if each is not None]
+                for each in given:
+                    if is_followed and len(given) == len(labels):
+                        self.classes.join(given[0], each)
+                    else:
+                        self.classes.pin(each, _READ_AGAIN)
 
     def forget(self, node: gs.Node) -> None:
         """Drop the edits and products that a rule recorded for ``node`` before it gave up."""

@@ -71,12 +71,16 @@ class Trial:
         for name, spread in self.spreads.items():
             _round(graph, tensors[name], self._qparams(spread, factors), taken)
         nodes = {node.name: node for node in graph.nodes}
+        rounded: dict[tuple[str, int], gs.Constant] = {}
         for product in self.trace.products:
             if product.rows is not None and product.source in self.spreads:
                 node = nodes[product.node.name]
                 old = node.inputs[product.index]
-                values = _rounded(old.values, product.rows, self.weight_bits)
-                node.inputs[product.index] = gs.Constant(free_name(old.name, taken), values)
+                key = (old.name, product.rows)
+                if key not in rounded:
+                    values = _rounded(old.values, product.rows, self.weight_bits)
+                    rounded[key] = gs.Constant(free_name(old.name, taken), values)
+                node.inputs[product.index] = rounded[key]
         return graph.toposort()
 
     def _qparams(self, spread: Spread, factors: Mapping[int, float]) -> QParams:

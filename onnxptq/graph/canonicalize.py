@@ -35,14 +35,16 @@ from onnxptq.graph.links import number_repeated, write_linked
 from onnxptq.graph.load import check_model, model_bytes, read_model
 from onnxptq.graph.names import name_nodes, user_names
 from onnxptq.graph.native import NativeError, run_native
+from onnxptq.graph.order import sort_nodes
 from onnxptq.graph.origins import find_regions, inner_names, user_nodes
 from onnxptq.graph.passes import PASSES
 from onnxptq.graph.save import SHARED_DATA_BYTES, save_graph
+from onnxptq.graph.sharing import share_again, shared_reads
 from onnxptq.graph.surgeon import import_graph
 from onnxptq.listing import listed
 from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip, started
 
-FORM = 11
+FORM = 12
 """Version of the canonical form: part of the fingerprint, raised when results change."""
 
 LARGE_MODEL_BYTES = 1_500_000_000
@@ -131,7 +133,8 @@ def canonicalize(
     """
     tick = started(progress, "Reading the model", 5)
     model = read_model(path)
-    contents = _checked_hash(model, path)
+    is_reordered = sort_nodes(model)
+    contents = _checked_hash(model, path, is_changed=is_reordered)
     tick()
     source_bytes = model_bytes(model, path)
     # Of no effect on a model without such nodes: its form stays the same for all targets.
@@ -139,6 +142,8 @@ def canonicalize(
     fingerprint = _fingerprint(contents, (opset, min_opset, simplify, *held))
     tick()
     draft = _Draft(source=path, model=model, infer_types=infer_types)
+    if is_reordered:
+        draft.notes.append("Nodes stood before others that they read: they were sorted.")
     renamed_source = _rename_repeated(draft, work_dir)
     _drop_initializer_inputs(model)
     _require_numpy_ends(model, path)
@@ -190,11 +195,11 @@ def canonicalize(
     )
 
 
-def _checked_hash(model: onnx.ModelProto, path: Path) -> str:
+def _checked_hash(model: onnx.ModelProto, path: Path, *, is_changed: bool) -> str:
     """The hash of the file and its external data, once the checker has found nothing wrong."""
     with ThreadPoolExecutor(1) as pool:
         # The checker has a process of its own, which takes as long as the hash of the file.
-        verdict = pool.submit(check_model, model, path)
+        verdict = pool.submit(check_model, model, path, is_changed=is_changed)
         contents = _sha256(model, path)
         verdict.result()
     return contents
@@ -441,7 +446,9 @@ def _require_float32_weights(graph: gs.Graph, path: Path) -> None:
 
 def _run_passes(graph: gs.Graph, draft: _Draft) -> None:
     for rewrite in PASSES:
+        shared = shared_reads(graph)
         count = rewrite.run(graph)
+        share_again(shared)
         if count:
             draft.notes.append(rewrite.note(count))
     graph.cleanup(remove_unused_graph_inputs=False).toposort()

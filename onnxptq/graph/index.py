@@ -5,7 +5,8 @@ The index is a snapshot: build a new one after an edit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +81,17 @@ def is_constant(tensor: gs.Tensor) -> bool:
     return isinstance(tensor, gs.Constant)
 
 
+LARGE_WEIGHT = 4096
+"""Elements from which on copies of a constant show in the size of the file."""
+
+
+def is_shared_weight(index: GraphIndex, tensor: gs.Tensor) -> bool:
+    """Whether ``tensor`` is a large constant of several readers, which must not get one for each of them."""
+    return (
+        is_constant(tensor) and math.prod(tensor.shape) >= LARGE_WEIGHT and len(index.uses(tensor.name)) > 1
+    )
+
+
 def is_float32(tensor: gs.Tensor) -> bool:
     """Whether ``tensor`` is known to hold single-precision floats."""
     dtype = tensor.dtype
@@ -106,3 +118,17 @@ def read_tensors(node: gs.Node) -> Iterator[gs.Tensor]:
             }
             captured = [t for inner in attribute.nodes for t in read_tensors(inner)]
             yield from (t for t in (*captured, *attribute.outputs) if t.name not in own)
+
+
+_SHAPE_READERS = frozenset({"Shape", "Size"})
+
+
+def outputs_behind(index: GraphIndex, nodes: Collection[str]) -> frozenset[str]:
+    """The graph outputs whose values depend on what ``nodes`` compute."""
+    changed: set[str] = set()
+    for node in index.nodes:
+        if node.op in _SHAPE_READERS:
+            continue
+        if node.name in nodes or any(tensor.name in changed for tensor in read_tensors(node)):
+            changed.update(tensor.name for tensor in node.outputs)
+    return index.output_names & changed

@@ -24,6 +24,7 @@ from onnx import TensorProto
 from onnxptq.errors import AlreadyQuantizedError, InvalidModelError, UnsupportedModelError, UsageError
 from onnxptq.graph import proto
 from onnxptq.graph.native import NativeError, run_native
+from onnxptq.graph.order import sort_nodes
 from onnxptq.graph.weights import load_inline
 from onnxptq.room import temporary_folder
 
@@ -78,7 +79,8 @@ def load_model(path: Path) -> onnx.ModelProto:
     """Read and fully check the float model at ``path``; external data stays on disk.
 
     Returns:
-        The parsed model. Tensors with external data keep their references, relative to ``path.parent``.
+        The parsed model, its nodes sorted. Tensors with external data keep their references, relative to
+        ``path.parent``.
 
     Raises:
         UsageError: no such file, or it cannot be read.
@@ -88,18 +90,18 @@ def load_model(path: Path) -> onnx.ModelProto:
         AlreadyQuantizedError: the model holds quantization operators.
     """
     model = read_model(path)
-    check_model(model, path)
+    check_model(model, path, is_changed=sort_nodes(model))
     return model
 
 
-def check_model(model: onnx.ModelProto, path: Path) -> None:
-    """Run the ONNX checker on what ``read_model`` has read from ``path``.
+def check_model(model: onnx.ModelProto, path: Path, *, is_changed: bool = False) -> None:
+    """Run the ONNX checker on what ``read_model`` has read from ``path``, ``is_changed`` since then or not.
 
     Raises:
         InvalidModelError: the checker refuses the model.
     """
     try:
-        if any(proto.is_external(tensor) for tensor in proto.walk_tensors(model)):
+        if is_changed or any(proto.is_external(tensor) for tensor in proto.walk_tensors(model)):
             with temporary_folder() as folder:
                 skeleton = folder / path.name
                 skeleton.write_bytes(_without_external_data(model, path.parent).SerializeToString())
@@ -134,6 +136,7 @@ def read_model(path: Path, *, is_float: bool = True) -> onnx.ModelProto:
     model = _parse(path)
     _check_header(model, path)
     _check_tensors(model, path)
+    _forget_negative_dimensions(model)
     if is_float:
         _check_floats_only(model, path)
     return model
@@ -217,6 +220,15 @@ def _check_tensors(model: onnx.ModelProto, path: Path) -> None:
         problem = _tensor_problem(tensor, path.parent)
         if problem:
             raise InvalidModelError(f"{where}: {problem}.", _REEXPORT)
+
+
+def _forget_negative_dimensions(model: onnx.ModelProto) -> None:
+    """Make dimensions unknown that converters write as -1, which ONNX has no meaning for and onnxruntime ignores."""
+    for graph in proto.walk_graphs(model.graph):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_value < 0:
+                    dim.ClearField("dim_value")
 
 
 def _outside(tensor: TensorProto, path: Path) -> str | None:

@@ -15,6 +15,8 @@ Scales are kept; the result lies exactly on their grid.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg.lapack import dtrtri
@@ -30,6 +32,58 @@ _BLOCK = 64
 _LARGEST_SHARE = 1e30
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rounding:
+    """What a layer's integers are chosen for: the least of (w - W*)^T H (w - W*) in each output channel.
+
+    Attributes:
+        target: W*, (groups, channels, K).
+        held: H = G + lam I, (groups, K, K).
+        order: the inputs of each group as they are rounded, (groups, K).
+        factor: U of ``held`` in that order, (groups, K, K).
+    """
+
+    target: Matrix
+    held: Matrix
+    order: npt.NDArray[np.int64]
+    factor: Matrix
+
+    def compensated(self, qparams: QParams) -> FloatArray:
+        """Weights on the grid of ``qparams`` by compensated rounding, (groups, channels, K).
+
+        Args:
+            qparams: one scale per output channel, in the order of groups and channels, or one for all.
+        """
+        groups, channels, _ = self.target.shape
+        ordered = np.take_along_axis(self.target, self.order[:, None, :], 2)
+        done = _compensated(
+            np.ascontiguousarray(ordered.transpose(2, 0, 1)), self.factor, qparams, groups * channels
+        )
+        result = np.empty(self.target.shape, np.float32)
+        places = np.broadcast_to(self.order[:, None, :], self.target.shape)
+        np.put_along_axis(result, places, done.transpose(1, 2, 0), 2)
+        return result
+
+
+def pose(matrix: FloatArray, gram: Gram, *, damping: float = DAMPING, ridge: float | None = None) -> Rounding:
+    """The rounding of a layer's weights for which its output is closest to the float one.
+
+    Args:
+        matrix: (groups, channels, K) float weights.
+        damping: lam as a share of the mean diagonal of G.
+        ridge: another lam for the ridge start, which needs more where it makes up for errors of other layers.
+    """
+    order = np.argsort(-np.einsum("gkk->gk", gram.quantized), axis=1, kind="stable")
+    share, factor = _factored(gram, order, damping)
+    start = share
+    if ridge is not None:
+        # A group that is too close to singular for the rounding to work with ``damping`` is so here too.
+        start = np.where(share > damping, np.maximum(share, ridge), ridge)
+    return Rounding(
+        target=ridge_solution(matrix, gram, start), held=damped(gram, share), order=order, factor=factor
+    )
+
+
 def round_weights(
     matrix: FloatArray,
     gram: Gram,
@@ -40,24 +94,9 @@ def round_weights(
 ) -> FloatArray:
     """Weights on the grid of ``qparams`` for which the layer's output is closest to the float one.
 
-    Args:
-        matrix: (groups, channels, K) float weights.
-        qparams: one scale per output channel, in the order of groups and channels.
-        damping: lam as a share of the mean diagonal of G.
-        ridge: another lam for the ridge start, which needs more where it makes up for errors of other layers.
+    Args: as for :func:`pose` and :meth:`Rounding.compensated`.
     """
-    groups, channels, _ = matrix.shape
-    order = np.argsort(-np.einsum("gkk->gk", gram.quantized), axis=1, kind="stable")
-    share, factor = _factored(gram, order, damping)
-    if ridge is not None:
-        # A group that is too close to singular for the rounding to work with ``damping`` is so here too.
-        share = np.where(share > damping, np.maximum(share, ridge), ridge)
-    weight = ridge_solution(matrix, gram, share)
-    work = np.ascontiguousarray(np.take_along_axis(weight, order[:, None, :], 2).transpose(2, 0, 1))
-    done = _compensated(work, factor, qparams, groups * channels)
-    result = np.empty(matrix.shape, np.float32)
-    np.put_along_axis(result, np.broadcast_to(order[:, None, :], matrix.shape), done.transpose(1, 2, 0), 2)
-    return result
+    return pose(matrix, gram, damping=damping, ridge=ridge).compensated(qparams)
 
 
 def ridge_solution(matrix: FloatArray, gram: Gram, share: float | Matrix) -> Matrix:

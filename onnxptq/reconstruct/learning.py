@@ -42,6 +42,7 @@ class Learning:
         output_loss: how outputs of the network are compared there and in the end.
         is_tuned: whether scales and biases of the whole network are learnt on its outputs once all packs are solved
             (:mod:`onnxptq.reconstruct.tuning`).
+        tuning_steps: gradient steps that this takes, at most.
         warm_up: share of the steps before AdaRound's indecision counts.
         decision: its weight.
     """
@@ -69,6 +70,7 @@ class Learning:
     is_global: bool = False
     output_loss: Literal["auto", "kl", "relative"] = "auto"
     is_tuned: bool = False
+    tuning_steps: int = 300
     warm_up: float = 0.2
     decision: float = 0.01
 

@@ -21,7 +21,8 @@ from dataclasses import replace
 import numpy as np
 
 from onnxptq.reconstruct.closed_form import damped, round_weights
-from onnxptq.reconstruct.gram import Gram, Matrix
+from onnxptq.reconstruct.fitted_grid import descend
+from onnxptq.reconstruct.gram import Gram
 from onnxptq.types import FloatArray, QParams
 
 NARROW = 32
@@ -54,7 +55,7 @@ def round_narrow(matrix: FloatArray, gram: Gram, qparams: QParams) -> tuple[Floa
     target = repeated.astype(np.float64)
     wide = scales.astype(np.float64)
     q = np.rint(rounded / wide[:, :, None])
-    _descend(q, target, wide, h, qparams)
+    descend(q, target, wide, h, qparams.qtype, sweeps=_SWEEPS)
     gap = q * wide[:, :, None] - target
     errors = np.einsum("gck,gkl,gcl->gc", gap, h, gap, optimize=True).reshape(groups, channels, count)
     best = errors.argmin(axis=2)[:, :, None]
@@ -63,20 +64,3 @@ def round_narrow(matrix: FloatArray, gram: Gram, qparams: QParams) -> tuple[Floa
     scale = chosen.reshape(-1)
     result = integers.astype(np.float32) * chosen
     return result, replace(qparams, scale=scale, zero_point=np.zeros(scale.size, np.int32))
-
-
-def _descend(q: Matrix, target: Matrix, scales: Matrix, h: Matrix, qparams: QParams) -> None:
-    """Coordinate descent on the integers ``q`` (groups, channels, K), in place."""
-    low, high = qparams.qtype.qmin, qparams.qtype.qmax
-    slope = (q * scales[:, :, None] - target) @ h
-    for _ in range(_SWEEPS):
-        moved = False
-        for k in range(q.shape[2]):
-            curvature = scales * h[:, None, k, k]
-            step = np.clip(np.rint(q[:, :, k] - slope[:, :, k] / curvature), low, high) - q[:, :, k]
-            if step.any():
-                moved = True
-                q[:, :, k] += step
-                slope += (step * scales)[:, :, None] * h[:, None, k, :]
-        if not moved:
-            return

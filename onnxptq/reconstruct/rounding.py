@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +11,12 @@ from onnxptq.graph.index import GraphIndex
 from onnxptq.graph.linear import Linear, find_linears
 from onnxptq.quantizers.affine import fake_quantize
 from onnxptq.reconstruct.closed_form import round_weights
+from onnxptq.reconstruct.fitted_grid import round_on_fitted_grid
 from onnxptq.reconstruct.gram import Gram, layer_rows, weight_matrix, weight_tensor
 from onnxptq.reconstruct.initial import bias_qparams
 from onnxptq.reconstruct.narrow import NARROW, round_narrow
 from onnxptq.runtime import Provider, open_exposed
-from onnxptq.types import CanonicalModel, Progress, QuantPlan, Sample, Solution, started
+from onnxptq.types import CanonicalModel, Progress, QParams, QuantPlan, Sample, Solution, started
 
 _FINE_BITS = 8
 """Activations of this many bits are as good as float: their rounding cannot be compensated, only averaged."""
@@ -25,6 +26,9 @@ _ROWS_PER_INPUT = 8
 
 _ROWS_PER_LAYER = 2048
 """Rows over all samples, at least."""
+
+_SHARED_SAMPLES = 64
+"""Samples that weights of several layers are rounded on, at most, before packs are solved."""
 
 
 def round_in_closed_form(
@@ -40,54 +44,117 @@ def round_in_closed_form(
     """``solution`` with weights moved to the grid points that serve the layers' outputs best.
 
     Layers of few inputs get new scales as well, and their biases with them (:mod:`onnxptq.reconstruct.narrow`).
-    Layers whose weight is shared, of an unsupported form, or wider than ``max_width`` inputs, and those that
-    read values too large for their squares, keep the nearest grid points.
+    A weight that several layers read serves all of them. Weights of an unsupported form, or wider than ``max_width``
+    inputs, and those of layers that read values too large for their squares, keep the nearest grid points.
     """
     index = GraphIndex(model.graph)
-    layers = compensable_layers(index, plan, max_width)
-    if not layers or not samples:
-        return solution
     reads = {(s.consumer, s.input_index): q for q in plan.quantizers for s in q.sites}
-    exposed = sorted({layer.input.name for layer in layers} - index.input_names)
+
+    def coarse(layer: Linear) -> QParams | None:
+        """The grid of what ``layer`` reads, where its rounding is worth making up for."""
+        quantizer = reads.get((layer.node.name, 1 - layer.weight_index))
+        qparams = solution.qparams[quantizer.quantizer_id] if quantizer else None
+        return None if qparams is None or qparams.qtype.bits >= _FINE_BITS else qparams
+
+    readers = weight_readers(index, plan, max_width)
+    grams = _grams(model, index, readers, samples, coarse, provider, progress)
+    weights, grids = dict(solution.weights), dict(solution.qparams)
+    for layers in readers:
+        layer = layers[0]
+        gram = grams.get(layer.weight.name)
+        if gram is None:
+            continue
+        quantizer = reads[layer.node.name, layer.weight_index]
+        value = np.asarray(weights.get(layer.weight.name, layer.weight.values), np.float32)
+        matrix, grid = weight_matrix(layer, value), grids[quantizer.quantizer_id]
+        if width_of(layer) <= NARROW and gram.mixed is gram.quantized:
+            rounded, grids[quantizer.quantizer_id] = round_narrow(matrix, gram, grid)
+        else:
+            rounded = round_weights(matrix, gram, grid)
+        weights[layer.weight.name] = weight_tensor(layer, rounded)
+    return _with_biases(plan, replace(solution, qparams=grids, weights=weights))
+
+
+def round_shared(
+    model: CanonicalModel,
+    plan: QuantPlan,
+    solution: Solution,
+    samples: Sequence[Sample],
+    *,
+    max_width: int,
+    damping: float,
+    provider: Provider = "cpu",
+    progress: Progress | None = None,
+) -> Solution:
+    """``solution`` with weights that several layers read on grids, and at grid points, that serve all of these on
+    float inputs. Solving packs, which have one of the layers each, leaves them alone.
+
+    Args:
+        damping: as for :func:`onnxptq.reconstruct.closed_form.pose`.
+    """
+    index = GraphIndex(model.graph)
+    readers = [layers for layers in weight_readers(index, plan, max_width) if len(layers) > 1]
+    chosen = samples[:: -(-len(samples) // _SHARED_SAMPLES)] if samples else samples
+    grams = _grams(model, index, readers, chosen, lambda _: None, provider, progress)
+    of_weight = {q.tensor: q.quantizer_id for q in plan.quantizers if q.role == "weight"}
+    weights, grids = dict(solution.weights), dict(solution.qparams)
+    for layer, *_ in readers:
+        name = layer.weight.name
+        if name in grams:
+            matrix = weight_matrix(layer, np.asarray(weights.get(name, layer.weight.values), np.float32))
+            grid = grids[of_weight[name]]
+            rounded, grids[of_weight[name]] = round_on_fitted_grid(
+                matrix, grams[name], grid, damping=damping, ridge=damping
+            )
+            weights[name] = weight_tensor(layer, rounded)
+    return _with_biases(plan, replace(solution, qparams=grids, weights=weights))
+
+
+def _grams(
+    model: CanonicalModel,
+    index: GraphIndex,
+    readers: Sequence[tuple[Linear, ...]],
+    samples: Sequence[Sample],
+    grid_of: Callable[[Linear], QParams | None],
+    provider: Provider,
+    progress: Progress | None,
+) -> dict[str, Gram]:
+    """The sums of what the readers of each weight read in the float network, and on the grids that ``grid_of`` names
+    for some of them; without weights whose sums cannot be had."""
+    if not readers or not samples:
+        return {}
+    exposed = sorted({layer.input.name for layers in readers for layer in layers} - index.input_names)
     session = open_exposed(model.path, exposed, provider=provider)
     grams: dict[str, Gram] = {}
     declined: set[str] = set()
-    tick = started(progress, "round weights", len(samples) + len(layers))
+    tick = started(progress, "round weights", len(samples))
     for sample in samples:
         values = {**sample, **session.run(sample, exposed)}
-        for layer in layers:
-            name = layer.node.name
-            if name in declined:
-                continue
-            quantizer = reads.get((name, 1 - layer.weight_index))
-            qparams = solution.qparams[quantizer.quantizer_id] if quantizer else None
-            if qparams is not None and qparams.qtype.bits >= _FINE_BITS:
-                qparams = None
-            value = np.asarray(values[layer.input.name], np.float32)
-            changed = None if qparams is None else fake_quantize(value, qparams)
-            rows = layer_rows(layer, value, changed, _rows(layer, len(samples)))
-            if rows is None:
-                declined.add(name)
-                continue
-            if name not in grams:
-                grams[name] = Gram.empty(rows[0].shape[0], rows[0].shape[2], is_mixed=qparams is not None)
-            grams[name].add(*rows)
+        for layers in readers:
+            name = layers[0].weight.name
+            is_mixed = any(grid_of(layer) is not None for layer in layers)
+            limit = _rows(layers[0], len(samples) * len(layers))
+            for layer in layers:
+                if name in declined:
+                    break
+                grid = grid_of(layer)
+                value = np.asarray(values[layer.input.name], np.float32)
+                changed = None if grid is None else fake_quantize(value, grid)
+                rows = layer_rows(layer, value, changed, limit)
+                if rows is None:
+                    declined.add(name)
+                    break
+                if name not in grams:
+                    grams[name] = Gram.empty(rows[0].shape[0], rows[0].shape[2], is_mixed=is_mixed)
+                grams[name].add(*rows)
         tick()
-    weights, grids = dict(solution.weights), dict(solution.qparams)
-    for layer in layers:
-        if layer.node.name not in declined and grams[layer.node.name].is_finite:
-            quantizer = reads[layer.node.name, layer.weight_index]
-            value = np.asarray(weights.get(layer.weight.name, layer.weight.values), np.float32)
-            matrix, gram = weight_matrix(layer, value), grams[layer.node.name]
-            grid = grids[quantizer.quantizer_id]
-            if width_of(layer) <= NARROW and gram.mixed is gram.quantized:
-                rounded, grids[quantizer.quantizer_id] = round_narrow(matrix, gram, grid)
-            else:
-                rounded = round_weights(matrix, gram, grid)
-            weights[layer.weight.name] = weight_tensor(layer, rounded)
-        tick()
-    biases = {q.quantizer_id: bias_qparams(q, grids) for q in plan.quantizers if q.role == "bias"}
-    return replace(solution, qparams={**grids, **biases}, weights=weights)
+    return {name: gram for name, gram in grams.items() if name not in declined and gram.is_finite}
+
+
+def _with_biases(plan: QuantPlan, solution: Solution) -> Solution:
+    """``solution`` with biases on the grids that follow from those of their weights."""
+    biases = {q.quantizer_id: bias_qparams(q, solution.qparams) for q in plan.quantizers if q.role == "bias"}
+    return replace(solution, qparams={**solution.qparams, **biases})
 
 
 def _rows(layer: Linear, samples: int) -> int:
@@ -97,14 +164,27 @@ def _rows(layer: Linear, samples: int) -> int:
 
 def compensable_layers(index: GraphIndex, plan: QuantPlan, max_width: int) -> list[Linear]:
     """Layers, in graph order, whose quantized weight has one reader and at most ``max_width`` inputs."""
+    return [layers[0] for layers in weight_readers(index, plan, max_width) if len(layers) == 1]
+
+
+def weight_readers(index: GraphIndex, plan: QuantPlan, max_width: int) -> list[tuple[Linear, ...]]:
+    """The layers that read each quantized weight of at most ``max_width`` inputs, in graph order of the first, where
+    nothing else reads it and all take it for the same matrix."""
     quantized: Collection[str] = {q.tensor for q in plan.quantizers if q.role == "weight"}
+    readers: dict[str, list[Linear]] = {}
+    for layer in find_linears(index):
+        if layer.weight.name in quantized and width_of(layer) <= max_width:
+            readers.setdefault(layer.weight.name, []).append(layer)
     return [
-        layer
-        for layer in find_linears(index)
-        if layer.weight.name in quantized
-        and len(index.uses(layer.weight.name)) == 1
-        and width_of(layer) <= max_width
+        tuple(layers)
+        for name, layers in readers.items()
+        if len(layers) == len(index.uses(name)) and len({_form(layer) for layer in layers}) == 1
     ]
+
+
+def _form(layer: Linear) -> tuple[bool, int, int]:
+    """What decides how a weight becomes a matrix."""
+    return layer.node.op == "Conv", layer.axis % max(1, len(layer.weight.shape)), layer.group
 
 
 def width_of(layer: Linear) -> int:

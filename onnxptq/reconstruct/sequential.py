@@ -11,8 +11,9 @@ So every layer makes up for the errors of all that came before it, not for its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -24,13 +25,13 @@ from onnxptq.lowering.quantized import Hooks, quantizing_hooks
 from onnxptq.quantizers import torch_affine
 from onnxptq.quantizers.affine import fake_quantize
 from onnxptq.ranks import Ranks
-from onnxptq.reconstruct.closed_form import round_weights
 from onnxptq.reconstruct.damping import DAMPINGS, choose_damping
 from onnxptq.reconstruct.device_rows import add_on_device, device_rows
+from onnxptq.reconstruct.fitted_grid import round_on_fitted_grid
 from onnxptq.reconstruct.gram import Gram, has_rows, layer_rows, weight_matrix, weight_tensor
 from onnxptq.reconstruct.pack_data import InnerValues, PackData
 from onnxptq.reconstruct.rounding import compensable_layers
-from onnxptq.types import Array, Branch, FloatArray, Pack, QParams, QuantPlan, Solution
+from onnxptq.types import FloatArray, Pack, QParams, QuantPlan, Solution
 
 MAX_WIDTH = 8192
 """Layers with more inputs keep the nearest grid points: solving for them takes minutes."""
@@ -85,12 +86,19 @@ class LayerTask:
 
 Solve = Callable[[LayerTask, Solution], Solution]
 
+Value = TypeVar("Value")
+
 
 def rounded(task: LayerTask, solution: Solution) -> Solution:
-    """Solved without a grid, then rounded with error compensation."""
-    qparams = solution.qparams[task.quantizer_id]
-    weight = round_weights(task.matrix, task.sums, qparams, damping=ROUNDING_DAMPING, ridge=task.ridge)
-    return task.solved(solution, weight)
+    """Solved without a grid, then rounded with error compensation, on the grid that serves that best."""
+    weight, grid = round_on_fitted_grid(
+        task.matrix,
+        task.sums,
+        solution.qparams[task.quantizer_id],
+        damping=ROUNDING_DAMPING,
+        ridge=task.ridge,
+    )
+    return task.solved(replace(solution, qparams={**solution.qparams, task.quantizer_id: grid}), weight)
 
 
 def solve_layers(
@@ -124,21 +132,28 @@ def solve_layers(
         halves = _sums(layer, qparams, inner, hooks, data.ranks, has_floats=has_floats)
         if not halves or not all(half.is_finite for half in halves):
             continue
-        weights: dict[str, Array] = {}
-        branches: dict[str, Branch] = {}
+        change: Solution | None = None
         if data.ranks.rank == 0:
             solved = solve(_task(index, layer, halves, weight, data.network.device), solution)
-            weights = {
-                n: value for n, value in solved.weights.items() if value is not solution.weights.get(n)
-            }
-            branches = {n: b for n, b in solved.branches.items() if b is not solution.branches.get(n)}
-        weights, branches = data.ranks.broadcast((weights, branches))
+            change = Solution(
+                qparams=_changed(solved.qparams, solution.qparams),
+                weights=_changed(solved.weights, solution.weights),
+                branches=_changed(solved.branches, solution.branches),
+            )
+        change = data.ranks.broadcast(change)
+        assert change is not None
         solution = replace(
             solution,
-            weights={**solution.weights, **weights},
-            branches={**solution.branches, **branches},
+            qparams={**solution.qparams, **change.qparams},
+            weights={**solution.weights, **change.weights},
+            branches={**solution.branches, **change.branches},
         )
     return solution
+
+
+def _changed(found: Mapping[str, Value], known: Mapping[str, Value]) -> dict[str, Value]:
+    """The entries that are not those that were known."""
+    return {name: value for name, value in found.items() if value is not known.get(name)}
 
 
 def _sums(

@@ -71,7 +71,9 @@ def tune(
     data = PackData(
         network, 0, inputs, inputs, outputs, together, ranks=ranks, count=count, class_scores=scores
     )
-    learning = replace(TUNING, focuses_softmax=settings.focuses_softmax)
+    learning = replace(
+        TUNING, focuses_softmax=settings.focuses_softmax, steps=min(TUNING.steps, settings.tuning_steps)
+    )
     learned = PackQuantizers(
         GraphIndex(model.graph),
         whole,

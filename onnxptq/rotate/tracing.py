@@ -7,8 +7,9 @@ that writes them, the rows of the weight that reads them (x Q Q^T W = x W), and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.graph import layouts
 from onnxptq.graph.classes import Literals
-from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.index import GraphIndex, is_shared_weight
 from onnxptq.graph.tracing import ChannelTracer, Declined, Shapes
 from onnxptq.types import Array
 
@@ -59,6 +60,15 @@ class RotationTracer(ChannelTracer):
         self.fibres: list[Fibres] = []
         self.normalized: dict[str, Literals] = {}
         self.contracted: list[Literals] = []
+
+    def follow(self, rules: Mapping[str, Callable[[Any, gs.Node], None]]) -> None:
+        """As the base class, but channels stay whose weight several nodes read: each would get a copy of it."""
+        super().follow(rules)
+        for turn in self.turns:
+            if turn.index < len(turn.node.inputs) and is_shared_weight(
+                self.index, turn.node.inputs[turn.index]
+            ):
+                self.classes.pin(turn.labels, "its weight is read elsewhere as well")
 
     def forget(self, node: gs.Node) -> None:
         """Drop the constants of ``node``; sets that may not be mixed do no harm."""

@@ -89,6 +89,14 @@ _CARRIERS = MOVEMENT_OPS | {
 """Operators between two integer kernels; behind anything else (a normalization, say) everything is float."""
 
 
+def _carries(node: gs.Node) -> bool:
+    """Whether ``node`` is of the operators between two integer kernels.
+
+    A division is, by a constant: x clip(x + 3, 0, 6) / 6 is an activation; norms divide by what they measure.
+    """
+    return node.op in _CARRIERS or (node.op == "Div" and is_constant(node.inputs[1]))
+
+
 def _no_kernel_reads(node: gs.Node, index: GraphIndex) -> str | None:
     """A reason to keep a convolution's output in float: it would be rounded for the sake of one kernel."""
     waiting, seen = [node.outputs[0].name], set()
@@ -99,7 +107,7 @@ def _no_kernel_reads(node: gs.Node, index: GraphIndex) -> str | None:
         for use in index.uses(name):
             if use.node.op in TABLE:
                 return None
-            if use.node.op in _CARRIERS and use.node.name not in seen:
+            if _carries(use.node) and use.node.name not in seen:
                 seen.add(use.node.name)
                 waiting += [t.name for t in use.node.outputs]
     return "its output stays in float, and so does its kernel: no integer kernel follows that would read it"

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
+import onnxptq
 from tests.e2e.command import Bench, Finished, classifier, here
 
 Change = Callable[[onnx.ModelProto], None]
@@ -126,6 +127,37 @@ def test_nothing_to_quantize(bench: Bench) -> None:
     )
     bench.write(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
     bench.refuses(3, "nothing that ort-cpu could quantize", "inspect", do=bench.quantize)
+
+
+def test_everything_inside_a_branch(bench: Bench) -> None:
+    """As some recognizers come, with a network for each rate of the sound."""
+    weights = [numpy_helper.from_array(np.ones((8, 8), np.float32) * i, f"w{i}") for i in (1, 2)]
+    branches = [
+        helper.make_graph(
+            [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"])],
+            f"branch{i}",
+            [],
+            [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, ["n", 3, 8, 8])],
+            [weight],
+        )
+        for i, weight in enumerate(weights, 1)
+    ]
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceMax", ["x"], ["peak"], keepdims=0),
+            helper.make_node("Greater", ["peak", "one"], ["loud"]),
+            helper.make_node(
+                "If", ["loud"], ["y"], name="rates", then_branch=branches[0], else_branch=branches[1]
+            ),
+        ],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [numpy_helper.from_array(np.float32(1.0), "one")],
+    )
+    bench.write(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    bench.refuses(3, "rates: The bodies of If nodes stay in float", "inspect", do=bench.quantize)
+    assert onnxptq.inspect(bench.model).parameters >= 128
 
 
 def test_a_bit_flipped_model_that_still_loads_is_quantized_as_it_stands(bench: Bench) -> None:

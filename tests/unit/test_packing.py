@@ -16,6 +16,7 @@ from onnxptq.reconstruct.training import batch_size
 def test_more_steps_are_of_the_same_size(steps: int, count: int) -> None:
     usual, found = (learning(Recipe(method="pack-ptq", steps=n)) for n in (None, steps))
     assert found.steps == steps
+    assert found.tuning_steps == min(usual.tuning_steps, steps)
     assert batch_size(found, count, found.steps) == batch_size(usual, count, usual.steps)
 
 

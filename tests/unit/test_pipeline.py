@@ -25,7 +25,7 @@ from onnxptq.recipe import Recipe
 from onnxptq.types import QuantPlan, Skip
 from onnxptq.validate.metrics import OutputMetrics
 from tests.unit.equalize.equalize_helpers import samples_for, unbalanced
-from tests.unit.small_nets import canonical, conv_relu_conv
+from tests.unit.small_nets import Net, canonical, conv_relu_conv
 
 RECIPE = Recipe(method="rtn", observer="minmax", simplify=False)
 ORDER = (
@@ -218,3 +218,24 @@ def test_a_plan_without_quantizers_is_refused(recipe: Recipe, reason: str, code:
         require_quantizers(empty, net, recipe)
     assert caught.value.exit_code == code
     assert caught.value.remedy
+
+
+def test_an_output_that_nothing_quantized_reaches_says_nothing_of_the_others(tmp_path: Path) -> None:
+    """It is equal whatever is done, and must not make a mean of outputs look good."""
+
+    def notes(name: str, outputs: list[str]) -> list[str]:
+        net = Net()
+        hidden = net.op("Relu", "hidden", net.linear("first", "x", 16, 16))
+        net.linear("deep", hidden, 16, 8)
+        net.op("Abs", "beside", "x")
+        size = net.op("Shape", "size", "first.mm")
+        net.op("Reshape", "as large", "beside", size)
+        path = tmp_path / f"{name}.onnx"
+        onnx.save(net.proto({"x": ["n", 16]}, outputs), str(path))
+        data = list(np.random.default_rng(0).standard_normal((12, 16)).astype(np.float32))
+        found = quantize(path, calibration=data, recipe=Recipe(enough=60.0), work_dir=tmp_path / "work")
+        return [note for note in found.report.notes if "dB" in note]
+
+    alone = notes("one", ["deep"])
+    assert any("calibration samples" in note for note in alone)
+    assert notes("both", ["deep", "beside", "as large"]) == alone

@@ -66,9 +66,23 @@ def test_the_worst_nodes_go_until_the_rest_fits() -> None:
     assert "14.0 dB" in _relaxed(18.0)["b"]
 
 
-def test_nothing_goes_where_the_floor_is_met_or_too_many_would() -> None:
+def test_nothing_goes_where_the_floor_is_met() -> None:
     assert _relaxed(10.0) == {}
-    assert _relaxed(40.0) == {}
+
+
+def test_where_too_many_would_go_only_those_do_that_spoil_the_whole() -> None:
+    assert list(_relaxed(40.0)) == ["b", "a"]
+    even = dict.fromkeys(NOISE, 1e-2)
+    assert find_relaxation(even, (), floor=20.0, reached=10.0) == {}
+    one = {**even, "b": 1.0}
+    assert list(find_relaxation(one, (), floor=20.0, reached=-0.4)) == ["b"]
+
+
+def test_one_node_of_a_small_network_may_go_but_never_all() -> None:
+    small = {"a": 1e-3, "b": 4e-1, "c": 2e-3}
+    assert list(find_relaxation(small, (), floor=20.0, reached=3.9)) == ["b"]
+    assert find_relaxation(small, ["b"], floor=40.0, reached=25.0) == {}
+    assert find_relaxation({"a": 1.0}, (), floor=20.0, reached=0.0) == {}
 
 
 @pytest.mark.parametrize("factor", [0.25, 3.0])

@@ -119,9 +119,9 @@ def test_overrides_name_tensors() -> None:
 
 def test_the_best_candidate_wins_and_the_first_of_equals() -> None:
     scores = dict(zip(CANDIDATES, (1.0, 3.0, 2.0, 3.0), strict=True))
-    best, listed = select_observer(lambda o, _: scores[o], 8)
-    assert best is CANDIDATES[1]
-    assert listed == {label(o): s for o, s in scores.items()}
+    found = select_observer(lambda o, _: scores[o], 8)
+    assert found.observer is CANDIDATES[1]
+    assert {**found.scores, **found.behind} == {label(o): s for o, s in scores.items()}
 
 
 def test_only_the_better_half_sees_the_remaining_samples() -> None:
@@ -134,10 +134,21 @@ def test_only_the_better_half_sees_the_remaining_samples() -> None:
         seen.append((CANDIDATES.index(candidate), count))
         return (late if count == 12 else early)[candidate]
 
-    best, listed = select_observer(evaluate, 12)
+    found = select_observer(evaluate, 12)
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3), (1, 12), (2, 12)]
-    assert best is CANDIDATES[1]
-    assert list(listed.values()) == [1.0, 4.5, 3.0, 2.0]
+    assert found.observer is CANDIDATES[1]
+    assert list(found.scores.values()) == [4.5, 3.0]
+    assert list(found.behind.values()) == [1.0, 2.0]
+    first, second, third, last = map(label, CANDIDATES)
+    assert found.summary == (
+        f"Ranges by {second} (4.50 dB on calibration samples; {third} 3.00; behind on fewer of them: {first} 1.00, "
+        f"{last} 2.00)."
+    )
+
+
+def test_one_candidate_is_alone_in_the_summary() -> None:
+    found = select_observer(lambda *_: 7.0, 3, CANDIDATES[:1])
+    assert found.summary == f"Ranges by {label(CANDIDATES[0])} (7.00 dB on calibration samples)."
 
 
 def test_of_three_candidates_two_see_all_samples() -> None:
@@ -154,8 +165,8 @@ def test_of_three_candidates_two_see_all_samples() -> None:
 
 
 def test_scores_that_are_not_numbers_never_win() -> None:
-    best, _ = select_observer(lambda o, _: float("nan") if o.name != "minmax" else -1.0, 8)
-    assert best.name == "minmax"
+    found = select_observer(lambda o, _: float("nan") if o.name != "minmax" else -1.0, 8)
+    assert found.observer.name == "minmax"
 
 
 @pytest.mark.parametrize("histogram", [True, False])

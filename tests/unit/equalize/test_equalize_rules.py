@@ -491,3 +491,27 @@ def test_custom_operators_pin(tmp_path: Path) -> None:
     model = build(nodes, {"x": (1, 3, 4, 4)}, ["y"], weights, extra_domains={"com.microsoft": 1})
     trace = assert_exact(canonical(model, tmp_path), feed_for(model))
     assert free_classes(trace, "a") == 0
+
+
+def shared_weight(*middle: onnx.NodeProto) -> onnx.ModelProto:
+    """Two layers of one weight ``s`` between layers of weights of their own."""
+    nodes = [node("MatMul", "x w1", "a"), node("MatMul", "a s", "b"), *middle, node("MatMul", "d w2", "y")]
+    return build(nodes, {"x": [2, 8]}, ["y"], {"w1": w(8, 64), "s": w(64, 64), "w2": w(64, 5)})
+
+
+def test_a_weight_of_two_layers_stays_one(tmp_path: Path) -> None:
+    model = shared_weight(node("Relu", "b", "c"), node("MatMul", "c s", "d"))
+    trace = assert_exact(canonical(model, tmp_path), feed_for(model), seed=1)
+    # Both layers read it, so what they read and write shares its factors, channel by channel.
+    assert [free_classes(trace, name) for name in "abcd"] == [64, 64, 64, 64]
+    assert (trace.classes.roots(trace.labels["a"]) == trace.classes.roots(trace.labels["d"])).all()
+    rescaled = onnx.load(tmp_path / "rescaled.onnx")
+    assert sorted(tensor.name for tensor in rescaled.graph.initializer) == ["s", "w1", "w2"]
+
+
+def test_a_weight_that_something_else_reads_as_well_stays(tmp_path: Path) -> None:
+    model = shared_weight(node("Exp", "s", "t"), node("MatMul", "b t", "d"))
+    trace = assert_exact(canonical(model, tmp_path), feed_for(model), seed=1)
+    assert [free_classes(trace, name) for name in "abd"] == [0, 0, 0]
+    rescaled = onnx.load(tmp_path / "rescaled.onnx")
+    assert sorted(tensor.name for tensor in rescaled.graph.initializer) == ["s", "w1", "w2"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -618,3 +619,36 @@ def test_every_pass_has_words_for_the_report() -> None:
             assert note.startswith("One " if count == 1 else "3 ")
             assert note.endswith(".")
             assert "_" not in note
+
+
+def test_layers_that_share_a_weight_share_it_after_rewrites(tmp_path: Path) -> None:
+    """The factor of attention scores goes into the projection, of which each layer would get a copy."""
+    width, tokens = 64, 5
+    weights = {
+        "w": random(width, 3 * width),
+        "s": np.float32(width**-0.5),
+        "parts": np.array([width] * 3),
+        "root": random(width, width),
+    }
+    nodes = [node("MatMul", "x root", "h0")]
+    for i in range(3):
+        nodes += [
+            node("MatMul", f"h{i} w", f"p{i}"),
+            node("Split", f"p{i} parts", f"q{i} k{i} v{i}", axis=-1),
+            node("Mul", f"q{i} s", f"qs{i}"),
+            node("Transpose", f"k{i}", f"kt{i}", perm=[0, 2, 1]),
+            node("MatMul", f"qs{i} kt{i}", f"scores{i}"),
+            node("Softmax", f"scores{i}", f"a{i}", axis=-1),
+            node("MatMul", f"a{i} v{i}", f"h{i + 1}"),
+        ]
+    model = build(nodes, {"x": [1, tokens, width]}, ["h3"], weights)
+    feed = feed_for(model)
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    found = canonicalize(path, tmp_path)
+    assert not any(n.op == "Mul" for n in found.graph.nodes)
+    large = [
+        t.name for t in found.graph.tensors().values() if isinstance(t, gs.Constant) and len(t.shape) == 2
+    ]
+    assert sorted(large) == ["root", "w"]
+    assert_close(run(model, feed), run(found.path, feed), tolerance=1e-5)

@@ -23,6 +23,7 @@ from onnxptq.errors import (
 from onnxptq.graph import native
 from onnxptq.graph.canonicalize import canonicalize
 from onnxptq.graph.load import load_model, model_bytes, read_model
+from onnxptq.graph.specs import input_specs
 from tests.unit.graph.graph_helpers import assert_close, build, feed_for, node, random, run
 
 
@@ -392,3 +393,54 @@ def test_a_native_process_without_room(tmp_path: Path, monkeypatch: pytest.Monke
         load_model(saved(tmp_path, linear()))
     assert tempfile.gettempdir() in caught.value.message
     assert "TMPDIR" in caught.value.remedy
+
+
+def test_nodes_out_of_order_are_sorted(tmp_path: Path) -> None:
+    model = linear()
+    feed = feed_for(model)
+    expected = run(model, feed)
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(nodes))
+    path = saved(tmp_path, model)
+
+    assert [node.op_type for node in load_model(path).graph.node] == ["MatMul", "Add"]
+    found = canonicalize(path, tmp_path)
+    assert "Nodes stood before others that they read: they were sorted." in found.notes
+    assert_close(expected, run(found.path, feed), tolerance=1e-6)
+
+
+def test_sorting_moves_no_more_than_it_must_and_sees_what_nested_graphs_read(tmp_path: Path) -> None:
+    def branch(name: str) -> onnx.GraphProto:
+        out = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        return helper.make_graph([node("Identity", "late", name)], "branch", [], [out])
+
+    chosen = helper.make_node(
+        "If", ["c"], ["y"], name="n_y", then_branch=branch("then"), else_branch=branch("else")
+    )
+    nodes = [node("Relu", "x", "a"), node("Neg", "a", "late"), node("ReduceMax", "a", "top", keepdims=0)]
+    nodes += [node("Cast", "top", "c", to=TensorProto.BOOL), chosen]
+    model = build(nodes, {"x": ["n", 4]}, ["y"])
+    del model.graph.node[:]
+    model.graph.node.extend(nodes[i] for i in (0, 4, 2, 3, 1))
+    read = load_model(saved(tmp_path, model))
+    assert [n.output[0] for n in read.graph.node] == ["a", "top", "c", "late", "y"]
+
+
+def test_nodes_that_read_each_other_in_a_circle_are_refused(tmp_path: Path) -> None:
+    nodes = [node("Add", "x r", "a"), node("Relu", "a", "r"), node("Neg", "r", "y")]
+    model = linear()
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    with pytest.raises(InvalidModelError, match="topologically sorted"):
+        load_model(saved(tmp_path, model))
+
+
+def test_negative_dimensions_are_unknown_ones(tmp_path: Path) -> None:
+    model = linear()
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        value.type.tensor_type.shape.dim[0].dim_value = -1
+    path = saved(tmp_path, model)
+
+    assert input_specs(path)[0].shape == (None, 4)
+    assert canonicalize(path, tmp_path).inputs[0].shape == (None, 4)

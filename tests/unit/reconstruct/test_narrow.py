@@ -9,8 +9,9 @@ import pytest
 
 from onnxptq.quantizers.affine import fake_quantize, search_weight_qparams
 from onnxptq.reconstruct.closed_form import damped, round_weights
+from onnxptq.reconstruct.fitted_grid import descend
 from onnxptq.reconstruct.gram import Gram
-from onnxptq.reconstruct.narrow import DAMPING, _descend, round_narrow
+from onnxptq.reconstruct.narrow import DAMPING, round_narrow
 from onnxptq.types import PerAxis, QType
 
 RNG = np.random.default_rng(0)
@@ -51,7 +52,7 @@ def test_descent_ends_where_no_single_step_helps() -> None:
     target = weight.astype(np.float64)
     q = np.clip(np.rint(target / scales[:, :, None]), -16, 15)
     start = errors(gram, q * scales[:, :, None] - target)
-    _descend(q, target, scales, damped(gram, DAMPING), qparams)
+    descend(q, target, scales, damped(gram, DAMPING), qparams.qtype, sweeps=20)
     reached = errors(gram, q * scales[:, :, None] - target)
     assert (reached <= start).all()
     assert (reached < start).any()

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
 import pytest
 
 from onnxptq.calibrate.observers import Observer
@@ -13,9 +15,18 @@ from onnxptq.calibrate.ranges import choose_ranges
 from onnxptq.calibrate.run import calibrate
 from onnxptq.graph.index import GraphIndex
 from onnxptq.quantizers.affine import fake_quantize
+from onnxptq.reconstruct.fitted_grid import round_on_fitted_grid
+from onnxptq.reconstruct.gram import Gram, layer_rows, weight_matrix, weight_tensor
 from onnxptq.reconstruct.initial import bias_qparams, initial_solution
-from onnxptq.reconstruct.rounding import compensable_layers, round_in_closed_form
+from onnxptq.reconstruct.rounding import (
+    compensable_layers,
+    round_in_closed_form,
+    round_shared,
+    weight_readers,
+)
+from onnxptq.runtime import Session
 from onnxptq.samples import ListFeeds
+from tests.unit.reconstruct.pack_cases import Case, case
 from tests.unit.small_nets import Net, canonical, planned, random_samples
 
 
@@ -47,6 +58,77 @@ def test_weights_lie_on_their_grids_and_biases_follow_the_scales(tmp_path: Path)
             assert grid is start.qparams[q.quantizer_id]
     # Of 9, 54 and 8 inputs: the middle layer is wide and keeps its scales.
     assert kept == [False, True, False]
+
+
+def _siblings(kind: str) -> onnx.ModelProto:
+    """One weight, read by two layers: what channels have in common adds up in one and cancels in the other."""
+    net, shape = Net(), (6, 1, 1) if kind == "conv" else (6,)
+    mask = net.constant("mask", np.array([1.0, -1.0, 0.3] * 2, np.float32).reshape(shape))
+    second = net.op("Mul", "second", "x", mask)
+    if kind == "conv":
+        weight = net.weight("w", 7, 6, 3, 3)
+        found = [net.op("Conv", f"y{i}", x, weight, pads=[1] * 4) for i, x in enumerate(("x", second))]
+        return net.proto({"x": [1, 6, 12, 12]}, found)
+    weight = net.weight("w", 6, 7)
+    found = [net.op("MatMul", f"y{i}", x, weight) for i, x in enumerate(("x", second))]
+    if kind == "also gathered":
+        found.append(net.op("Gather", "rows", weight, net.constant("i", np.array([1, 2], np.int64))))
+    return net.proto({"x": [1, 40, 6]}, found)
+
+
+def _noise(made: Case, weight: np.ndarray) -> float:
+    """The error that rounding the shared weight leaves at the outputs of its readers."""
+    model = made.model
+    net = Session(model.path)
+    graph = model.graph.copy()
+    graph.tensors()["w"].values = weight
+    onnx.save(gs.export_onnx(graph), made.folder / "other.onnx")
+    other = Session(made.folder / "other.onnx")
+    names = [t.name for t in model.graph.outputs]
+    noise = 0.0
+    for sample in made.samples:
+        wanted, found = net.run(sample, names), other.run(sample, names)
+        noise += sum(float(np.square(wanted[n] - found[n]).sum()) for n in names)
+    return noise
+
+
+@pytest.mark.parametrize("kind", ["conv", "matmul"])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_a_weight_of_several_layers_serves_all_of_them(kind: str, bits: int, tmp_path: Path) -> None:
+    axis = 1 if kind == "conv" else 2
+    made = case(
+        _siblings(kind),
+        tmp_path,
+        weight_bits=bits,
+        activation_bits=8,
+        noise=lambda x: (0.3 * x + x.mean(axis=axis, keepdims=True)).astype(np.float32),
+    )
+    nearest = fake_quantize(made.model.graph.tensors()["w"].values, made.start.qparams["w"])
+    for found in (
+        round_in_closed_form(made.model, made.plan, made.start, made.samples),
+        round_shared(made.model, made.plan, made.start, made.samples, max_width=99, damping=0.01),
+    ):
+        weight = found.weights["w"]
+        np.testing.assert_array_equal(fake_quantize(weight, found.qparams["w"]), weight)
+        assert _noise(made, weight) < 0.95 * _noise(made, nearest)
+    # Rounded for one of them alone it serves both less.
+    layers = weight_readers(made.index, made.plan, 99)[0]
+    gram = Gram.empty(1, 54 if kind == "conv" else 6, is_mixed=False)
+    for sample in made.samples:
+        rows = layer_rows(layers[1], sample["x"] * made.model.graph.tensors()["mask"].values, None, 999)
+        assert rows is not None
+        gram.add(*rows)
+    matrix = weight_matrix(layers[0], made.model.graph.tensors()["w"].values)
+    alone, _ = round_on_fitted_grid(matrix, gram, made.start.qparams["w"], damping=0.01, ridge=0.01)
+    assert _noise(made, weight) < _noise(made, weight_tensor(layers[0], alone))
+
+
+def test_a_weight_that_is_looked_up_as_well_stays(tmp_path: Path) -> None:
+    made = case(_siblings("also gathered"), tmp_path, activation_bits=8)
+    assert not weight_readers(made.index, made.plan, 99)
+    assert not round_in_closed_form(made.model, made.plan, made.start, made.samples).weights
+    shared = round_shared(made.model, made.plan, made.start, made.samples, max_width=99, damping=0.01)
+    assert not shared.weights
 
 
 def test_weights_of_the_solution_take_the_place_of_the_models(tmp_path: Path) -> None:

@@ -174,3 +174,10 @@ def test_a_high_temperature_leaves_the_noise_over_signal() -> None:
     plain = Norms({"y": variance}, 1.0, {}, {})
     one, two = (float(noise_over_signal({"y": found}, {"y": wanted}, norms)) for norms in (scores, plain))
     assert one == pytest.approx(two, rel=0.05)
+
+
+def test_it_takes_no_more_steps_than_it_is_given(tmp_path: Path) -> None:
+    made = case(chain(depth=2), tmp_path, samples=24, weight_bits=3, activation_bits=6)
+    found = made.solved(replace(TUNED, tuning_steps=3)).tuning
+    assert found is not None
+    assert found.steps == 3

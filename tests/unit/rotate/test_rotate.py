@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -235,3 +236,17 @@ def test_the_summary_says_why_where_there_is_no_stream(tmp_path: Path) -> None:
 def test_no_sample_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FeedError):
         rotate(canonical(nets.one_stream("none"), tmp_path), Samples([]), work_dir=tmp_path)
+
+
+def test_layers_of_one_weight_keep_it(tmp_path: Path) -> None:
+    net = nets.Blocks()
+    y = net.linear("in", "x", 64, 64)
+    net.weight("shared", 64, 64)
+    for i in range(2):
+        layer = net.op("MatMul", f"layer{i}", net.norm(f"norm{i}", y, 64), "shared")
+        layer = net.op("Add", f"biased{i}", layer, net.weight(f"bias{i}", 64))
+        y = net.op("Add", f"sum{i}", y, layer)
+    model = net.proto({"x": [2, 5, 64]}, [net.linear("out", net.norm("last", y, 64), 64, 4)])
+    result, _ = rotated(model, tmp_path)
+    constants = [tensor for tensor in result.graph.tensors().values() if isinstance(tensor, gs.Constant)]
+    assert sum(tuple(tensor.shape) == (64, 64) for tensor in constants) == 2

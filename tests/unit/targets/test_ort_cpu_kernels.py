@@ -179,3 +179,21 @@ def test_a_declined_convolution_between_quantized_ones_is_not_quantized_by_the_r
     # The integer convolution rounds its sums once more than the exact session: at most one output step.
     step = (exact.max() - exact.min()) / 255
     assert np.abs(exact - fast).max() <= 1.01 * step
+
+
+@pytest.mark.parametrize(("divisor", "kernels"), [("constant", 4), ("measured", 1)])
+def test_a_division_by_a_constant_is_part_of_an_activation(
+    divisor: str, kernels: int, tmp_path: Path
+) -> None:
+    """x clip(x + 3, 0, 6) / 6 lies between two integer kernels; what is divided by its own mean stays in float."""
+    net = Net()
+    six = net.constant("six.0", np.float32(6))
+    x = "x"
+    for i in range(3):
+        x = net.conv(f"conv{i}", x, (8, 8, 3, 3))
+        moved = net.op("Add", f"moved{i}", x, net.constant("three", np.float32(3)))
+        product = net.op("Mul", f"product{i}", x, net.relu6(f"clip{i}", moved))
+        by = six if divisor == "constant" else net.op("ReduceMean", f"mean{i}", product, keepdims=1)
+        x = net.op("Div", f"act{i}", product, by)
+    model = net.proto({"x": [1, 8, 8, 8]}, [net.conv("last", x, (8, 8, 3, 3))])
+    assert _kernels(model, tmp_path).get("QLinearConv", 0) == kernels
