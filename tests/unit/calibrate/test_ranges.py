@@ -158,8 +158,7 @@ def test_of_three_candidates_two_see_all_samples() -> None:
         seen.append((label(observer), samples))
         return float(CANDIDATES.index(observer))
 
-    best, _ = select_observer(evaluate, 16, CANDIDATES[:3])
-    assert best is CANDIDATES[2]
+    assert select_observer(evaluate, 16, CANDIDATES[:3]).observer is CANDIDATES[2]
     first, second, third = (label(c) for c in CANDIDATES[:3])
     assert seen == [(first, 4), (second, 4), (third, 4), (second, 16), (third, 16)]
 
