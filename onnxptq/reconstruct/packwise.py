@@ -36,7 +36,7 @@ from onnxptq.reconstruct.objective import Objective, norms_of
 from onnxptq.reconstruct.pack_data import UNIT, PackData, most_together, run_all
 from onnxptq.reconstruct.pack_quantizers import PackQuantizers
 from onnxptq.reconstruct.rank_search import RankChoice, choose_ranks
-from onnxptq.reconstruct.sequential import rounded, solve_layers
+from onnxptq.reconstruct.sequential import begun, rounded, solve_layers
 from onnxptq.reconstruct.suffix import Suffix, Wanted, wanted_outputs
 from onnxptq.reconstruct.training import train
 from onnxptq.reconstruct.tuning import tune
@@ -383,13 +383,14 @@ def _solved(job: _Job, pack: Pack, state: Finished, data: PackData) -> Finished:
         corrections = data.ranks.broadcast(corrections)
         choices = choose_ranks(corrections, quantizers, data, settings, generator)
     elif settings.is_closed_form_first:
+        solve = begun if settings.steps else rounded
         solution = solve_layers(
             index,
             pack,
             plan,
             solution,
             data,
-            branched if settings.adds_branches else rounded,
+            branched if settings.adds_branches else solve,
             settled=state.settled,
             has_floats=settings.adds_branches,
         )

@@ -25,6 +25,7 @@ from onnxptq.lowering.quantized import Hooks, quantizing_hooks
 from onnxptq.quantizers import torch_affine
 from onnxptq.quantizers.affine import fake_quantize
 from onnxptq.ranks import Ranks
+from onnxptq.reconstruct.closed_form import round_weights
 from onnxptq.reconstruct.damping import DAMPINGS, choose_damping
 from onnxptq.reconstruct.device_rows import add_on_device, device_rows
 from onnxptq.reconstruct.fitted_grid import round_on_fitted_grid
@@ -38,6 +39,11 @@ MAX_WIDTH = 8192
 
 ROUNDING_DAMPING = 0.1
 """For spreading the errors of roundings; the damping of the start is chosen per layer."""
+
+_FEWEST_FITTED_BITS = 4
+"""With coarser weights, gradient steps end better where they begin on the grids that fit the weights alone: the Swin
+on digits by 0.3 dB at 3 bits (two seeds). With 4 bits it ends alike; ResNet-20, with activations of 8, ends 0.4 dB
+higher from fitted ones."""
 
 SAMPLES = 512
 """Most samples that sums are taken over: beyond it they only become more exact."""
@@ -99,6 +105,15 @@ def rounded(task: LayerTask, solution: Solution) -> Solution:
         ridge=task.ridge,
     )
     return task.solved(replace(solution, qparams={**solution.qparams, task.quantizer_id: grid}), weight)
+
+
+def begun(task: LayerTask, solution: Solution) -> Solution:
+    """The same as a start for gradient steps, which move scales themselves."""
+    qparams = solution.qparams[task.quantizer_id]
+    if qparams.qtype.bits >= _FEWEST_FITTED_BITS:
+        return rounded(task, solution)
+    weight = round_weights(task.matrix, task.sums, qparams, damping=ROUNDING_DAMPING, ridge=task.ridge)
+    return task.solved(solution, weight)
 
 
 def solve_layers(

@@ -13,7 +13,7 @@ from onnxptq.reconstruct import sequential
 from onnxptq.reconstruct.closed_form import round_weights
 from onnxptq.reconstruct.gram import Gram
 from onnxptq.reconstruct.learning import FAST
-from onnxptq.reconstruct.sequential import rounded, solve_layers
+from onnxptq.reconstruct.sequential import begun, rounded, solve_layers
 from onnxptq.types import Array, PerAxis, QType, Solution
 from tests.unit.reconstruct.pack_cases import Case, case
 from tests.unit.small_nets import Net, residual_block
@@ -188,3 +188,15 @@ def test_values_too_large_for_their_squares_are_left_alone(tmp_path: Path) -> No
         net.proto({"x": [9, WIDTH]}, ["y"]), tmp_path, samples=4, noise=lambda x: x * np.float32(1e25)
     )
     assert _rounded(made).weights == {}
+
+
+@pytest.mark.parametrize(("bits", "is_fitted"), [(3, False), (4, True)])
+def test_grids_are_fitted_unless_few_bits_are_learnt(bits: int, is_fitted: bool, tmp_path: Path) -> None:
+    made = _one_layer(tmp_path, weight_bits=bits)
+    given = (made.index, made.packs[0], made.plan, made.start, made.data())
+    last, first = (solve_layers(*given, how, settled=()) for how in (rounded, begun))
+    scales = [found.qparams["y.w"].scale for found in (made.start, last, first)]
+    assert not np.array_equal(scales[1], scales[0])
+    assert np.array_equal(scales[2], scales[1] if is_fitted else scales[0])
+    weight = first.weights["y.w"]
+    np.testing.assert_array_equal(fake_quantize(weight, first.qparams["y.w"]), weight)
