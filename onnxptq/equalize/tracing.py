@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.graph import layouts
 from onnxptq.graph.classes import Classes, Literals
-from onnxptq.graph.index import GraphIndex, is_shared_weight
+from onnxptq.graph.index import READ_AGAIN, GraphIndex, is_shared_weight
 from onnxptq.graph.tracing import ChannelTracer, Shapes
 from onnxptq.types import Array
 
@@ -69,8 +69,6 @@ class Bounds:
 
 Rule = Callable[["Tracer", gs.Node], None]
 
-_READ_AGAIN = "its weight is read elsewhere as well"
-
 
 @dataclass(slots=True, eq=False)
 class Trace:
@@ -119,7 +117,7 @@ class Tracer(ChannelTracer):
                     if is_followed and len(given) == len(labels):
                         self.classes.join(given[0], each)
                     else:
-                        self.classes.pin(each, _READ_AGAIN)
+                        self.classes.pin(each, READ_AGAIN)
 
     def forget(self, node: gs.Node) -> None:
         """Drop the edits and products that a rule recorded for ``node`` before it gave up."""

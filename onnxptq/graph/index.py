@@ -85,11 +85,18 @@ LARGE_WEIGHT = 4096
 """Elements from which on copies of a constant show in the size of the file."""
 
 
+READ_AGAIN = "its weight is read elsewhere as well"
+"""Why channels stay that only a copy of a shared weight could follow."""
+
+
+def is_large_weight(tensor: gs.Tensor) -> bool:
+    """Whether ``tensor`` is a constant of which copies would show."""
+    return is_constant(tensor) and math.prod(tensor.shape) >= LARGE_WEIGHT
+
+
 def is_shared_weight(index: GraphIndex, tensor: gs.Tensor) -> bool:
     """Whether ``tensor`` is a large constant of several readers, which must not get one for each of them."""
-    return (
-        is_constant(tensor) and math.prod(tensor.shape) >= LARGE_WEIGHT and len(index.uses(tensor.name)) > 1
-    )
+    return is_large_weight(tensor) and len(index.uses(tensor.name)) > 1
 
 
 def is_float32(tensor: gs.Tensor) -> bool:

@@ -5,12 +5,10 @@ Layers that share their weights are mostly rewritten alike, and then share what 
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxptq.graph.index import LARGE_WEIGHT
+from onnxptq.graph.index import is_large_weight
 
 Reads = dict[str, list[tuple[gs.Node, int]]]
 """Node and input of every read of a constant, by its name."""
@@ -21,7 +19,7 @@ def shared_reads(graph: gs.Graph) -> Reads:
     found: Reads = {}
     for node in graph.nodes:
         for i, tensor in enumerate(node.inputs):
-            if isinstance(tensor, gs.Constant) and math.prod(tensor.shape) >= LARGE_WEIGHT:
+            if is_large_weight(tensor):
                 found.setdefault(tensor.name, []).append((node, i))
     return {name: reads for name, reads in found.items() if len(reads) > 1}
 

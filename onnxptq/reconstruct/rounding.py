@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +16,16 @@ from onnxptq.reconstruct.gram import Gram, layer_rows, weight_matrix, weight_ten
 from onnxptq.reconstruct.initial import bias_qparams
 from onnxptq.reconstruct.narrow import NARROW, round_narrow
 from onnxptq.runtime import Provider, open_exposed
-from onnxptq.types import CanonicalModel, Progress, QParams, QuantPlan, Sample, Solution, started
+from onnxptq.types import (
+    CanonicalModel,
+    FloatArray,
+    Progress,
+    QParams,
+    QuantPlan,
+    Sample,
+    Solution,
+    started,
+)
 
 _FINE_BITS = 8
 """Activations of this many bits are as good as float: their rounding cannot be compensated, only averaged."""
@@ -29,6 +38,9 @@ _ROWS_PER_LAYER = 2048
 
 _SHARED_SAMPLES = 64
 """Samples that weights of several layers are rounded on, at most, before packs are solved."""
+
+Choose = Callable[[Linear, FloatArray, Gram, QParams], tuple[FloatArray, QParams]]
+"""The weights of a layer and their grid, from its matrix, its sums and the grid so far."""
 
 
 def round_in_closed_form(
@@ -56,23 +68,14 @@ def round_in_closed_form(
         qparams = solution.qparams[quantizer.quantizer_id] if quantizer else None
         return None if qparams is None or qparams.qtype.bits >= _FINE_BITS else qparams
 
+    def chosen(layer: Linear, matrix: FloatArray, gram: Gram, grid: QParams) -> tuple[FloatArray, QParams]:
+        if width_of(layer) <= NARROW and gram.mixed is gram.quantized:
+            return round_narrow(matrix, gram, grid)
+        return round_weights(matrix, gram, grid), grid
+
     readers = weight_readers(index, plan, max_width)
     grams = _grams(model, index, readers, samples, coarse, provider, progress)
-    weights, grids = dict(solution.weights), dict(solution.qparams)
-    for layers in readers:
-        layer = layers[0]
-        gram = grams.get(layer.weight.name)
-        if gram is None:
-            continue
-        quantizer = reads[layer.node.name, layer.weight_index]
-        value = np.asarray(weights.get(layer.weight.name, layer.weight.values), np.float32)
-        matrix, grid = weight_matrix(layer, value), grids[quantizer.quantizer_id]
-        if width_of(layer) <= NARROW and gram.mixed is gram.quantized:
-            rounded, grids[quantizer.quantizer_id] = round_narrow(matrix, gram, grid)
-        else:
-            rounded = round_weights(matrix, gram, grid)
-        weights[layer.weight.name] = weight_tensor(layer, rounded)
-    return _with_biases(plan, replace(solution, qparams=grids, weights=weights))
+    return _rounded(plan, solution, readers, grams, chosen)
 
 
 def round_shared(
@@ -96,6 +99,25 @@ def round_shared(
     readers = [layers for layers in weight_readers(index, plan, max_width) if len(layers) > 1]
     chosen = samples[:: -(-len(samples) // _SHARED_SAMPLES)] if samples else samples
     grams = _grams(model, index, readers, chosen, lambda _: None, provider, progress)
+    return _rounded(
+        plan,
+        solution,
+        readers,
+        grams,
+        lambda _, matrix, gram, grid: round_on_fitted_grid(
+            matrix, gram, grid, damping=damping, ridge=damping
+        ),
+    )
+
+
+def _rounded(
+    plan: QuantPlan,
+    solution: Solution,
+    readers: Sequence[tuple[Linear, ...]],
+    grams: Mapping[str, Gram],
+    choose: Choose,
+) -> Solution:
+    """``solution`` with the weights of ``grams`` as ``choose`` has them, and biases on the grids that follow."""
     of_weight = {q.tensor: q.quantizer_id for q in plan.quantizers if q.role == "weight"}
     weights, grids = dict(solution.weights), dict(solution.qparams)
     for layer, *_ in readers:
@@ -103,11 +125,10 @@ def round_shared(
         if name in grams:
             matrix = weight_matrix(layer, np.asarray(weights.get(name, layer.weight.values), np.float32))
             grid = grids[of_weight[name]]
-            rounded, grids[of_weight[name]] = round_on_fitted_grid(
-                matrix, grams[name], grid, damping=damping, ridge=damping
-            )
+            rounded, grids[of_weight[name]] = choose(layer, matrix, grams[name], grid)
             weights[name] = weight_tensor(layer, rounded)
-    return _with_biases(plan, replace(solution, qparams=grids, weights=weights))
+    biases = {q.quantizer_id: bias_qparams(q, grids) for q in plan.quantizers if q.role == "bias"}
+    return replace(solution, qparams={**grids, **biases}, weights=weights)
 
 
 def _grams(
@@ -125,6 +146,7 @@ def _grams(
         return {}
     exposed = sorted({layer.input.name for layers in readers for layer in layers} - index.input_names)
     session = open_exposed(model.path, exposed, provider=provider)
+    grids = {layer.node.name: grid_of(layer) for layers in readers for layer in layers}
     grams: dict[str, Gram] = {}
     declined: set[str] = set()
     tick = started(progress, "round weights", len(samples))
@@ -132,12 +154,12 @@ def _grams(
         values = {**sample, **session.run(sample, exposed)}
         for layers in readers:
             name = layers[0].weight.name
-            is_mixed = any(grid_of(layer) is not None for layer in layers)
+            is_mixed = any(grids[layer.node.name] is not None for layer in layers)
             limit = _rows(layers[0], len(samples) * len(layers))
             for layer in layers:
                 if name in declined:
                     break
-                grid = grid_of(layer)
+                grid = grids[layer.node.name]
                 value = np.asarray(values[layer.input.name], np.float32)
                 changed = None if grid is None else fake_quantize(value, grid)
                 rows = layer_rows(layer, value, changed, limit)
@@ -149,12 +171,6 @@ def _grams(
                 grams[name].add(*rows)
         tick()
     return {name: gram for name, gram in grams.items() if name not in declined and gram.is_finite}
-
-
-def _with_biases(plan: QuantPlan, solution: Solution) -> Solution:
-    """``solution`` with biases on the grids that follow from those of their weights."""
-    biases = {q.quantizer_id: bias_qparams(q, solution.qparams) for q in plan.quantizers if q.role == "bias"}
-    return replace(solution, qparams={**solution.qparams, **biases})
 
 
 def _rows(layer: Linear, samples: int) -> int:

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.graph import layouts
 from onnxptq.graph.classes import Literals
-from onnxptq.graph.index import GraphIndex, is_shared_weight
+from onnxptq.graph.index import READ_AGAIN, GraphIndex, is_shared_weight
 from onnxptq.graph.tracing import ChannelTracer, Declined, Shapes
 from onnxptq.types import Array
 
@@ -68,7 +68,7 @@ class RotationTracer(ChannelTracer):
             if turn.index < len(turn.node.inputs) and is_shared_weight(
                 self.index, turn.node.inputs[turn.index]
             ):
-                self.classes.pin(turn.labels, "its weight is read elsewhere as well")
+                self.classes.pin(turn.labels, READ_AGAIN)
 
     def forget(self, node: gs.Node) -> None:
         """Drop the constants of ``node``; sets that may not be mixed do no harm."""
