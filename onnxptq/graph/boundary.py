@@ -16,7 +16,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxptq.graph import proto
-from onnxptq.graph.index import GraphIndex, read_tensors
+from onnxptq.graph.index import GraphIndex, computed_from, read_tensors
 from onnxptq.graph.linear import find_linears
 from onnxptq.graph.names import name_nodes
 from onnxptq.graph.surgeon import quiet_surgeon
@@ -24,7 +24,6 @@ from onnxptq.graph.surgeon import quiet_surgeon
 SELECTING = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
 """Operators whose number of results depends on values."""
 
-_SHAPE_READERS = ("Shape", "Size")
 _MOVING = frozenset(
     {"Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 )
@@ -53,7 +52,7 @@ def find_selection(graph: gs.Graph) -> Selection:
     if not any(map(_selects, graph.nodes)):
         return Selection()
     layers = {layer.node.name for layer in find_linears(GraphIndex(graph))}
-    computed = _computed(graph, layers)
+    computed = computed_from(graph.nodes, layers)
     selecting = {node.name for node in graph.nodes if _selects(node) and _reads(node, computed)}
     behind = _behind(graph, selecting)
     ranking = _ranking(graph, layers, computed, {node.name for node in behind})
@@ -75,15 +74,6 @@ def find_selection(graph: gs.Graph) -> Selection:
         outputs=tuple(t.name for t in graph.outputs if t.name in written),
         boundary=tuple(t for t in entering if t.dtype == np.float32 and t.name not in ends),
     )
-
-
-def _computed(graph: gs.Graph, layers: Collection[str]) -> set[str]:
-    """Tensors whose values depend on those that a layer has computed."""
-    computed: set[str] = set()
-    for node in graph.nodes:
-        if node.name in layers or (node.op not in _SHAPE_READERS and _reads(node, computed)):
-            computed.update(t.name for t in node.outputs if t.name)
-    return computed
 
 
 def _selects(node: gs.Node) -> bool:

@@ -6,7 +6,7 @@ way adds no noise to anything: it changes which elements are taken, and no range
 
 from __future__ import annotations
 
-from onnxptq.graph.index import GraphIndex
+from onnxptq.graph.index import SHAPE_READERS, GraphIndex
 from onnxptq.graph.movements import MOVEMENTS
 
 _MOVING = frozenset({*MOVEMENTS, "Cast", "Dropout", "Identity"})
@@ -16,7 +16,6 @@ _ARITHMETIC = frozenset(
 _POSITIONS = {"ArgMax": 0, "ArgMin": 0, "TopK": 1}
 """Which output of an operator holds positions of what it reads."""
 _TAKING = frozenset({"Gather", "GatherElements", "GatherND"})
-_SHAPE_READERS = frozenset({"Shape", "Size"})
 
 
 def only_chooses(index: GraphIndex, tensor: str) -> bool:
@@ -38,6 +37,6 @@ def only_chooses(index: GraphIndex, tensor: str) -> bool:
                 waiting += [(t.name, i == found) for i, t in enumerate(node.outputs) if t.name]
             elif node.op in _MOVING | _ARITHMETIC:
                 waiting += [(t.name, is_position) for t in node.outputs if t.name]
-            elif node.op not in _SHAPE_READERS:
+            elif node.op not in SHAPE_READERS:
                 return False
     return is_taken

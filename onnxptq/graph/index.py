@@ -6,7 +6,7 @@ The index is a snapshot: build a new one after an edit.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,15 +127,20 @@ def read_tensors(node: gs.Node) -> Iterator[gs.Tensor]:
             yield from (t for t in (*captured, *attribute.outputs) if t.name not in own)
 
 
-_SHAPE_READERS = frozenset({"Shape", "Size"})
+SHAPE_READERS = frozenset({"Shape", "Size"})
+"""What they compute does not depend on the values that they read."""
 
 
-def outputs_behind(index: GraphIndex, nodes: Collection[str]) -> frozenset[str]:
-    """The graph outputs whose values depend on what ``nodes`` compute."""
-    changed: set[str] = set()
-    for node in index.nodes:
-        if node.op in _SHAPE_READERS:
-            continue
-        if node.name in nodes or any(tensor.name in changed for tensor in read_tensors(node)):
-            changed.update(tensor.name for tensor in node.outputs)
-    return index.output_names & changed
+def computed_from(nodes: Iterable[gs.Node], names: Collection[str]) -> set[str]:
+    """Tensors whose values depend on what the nodes of these ``names`` compute, of nodes in graph order."""
+    computed: set[str] = set()
+    for node in nodes:
+        is_changed = node.op not in SHAPE_READERS and any(t.name in computed for t in read_tensors(node))
+        if node.name in names or is_changed:
+            computed.update(t.name for t in node.outputs if t.name)
+    return computed
+
+
+def outputs_behind(index: GraphIndex, names: Collection[str]) -> frozenset[str]:
+    """The graph outputs whose values depend on what the nodes of these ``names`` compute."""
+    return index.output_names & computed_from(index.nodes, names)

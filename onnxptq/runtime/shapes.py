@@ -12,7 +12,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxptq.errors import FeedError
-from onnxptq.graph.index import is_constant, is_float32
+from onnxptq.graph.index import SHAPE_READERS, is_constant, is_float32
 from onnxptq.graph.save import exposed_copy, write_model
 from onnxptq.runtime.session import Provider
 from onnxptq.runtime.transient import open_transient
@@ -21,7 +21,6 @@ from onnxptq.types import Array, CanonicalModel, Feeds, Sample
 _PARAMETER_OPS = frozenset(
     {"Slice", "Gather", "Tile", "Pad", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"}
 )
-_SHAPE_READERS = frozenset({"Shape", "Size"})
 _SHAPE_SUFFIX = "/concrete shape"
 
 
@@ -85,6 +84,6 @@ def _varying(graph: gs.Graph) -> frozenset[str]:
     """Tensors that depend on the values of a graph input."""
     names = {t.name for t in graph.inputs}
     for node in graph.nodes:
-        if node.op not in _SHAPE_READERS and any(t.name in names for t in node.inputs):
+        if node.op not in SHAPE_READERS and any(t.name in names for t in node.inputs):
             names.update(t.name for t in node.outputs if t.name)
     return frozenset(names)
