@@ -52,6 +52,12 @@ MOVEMENT_OPS = frozenset(
 )
 """Operators whose outputs hold only values of their first input: a quantized input needs no new scale."""
 
+
+def moves_values(node: gs.Node) -> bool:
+    """Whether the outputs of ``node`` hold only values of its first input."""
+    return node.op in MOVEMENT_OPS or (node.op == "Resize" and node.attrs.get("mode", "nearest") == "nearest")
+
+
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 """Activations that kernels fuse into the linear operator before them; nothing may stand in between."""
 
@@ -454,7 +460,7 @@ def tie_movements(placer: Placer, groups: ScaleGroups | None = None) -> ScaleGro
 def _quantized_source(placer: Placer, tensor: str) -> str | None:
     """The quantized tensor whose values ``tensor`` moves around, if there is one."""
     node = placer.index.producer(tensor)
-    while node is not None and node.op in MOVEMENT_OPS and not is_constant(node.inputs[0]):
+    while node is not None and moves_values(node) and not is_constant(node.inputs[0]):
         source: str = node.inputs[0].name
         if placer.is_quantized_edge(source, node):
             return source

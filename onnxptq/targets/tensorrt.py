@@ -26,13 +26,13 @@ import onnx_graphsurgeon as gs
 
 from onnxptq.graph.index import GraphIndex, is_constant
 from onnxptq.targets.placement import (
-    MOVEMENT_OPS,
     PlacementRequest,
     Placer,
     Row,
     ScaleGroups,
     channel_axis_of_gemm,
     channel_axis_of_matmul,
+    moves_values,
     tie_movements,
 )
 from onnxptq.targets.residuals import place_residual_sums
@@ -114,7 +114,7 @@ def _feeds_product(placer: Placer, tensor: str) -> bool:
     for use in placer.index.uses(tensor):
         if placer.is_quantized_edge(tensor, use.node):
             return True
-        if use.node.op in MOVEMENT_OPS and any(_feeds_product(placer, t.name) for t in use.node.outputs):
+        if moves_values(use.node) and any(_feeds_product(placer, t.name) for t in use.node.outputs):
             return True
     return False
 

@@ -162,6 +162,41 @@ def depthwise_block() -> onnx.ModelProto:
     )
 
 
+def silu(net: Net, output: str, x: str) -> str:
+    return net.op("Mul", output, x, net.op("Sigmoid", f"{output}.sigmoid", x))
+
+
+def csp_block() -> onnx.ModelProto:
+    """Of a YOLO: half of the channels pass a block with a sum, and all meet in a Concat; then they are enlarged."""
+    net = Net()
+    stem = silu(net, "stem_act", net.conv("stem", "x", (16, 8, 3, 3)))
+    net.op("Split", "kept", stem, outputs=["passed"], axis=1, num_outputs=2)
+    x = silu(net, "inner_act", net.conv("inner", "passed", (8, 8, 3, 3)))
+    x = net.op("Add", "sum", "passed", silu(net, "outer_act", net.conv("outer", x, (8, 8, 3, 3))))
+    x = net.op("Concat", "joined", "kept", "passed", x, axis=1)
+    x = silu(net, "merged_act", net.conv("merged", x, (16, 24, 1, 1)))
+    sizes = net.constant("sizes", np.array([1, 16, 16, 16], np.int64))
+    x = net.op("Resize", "larger", x, "", "", sizes, mode="nearest")
+    return net.proto(
+        {"x": [1, 8, 8, 8]}, [net.conv("last", net.op("Concat", "all", x, x, axis=1), (8, 32, 3, 3))]
+    )
+
+
+def squeezed_block() -> onnx.ModelProto:
+    """Sums along a skip connection, with channels weighed by what is on their average."""
+    net = Net()
+    x = net.op("LeakyRelu", "stem_act", net.conv("stem", "x", (16, 8, 3, 3)), alpha=0.1)
+    for i in (1, 2):
+        y = net.conv(f"inner{i}", x, (16, 16, 3, 3))
+        pooled = net.op("GlobalAveragePool", f"pool{i}", y)
+        squeezed = net.op("Relu", f"squeeze_act{i}", net.conv(f"squeeze{i}", pooled, (4, 16, 1, 1)))
+        weighed = net.op("Sigmoid", f"gate{i}", net.conv(f"excite{i}", squeezed, (16, 4, 1, 1)))
+        y = net.op("Mul", f"weighed{i}", y, weighed)
+        x = net.op("Relu", f"act{i}", net.op("Add", f"sum{i}", y, x))
+    x = net.op("AveragePool", "smaller", x, kernel_shape=[2, 2], strides=[2, 2])
+    return net.proto({"x": [1, 8, 8, 8]}, [net.conv("last", x, (8, 16, 1, 1))])
+
+
 NETS = {
     "conv_relu_conv": conv_relu_conv,
     "residual_block": residual_block,
@@ -171,6 +206,8 @@ NETS = {
     "centred_mlp": centred_mlp,
     "max_pool_net": max_pool_net,
     "depthwise_block": depthwise_block,
+    "csp_block": csp_block,
+    "squeezed_block": squeezed_block,
 }
 
 

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
 from onnxptq.calibrate.observers import Observer
-from onnxptq.calibrate.ranges import choose_ranges
-from onnxptq.calibrate.run import calibrate
-from onnxptq.graph.save import save_graph
-from onnxptq.qdq import insert_quantizers
-from onnxptq.reconstruct.initial import initial_solution
 from onnxptq.runtime import Session, count_kernels
-from onnxptq.samples import ListFeeds
-from tests.unit.small_nets import NETS, Net, canonical, planned, random_samples
-
-
-def _quantized(model: onnx.ModelProto, folder: Path, observer: Observer, **request: Any) -> Path:
-    canonical_model = canonical(model, folder)
-    plan = planned(canonical_model, "ort-cpu", **request)
-    tensors = sorted({q.tensor for q in plan.quantizers if q.role == "activation"})
-    feeds = ListFeeds(random_samples(canonical_model, 4))
-    ranges = choose_ranges(plan, calibrate(canonical_model, feeds, tensors), observer)
-    solution = initial_solution(canonical_model.graph, plan, ranges)
-    path = folder / "quantized.onnx"
-    save_graph(insert_quantizers(canonical_model.graph, plan, solution), path)
-    onnx.checker.check_model(str(path), full_check=True)
-    return path
-
-
-def _kernels(model: onnx.ModelProto, folder: Path, observer: Observer | None = None) -> Mapping[str, int]:
-    return count_kernels(_quantized(model, folder, observer or Observer(name="minmax")), folder)
+from tests.unit.small_nets import NETS, Net
+from tests.unit.targets.plans import kernels_of, quantized_file
 
 
 @pytest.mark.parametrize(
@@ -44,7 +20,7 @@ def _kernels(model: onnx.ModelProto, folder: Path, observer: Observer | None = N
         # The first convolutions on three channels are faster in float.
         ("conv_relu_conv", {"FLOAT": 1, "QLinearConv": 1}),
         ("residual_block", {"FLOAT": 1, "QLinearConv": 2, "QGemm": 1, "Add": 1}),
-        ("concat_block", {"QLinearConv": 3, "Concat": 2}),
+        ("concat_block", {"QLinearConv": 3, "QLinearConcat": 2}),
         ("attention_block", {"QGemm": 4, "MatMul": 1, "FusedMatMul": 1, "Softmax": 1}),
         ("vit_mlp", {"QGemm": 2, "Gelu": 1, "LayerNormalization": 1}),
         ("max_pool_net", {"FLOAT": 1, "QLinearConv": 1, "QGemm": 1}),
@@ -52,7 +28,7 @@ def _kernels(model: onnx.ModelProto, folder: Path, observer: Observer | None = N
     ],
 )
 def test_networks_run_on_integer_kernels(net: str, wanted: dict[str, int], tmp_path: Path) -> None:
-    found = dict(_kernels(NETS[net](), tmp_path))
+    found = dict(kernels_of(NETS[net](), tmp_path))
     found["FLOAT"] = sum(found.pop(op, 0) for op in ("Conv", "FusedConv", "Gemm", "FusedGemm"))
     wanted = {"FLOAT": 0, **wanted}
     assert {op: found.get(op, 0) for op in wanted} == wanted
@@ -71,7 +47,7 @@ def test_linear_layers_run_on_integer_kernels(
     """With static shapes onnxruntime makes a Gemm of them, which is integer only if the bias is."""
     net = Net(opset=opset)
     net.op(follower, "y", net.linear("fc", "x", 16, 24))
-    found = _kernels(net.proto({"x": shape}, ["y"]), tmp_path)
+    found = kernels_of(net.proto({"x": shape}, ["y"]), tmp_path)
     assert found.get(kernel) == 1, found
     assert not {"Gemm", "FusedGemm", "MatMul"} & set(found)
 
@@ -84,7 +60,7 @@ def test_gemms_with_an_activation_behind_them_run_on_integer_kernels(
     net = Net()
     weights = [net.weight("w", 16, 8), *([net.weight("b", 8)] if bias else [])]
     net.op(follower, "y", net.op("Gemm", "gemm", "x", *weights))
-    found = _kernels(net.proto({"x": ["n", 16]}, ["y"]), tmp_path)
+    found = kernels_of(net.proto({"x": ["n", 16]}, ["y"]), tmp_path)
     assert found.get("QGemm") == 1, found
 
 
@@ -107,7 +83,7 @@ def test_convolutions_that_sum_few_products_stay_in_float(
     first = net.op("Conv", "first", "x", net.weight("w", *shape), net.weight("b", 8), group=group)
     second = net.op("Conv", "second", first, net.weight("v", 8, 8, *[1] * (len(shape) - 2)))
     size = [1, shape[1] * group, *[16] * (len(shape) - 2)]
-    found = _kernels(net.proto({"x": size}, [second]), tmp_path)
+    found = kernels_of(net.proto({"x": size}, [second]), tmp_path)
     assert found.get("QLinearConv", 0) == 2 - is_float
     assert found.get("Conv", 0) == is_float
 
@@ -122,7 +98,7 @@ def test_a_depthwise_convolution_behind_a_float_one_stays_in_float(
     x = net.relu6("act", net.conv("first", "x", (8, channels, 3, 3)))
     x = net.op("Relu", "middle_act", net.conv("middle", x, (8, 8 // group, 3, 3), group=group))
     model = net.proto({"x": [1, channels, 16, 16]}, [net.conv("last", x, (16, 8, 1, 1))])
-    found = _kernels(model, tmp_path)
+    found = kernels_of(model, tmp_path)
     assert found.get("QLinearConv", 0) == (1 if is_float else 2 if channels == 3 else 3)
 
 
@@ -134,20 +110,20 @@ def test_a_clip_in_front_of_a_quantizer_vanishes(end: float, observer: str, tmp_
     x = net.conv("conv", "x", (16, 4, 3, 3))
     x = net.op("Clip", "act", x, *(net.constant(n, np.float32(v)) for n, v in (("low", 0.0), ("high", end))))
     model = net.proto({"x": [1, 4, 16, 16]}, [net.conv("next", x, (16, 16, 1, 1))])
-    found = _kernels(model, tmp_path, Observer(name=observer))  # type: ignore[arg-type]
+    found = kernels_of(model, tmp_path, Observer(name=observer))  # type: ignore[arg-type]
     assert found.get("QLinearConv") == 2, found
     assert "Clip" not in found
 
 
 def test_a_relu_in_front_of_a_quantizer_vanishes_for_every_observer(tmp_path: Path) -> None:
     for name in ("minmax", "percentile", "entropy", "mse"):
-        found = _kernels(NETS["conv_relu_conv"](), tmp_path, Observer(name=name))  # type: ignore[arg-type]
+        found = kernels_of(NETS["conv_relu_conv"](), tmp_path, Observer(name=name))  # type: ignore[arg-type]
         assert "Relu" not in found
 
 
 @pytest.mark.parametrize("net", NETS)
 def test_integer_kernels_compute_what_the_file_means(net: str, tmp_path: Path) -> None:
-    path = _quantized(NETS[net](), tmp_path, Observer(name="minmax"))
+    path = quantized_file(NETS[net](), tmp_path, Observer(name="minmax"))
     exact, fast = Session(path, exact=True, threads=1), Session(path, threads=1)
     feed = {i: np.random.default_rng(5).standard_normal(s).astype(np.float32) for i, s in _inputs(path)}
     wanted, found = exact.run(feed), fast.run(feed)
@@ -171,7 +147,7 @@ def test_a_declined_convolution_between_quantized_ones_is_not_quantized_by_the_r
     for i in range(3):
         x = net.op("Relu", f"relu{i}", net.conv(f"conv{i}", x, (8, 8, 3, 3)))
     model = net.proto({"x": [1, 8, 8, 8]}, [x])
-    path = _quantized(model, tmp_path, Observer(name="minmax"), declined={"conv1": "asked for"})
+    path = quantized_file(model, tmp_path, Observer(name="minmax"), declined={"conv1": "asked for"})
     found = count_kernels(path, tmp_path)
     assert found.get("QLinearConv", 0) == 1
     sample = {"x": np.random.default_rng(3).standard_normal((1, 8, 8, 8)).astype(np.float32)}
@@ -196,4 +172,4 @@ def test_a_division_by_a_constant_is_part_of_an_activation(
         by = six if divisor == "constant" else net.op("ReduceMean", f"mean{i}", product, keepdims=1)
         x = net.op("Div", f"act{i}", product, by)
     model = net.proto({"x": [1, 8, 8, 8]}, [net.conv("last", x, (8, 8, 3, 3))])
-    assert _kernels(model, tmp_path).get("QLinearConv", 0) == kernels
+    assert kernels_of(model, tmp_path).get("QLinearConv", 0) == kernels

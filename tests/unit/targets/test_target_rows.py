@@ -13,25 +13,13 @@ from onnx import TensorProto
 from onnxptq.graph.index import GraphIndex
 from onnxptq.targets import TARGETS, PlacementRequest, candidate_tensors
 from onnxptq.targets.placement import ScaleGroups, known_bounds
-from onnxptq.types import GRAPH_OUTPUT, PerAxis, PerTensor, QType, Quantizer, QuantPlan
+from onnxptq.types import GRAPH_OUTPUT, PerAxis, PerTensor, QType
 from tests.unit.small_nets import NETS, Net, graph_of, vector_attention
+from tests.unit.targets.plans import edges_of, plan_of, reasons_of
 
 U8, S8 = QType.unsigned(8), QType.signed(8)
 ALL = pytest.mark.parametrize("target", TARGETS)
 GRIDS = {"ort-cpu": (U8, False), "tensorrt": (S8, True), "simulate": (U8, False)}
-
-
-def _place(model: onnx.ModelProto, folder: Path, target: str, **request: object) -> QuantPlan:
-    return TARGETS[target](GraphIndex(graph_of(model, folder)), PlacementRequest(**request))  # type: ignore[arg-type]
-
-
-def _edges(plan: QuantPlan) -> dict[tuple[str, int], Quantizer]:
-    """The quantizer of every edge, by reader and input."""
-    return {(site.consumer, site.input_index): q for q in plan.quantizers for site in q.sites}
-
-
-def _reasons(plan: QuantPlan) -> dict[str, str]:
-    return {skip.site: skip.reason for skip in plan.skips}
 
 
 def _single(op: str, *weights: tuple[int, ...], shape: list[int | str], **attrs: object) -> onnx.ModelProto:
@@ -56,8 +44,8 @@ def test_weights_are_int8_per_output_channel_and_inputs_on_the_targets_grid(
     kind: str, target: str, tmp_path: Path
 ) -> None:
     model, axis = LINEARS[kind]
-    plan = _place(model, tmp_path, target)
-    edges = _edges(plan)
+    plan = plan_of(model, tmp_path, target)
+    edges = edges_of(plan)
     if target == "ort-cpu" and kind == "conv_transpose":
         assert not edges
         return
@@ -83,7 +71,7 @@ def test_nothing_stands_between_a_convolution_and_its_activation(
     x = net.conv("conv", "x", (32, 16, 3, 3))
     x = net.relu6("act", x) if activation == "Clip" else net.op("Relu", "act", x)
     model = net.proto({"x": [1, 16, 8, 8]}, [net.conv("next", x, (32, 32, 1, 1))])
-    edges = _edges(_place(model, tmp_path, target))
+    edges = edges_of(plan_of(model, tmp_path, target))
     assert ("act", 0) not in edges
     assert edges["next", 0].tensor == "act"
 
@@ -92,25 +80,25 @@ def test_an_activation_that_is_not_the_only_reader_is_not_fused(tmp_path: Path) 
     net = Net()
     x = net.conv("conv", "x", (32, 16, 3, 3))
     net.op("Mul", "y", net.op("Relu", "act", x), x)
-    edges = _edges(_place(net.proto({"x": [1, 16, 8, 8]}, ["y"]), tmp_path, "ort-cpu"))
+    edges = edges_of(plan_of(net.proto({"x": [1, 16, 8, 8]}, ["y"]), tmp_path, "ort-cpu"))
     assert edges["act", 0].tensor == edges["y", 1].tensor == "conv"
 
 
 @pytest.mark.parametrize("op", ["Softmax", "Sigmoid", "Gelu", "GlobalAveragePool"])
 def test_everything_else_stays_float_on_the_cpu(op: str, tmp_path: Path) -> None:
     model = _single(op, shape=[1, 16, 8, 8])
-    assert _place(model, tmp_path, "ort-cpu").quantizers == ()
+    assert plan_of(model, tmp_path, "ort-cpu").quantizers == ()
 
 
 @pytest.mark.parametrize(
     ("target", "quantized"), [("ort-cpu", False), ("tensorrt", True), ("simulate", True)]
 )
 def test_products_of_two_activations(target: str, quantized: bool, tmp_path: Path) -> None:
-    plan = _place(NETS["attention_block"](), tmp_path, target)
+    plan = plan_of(NETS["attention_block"](), tmp_path, target)
     for node in ("qk", "pv"):
         for i in (0, 1):
-            assert ((node, i) in _edges(plan)) == quantized
-        assert (node in _reasons(plan)) != quantized
+            assert ((node, i) in edges_of(plan)) == quantized
+        assert (node in reasons_of(plan)) != quantized
 
 
 @ALL
@@ -121,10 +109,10 @@ def test_distances_that_only_choose_neighbours_stay_float(target: str, tmp_path:
     rows = net.op(
         "Reshape", "rows", net.op("Gather", "taken", "x", "near", axis=1), net.constant("s", [4, 16])
     )
-    plan = _place(net.proto({"x": [1, 4, 16]}, [net.linear("y", rows, 16, 32)]), tmp_path, target)
-    assert "only chooses which elements are taken" in _reasons(plan)["distances"]
-    assert {node for node, _ in _edges(plan)} <= {"y.mm", "y"}
-    assert ("y.mm", 0) in _edges(plan)
+    plan = plan_of(net.proto({"x": [1, 4, 16]}, [net.linear("y", rows, 16, 32)]), tmp_path, target)
+    assert "only chooses which elements are taken" in reasons_of(plan)["distances"]
+    assert {node for node, _ in edges_of(plan)} <= {"y.mm", "y"}
+    assert ("y.mm", 0) in edges_of(plan)
 
 
 @ALL
@@ -133,8 +121,8 @@ def test_a_layer_that_only_chooses_is_quantized(target: str, tmp_path: Path) -> 
     net = Net()
     net.op("TopK", "best", net.linear("router", "x", 16, 32), net.constant("one", [1]), outputs=["which"])
     net.op("Gather", "y", net.weight("experts", 32, 4), "which")
-    plan = _place(net.proto({"x": [4, 16]}, ["y"]), tmp_path, target)
-    assert {("router.mm", 0), ("router.mm", 1)} <= set(_edges(plan))
+    plan = plan_of(net.proto({"x": [4, 16]}, ["y"]), tmp_path, target)
+    assert {("router.mm", 0), ("router.mm", 1)} <= set(edges_of(plan))
 
 
 @ALL
@@ -142,9 +130,9 @@ def test_a_product_of_constants_is_left_alone(target: str, tmp_path: Path) -> No
     net = Net()
     net.op("MatMul", "folded", net.weight("a", 4, 4), net.weight("b", 4, 4))
     net.op("Add", "y", "x", "folded")
-    plan = _place(net.proto({"x": [4, 4]}, ["y"]), tmp_path, target)
+    plan = plan_of(net.proto({"x": [4, 4]}, ["y"]), tmp_path, target)
     assert plan.quantizers == ()
-    assert _reasons(plan)["folded"] == "all its inputs are constant"
+    assert reasons_of(plan)["folded"] == "all its inputs are constant"
 
 
 @pytest.mark.parametrize(
@@ -159,15 +147,15 @@ def test_gemms_that_qgemm_does_not_take(
     attrs: dict[str, object], shape: list[int | str], word: str, tmp_path: Path
 ) -> None:
     model = _single("Gemm", (16, 32), (32,), shape=shape, **attrs)
-    plan = _place(model, tmp_path, "ort-cpu")
+    plan = plan_of(model, tmp_path, "ort-cpu")
     assert plan.quantizers == ()
-    assert word in _reasons(plan)["y"]
-    assert _place(model, tmp_path, "simulate").quantizers
+    assert word in reasons_of(plan)["y"]
+    assert plan_of(model, tmp_path, "simulate").quantizers
 
 
 def test_a_gemm_bias_that_is_no_vector_stays_float(tmp_path: Path) -> None:
     model = _single("Gemm", (16, 32), (1, 32), shape=["n", 16])
-    edges = _edges(_place(model, tmp_path, "ort-cpu"))
+    edges = edges_of(plan_of(model, tmp_path, "ort-cpu"))
     assert ("y", 1) in edges
     assert ("y", 2) not in edges
 
@@ -176,7 +164,7 @@ def test_a_gemm_bias_that_is_no_vector_stays_float(tmp_path: Path) -> None:
 def test_the_bias_that_an_add_puts_on_a_matmul(target: str, tmp_path: Path) -> None:
     net = Net()
     y = net.linear("fc", "x", 16, 24)
-    edges = _edges(_place(net.proto({"x": ["n", 4, 16]}, [y]), tmp_path, target))
+    edges = edges_of(plan_of(net.proto({"x": ["n", 4, 16]}, [y]), tmp_path, target))
     assert (("fc", 1) in edges) == (target == "ort-cpu")
     if target == "ort-cpu":
         assert edges["fc", 1].role == "bias"
@@ -191,16 +179,16 @@ def test_matmuls_without_a_fast_kernel_on_the_cpu(left: str, tmp_path: Path) -> 
         net.op("MatMul", "y", net.weight("w", 8, 16), "x")
     else:
         net.op("MatMul", "y", "x", net.weight("w", 2, 16, 8))
-    plan = _place(net.proto({"x": [2, 16, 16]}, ["y"]), tmp_path, "ort-cpu")
+    plan = plan_of(net.proto({"x": [2, 16, 16]}, ["y"]), tmp_path, "ort-cpu")
     assert plan.quantizers == ()
-    assert "no fast integer kernel" in _reasons(plan)["y"]
+    assert "no fast integer kernel" in reasons_of(plan)["y"]
 
 
 def test_tensorrt_quantizes_the_skip_input_of_a_residual_sum(tmp_path: Path) -> None:
-    edges = _edges(_place(NETS["residual_block"](), tmp_path, "tensorrt"))
+    edges = edges_of(plan_of(NETS["residual_block"](), tmp_path, "tensorrt"))
     assert edges["sum", 1].tensor == "stem_relu"
     assert ("sum", 0) not in edges
-    edges = _edges(_place(NETS["vit_mlp"](), tmp_path, "tensorrt"))
+    edges = edges_of(plan_of(NETS["vit_mlp"](), tmp_path, "tensorrt"))
     assert edges["sum", 0].tensor == "x"
     assert ("sum", 1) not in edges
 
@@ -209,12 +197,12 @@ def test_a_product_that_others_read_too_fuses_with_no_sum(tmp_path: Path) -> Non
     net = Net()
     net.op("Sigmoid", "other", net.conv("conv", "x", (16, 16, 3, 3)))
     net.op("Add", "sum", "conv", net.op("Sigmoid", "skip", "x"))
-    plan = _place(net.proto({"x": [1, 16, 8, 8]}, ["sum", "other"]), tmp_path, "tensorrt")
-    assert {node for node, _ in _edges(plan)} == {"conv"}
+    plan = plan_of(net.proto({"x": [1, 16, 8, 8]}, ["sum", "other"]), tmp_path, "tensorrt")
+    assert {node for node, _ in edges_of(plan)} == {"conv"}
 
 
 def test_an_output_that_cannot_be_calibrated_stays_float(tmp_path: Path) -> None:
-    plan = _place(LINEARS["conv"][0], tmp_path, "ort-cpu", uncalibrated={"y": "NaN"})
+    plan = plan_of(LINEARS["conv"][0], tmp_path, "ort-cpu", uncalibrated={"y": "NaN"})
     assert {q.tensor for q in plan.quantizers} == {"x", "w0", "w1"}
 
 
@@ -263,10 +251,10 @@ def test_a_skip_input_that_cannot_be_calibrated_stays_float(tmp_path: Path) -> N
     skip = net.op("Sigmoid", "skip", "x")
     net.op("Add", "sum", net.conv("conv", "x", (16, 16, 3, 3)), skip)
     model = net.proto({"x": [1, 16, 8, 8]}, ["sum"])
-    assert ("sum", 1) in _edges(_place(model, tmp_path, "tensorrt"))
-    plan = _place(model, tmp_path, "tensorrt", uncalibrated={"skip": "NaN"})
-    assert ("sum", 1) not in _edges(plan)
-    assert ("conv", 0) in _edges(plan)
+    assert ("sum", 1) in edges_of(plan_of(model, tmp_path, "tensorrt"))
+    plan = plan_of(model, tmp_path, "tensorrt", uncalibrated={"skip": "NaN"})
+    assert ("sum", 1) not in edges_of(plan)
+    assert ("conv", 0) in edges_of(plan)
 
 
 def test_a_product_left_in_float_keeps_reading_what_is_quantized_in_front_of_it(tmp_path: Path) -> None:
@@ -277,16 +265,16 @@ def test_a_product_left_in_float_keeps_reading_what_is_quantized_in_front_of_it(
     )
     model = net.proto({"x": [1, 16, 8, 8]}, ["last"])
     for declined, is_read in (("last", True), ("middle", False)):
-        plan = _place(model, tmp_path, "ort-cpu", declined={declined: "no"})
-        assert ((declined, 0) in _edges(plan)) == is_read
+        plan = plan_of(model, tmp_path, "ort-cpu", declined={declined: "no"})
+        assert ((declined, 0) in edges_of(plan)) == is_read
 
 
 @pytest.mark.parametrize("residuals", [False, True])
 def test_simulation_quantizes_sums_of_residual_connections_where_asked(
     residuals: bool, tmp_path: Path
 ) -> None:
-    edges = _edges(
-        _place(NETS["residual_block"](), tmp_path, "simulate", residuals=residuals, activation_bits=5)
+    edges = edges_of(
+        plan_of(NETS["residual_block"](), tmp_path, "simulate", residuals=residuals, activation_bits=5)
     )
     assert (("sum", 1) in edges) == residuals
     if residuals:
@@ -299,14 +287,14 @@ def test_of_two_products_in_a_sum_the_later_one_fuses(swapped: bool, tmp_path: P
     net = Net()
     short, long = net.conv("short", "x", (16, 16, 1, 1)), net.conv("long", "x", (16, 16, 3, 3))
     net.op("Add", "y", *((long, short) if swapped else (short, long)))
-    edges = _edges(_place(net.proto({"x": [1, 16, 8, 8]}, ["y"]), tmp_path, "tensorrt"))
+    edges = edges_of(plan_of(net.proto({"x": [1, 16, 8, 8]}, ["y"]), tmp_path, "tensorrt"))
     assert {edges[key].tensor for key in edges if key[0] == "y"} == {"short"}
 
 
 def test_a_sum_of_two_float_tensors_stays_float(tmp_path: Path) -> None:
     net = Net()
     net.op("Add", "y", net.op("Relu", "a", "x"), net.op("Sigmoid", "b", "x"))
-    assert _place(net.proto({"x": [1, 4]}, ["y"]), tmp_path, "tensorrt").quantizers == ()
+    assert plan_of(net.proto({"x": [1, 4]}, ["y"]), tmp_path, "tensorrt").quantizers == ()
 
 
 @pytest.mark.parametrize("op", ["MaxPool", "AveragePool", "GlobalAveragePool"])
@@ -316,25 +304,25 @@ def test_tensorrt_pools_between_products_are_quantized(op: str, tmp_path: Path) 
     x = net.op(op, "pool", net.op("Relu", "act", net.conv("conv", "x", (16, 16, 3, 3))), **attrs)
     x = net.op(op, "again", x, **attrs)
     model = net.proto({"x": [1, 16, 8, 8]}, [net.conv("next", x, (16, 16, 1, 1))])
-    plan = _place(model, tmp_path, "tensorrt")
-    edges = _edges(plan)
+    plan = plan_of(model, tmp_path, "tensorrt")
+    edges = edges_of(plan)
     assert edges["pool", 0].tensor == "act"
     assert edges["again", 0].tensor == "pool"
     same = {edges[k].scale_group for k in (("pool", 0), ("again", 0), ("next", 0))}
     # A maximum is one of its inputs; an average is not, and keeps a scale of its own.
     assert len(same) == (1 if op == "MaxPool" else 3)
     last = net.op(op, "last", "next", **attrs)
-    plan = _place(net.proto({"x": [1, 16, 8, 8]}, [last]), tmp_path, "tensorrt")
-    assert ("last", 0) not in _edges(plan)
+    plan = plan_of(net.proto({"x": [1, 16, 8, 8]}, [last]), tmp_path, "tensorrt")
+    assert ("last", 0) not in edges_of(plan)
 
 
 def test_a_pool_that_is_to_stay_float_does(tmp_path: Path) -> None:
     net = Net()
     pool = net.op("MaxPool", "pool", net.conv("conv", "x", (16, 16, 3, 3)), kernel_shape=[2, 2])
     model = net.proto({"x": [1, 16, 8, 8]}, [net.conv("next", pool, (16, 16, 1, 1))])
-    assert ("pool", 0) in _edges(_place(model, tmp_path, "tensorrt"))
-    assert ("pool", 0) not in _edges(_place(model, tmp_path, "tensorrt", declined={"pool": "no"}))
-    assert ("pool", 0) not in _edges(_place(model, tmp_path, "tensorrt", uncalibrated={"conv": "NaN"}))
+    assert ("pool", 0) in edges_of(plan_of(model, tmp_path, "tensorrt"))
+    assert ("pool", 0) not in edges_of(plan_of(model, tmp_path, "tensorrt", declined={"pool": "no"}))
+    assert ("pool", 0) not in edges_of(plan_of(model, tmp_path, "tensorrt", uncalibrated={"conv": "NaN"}))
 
 
 def test_a_concat_of_what_cannot_be_calibrated_says_why_it_stays_float(tmp_path: Path) -> None:
@@ -343,10 +331,10 @@ def test_a_concat_of_what_cannot_be_calibrated_says_why_it_stays_float(tmp_path:
     model = net.proto(
         {"x": [1, 16, 8, 8]}, [net.conv("y", net.op("Concat", "cat", *parts, axis=1), (16, 32, 1, 1))]
     )
-    assert ("cat", 1) in _edges(_place(model, tmp_path, "tensorrt"))
-    plan = _place(model, tmp_path, "tensorrt", uncalibrated={"b": "NaN"})
-    assert {node for node, _ in _edges(plan)} == {"y"}
-    assert "'b' cannot be calibrated: NaN" in _reasons(plan)["cat"]
+    assert ("cat", 1) in edges_of(plan_of(model, tmp_path, "tensorrt"))
+    plan = plan_of(model, tmp_path, "tensorrt", uncalibrated={"b": "NaN"})
+    assert {node for node, _ in edges_of(plan)} == {"y"}
+    assert "'b' cannot be calibrated: NaN" in reasons_of(plan)["cat"]
 
 
 CARRIERS: dict[str, dict[str, object]] = {
@@ -376,10 +364,10 @@ def test_outputs_of_convolutions_are_quantized_where_a_kernel_reads_them_through
         more = [net.weight("scale", 16), net.weight("shift", 16)]
     x = net.op(op, "between", net.conv("conv", "x", (16, 16, 3, 3)), *more, **CARRIERS.get(op, {}))
     model = net.proto({"x": [1, 16, 8, 8]}, [net.conv("next", x, (16, 16, 1, 1))])
-    plan = _place(model, tmp_path, "ort-cpu")
+    plan = plan_of(model, tmp_path, "ort-cpu")
     is_carried = op in CARRIERS or op == "Resize"
-    assert ("no integer kernel follows" in _reasons(plan).get("conv", "")) != is_carried
-    assert (("between", 0) in _edges(plan)) == (is_carried and op != "Relu")
+    assert ("no integer kernel follows" in reasons_of(plan).get("conv", "")) != is_carried
+    assert (("between", 0) in edges_of(plan)) == (is_carried and op != "Relu")
 
 
 def test_parts_of_a_tensor_keep_its_scale(tmp_path: Path) -> None:
@@ -388,14 +376,14 @@ def test_parts_of_a_tensor_keep_its_scale(tmp_path: Path) -> None:
     pool = net.op("MaxPool", "pool", "conv", kernel_shape=[2, 2])
     net.op("Split", "first", pool, outputs=["second"], axis=1, num_outputs=2)
     outputs = [net.conv(f"{part}_conv", part, (16, 8, 1, 1)) for part in ("first", "second")]
-    edges = _edges(_place(net.proto({"x": [1, 16, 8, 8]}, [*outputs, x]), tmp_path, "ort-cpu"))
+    edges = edges_of(plan_of(net.proto({"x": [1, 16, 8, 8]}, [*outputs, x]), tmp_path, "ort-cpu"))
     groups = {edges[key].scale_group for key in (("pool", 0), ("first_conv", 0), ("second_conv", 0))}
     assert len(groups) == 1
 
 
 def test_concats_share_one_scale_through_nesting_and_movement(tmp_path: Path) -> None:
-    plan = _place(NETS["concat_block"](), tmp_path, "tensorrt")
-    edges = _edges(plan)
+    plan = plan_of(NETS["concat_block"](), tmp_path, "tensorrt")
+    edges = edges_of(plan)
     wanted = {("inner", 0), ("inner", 1), ("outer", 0), ("outer", 1), ("pool", 0), ("last", 0)}
     assert wanted <= set(edges)
     assert len({edges[key].scale_group for key in wanted}) == 1
@@ -407,7 +395,7 @@ def test_concats_that_share_an_input_share_everything(tmp_path: Path) -> None:
     a, b, c = (net.op("Relu", n, net.conv(f"{n}.c", "x", (16, 16, 1, 1))) for n in "abc")
     net.conv("y", net.op("Concat", "ab", a, b, axis=1), (16, 32, 1, 1))
     net.conv("z", net.op("Concat", "bc", b, c, axis=1), (16, 32, 1, 1))
-    plan = _place(net.proto({"x": [1, 16, 4, 4]}, ["y", "z"]), tmp_path, "tensorrt")
+    plan = plan_of(net.proto({"x": [1, 16, 4, 4]}, ["y", "z"]), tmp_path, "tensorrt")
     groups = {q.tensor: q.scale_group for q in plan.quantizers if q.role == "activation"}
     assert len({groups[t] for t in ("a", "b", "c", "ab", "bc")}) == 1
 
@@ -415,9 +403,9 @@ def test_concats_that_share_an_input_share_everything(tmp_path: Path) -> None:
 def test_a_concat_with_a_constant_says_why_it_stays_float(tmp_path: Path) -> None:
     net = Net()
     x = net.op("Concat", "cat", "x", net.weight("extra", 1, 16, 8, 8), axis=1)
-    plan = _place(net.proto({"x": [1, 16, 8, 8]}, [net.conv("y", x, (16, 32, 1, 1))]), tmp_path, "tensorrt")
-    assert ("cat", 0) not in _edges(plan)
-    assert "'extra' is constant" in _reasons(plan)["cat"]
+    plan = plan_of(net.proto({"x": [1, 16, 8, 8]}, [net.conv("y", x, (16, 32, 1, 1))]), tmp_path, "tensorrt")
+    assert ("cat", 0) not in edges_of(plan)
+    assert "'extra' is constant" in reasons_of(plan)["cat"]
 
 
 @pytest.mark.parametrize(
@@ -438,9 +426,9 @@ def test_narrow_convolutions_stay_float_for_tensorrt(
     shape: tuple[int, ...], channels: int, group: int, is_float: bool, tmp_path: Path
 ) -> None:
     model = _single("Conv", shape, shape=[1, channels, 8, 8], group=group)
-    plan = _place(model, tmp_path, "tensorrt")
+    plan = plan_of(model, tmp_path, "tensorrt")
     assert (plan.quantizers == ()) == is_float
-    assert ("y" in _reasons(plan)) == is_float
+    assert ("y" in reasons_of(plan)) == is_float
 
 
 @pytest.mark.parametrize(
@@ -453,9 +441,9 @@ def test_narrow_transposed_convolutions_stay_float_for_tensorrt(
 ) -> None:
     """Their weights hold the channels that are read first."""
     model = _single("ConvTranspose", (*shape, 3, 3), shape=[1, shape[0], 8, 8], group=group)
-    plan = _place(model, tmp_path, "tensorrt")
+    plan = plan_of(model, tmp_path, "tensorrt")
     assert (plan.quantizers == ()) == is_float
-    assert ("y" in _reasons(plan)) == is_float
+    assert ("y" in reasons_of(plan)) == is_float
 
 
 @pytest.mark.parametrize(
@@ -474,19 +462,19 @@ def test_vector_products_stay_float_for_tensorrt(
 ) -> None:
     net = Net()
     net.op("MatMul", "y", net.op("Relu", "a", "x"), net.op("Relu", "b", "z"))
-    plan = _place(net.proto({"x": left, "z": right}, ["y"]), tmp_path, "tensorrt")
-    assert ("single vector" in _reasons(plan).get("y", "")) == is_float
-    assert (("y", 1) in _edges(plan)) != is_float
+    plan = plan_of(net.proto({"x": left, "z": right}, ["y"]), tmp_path, "tensorrt")
+    assert ("single vector" in reasons_of(plan).get("y", "")) == is_float
+    assert (("y", 1) in edges_of(plan)) != is_float
 
 
 def test_a_layer_on_a_single_vector_is_quantized_for_tensorrt(tmp_path: Path) -> None:
     model = _single("MatMul", (16, 32), shape=[1, 16])
-    assert ("y", 1) in _edges(_place(model, tmp_path, "tensorrt"))
+    assert ("y", 1) in edges_of(plan_of(model, tmp_path, "tensorrt"))
 
 
 def test_tensorrt_uses_one_kind_of_grid_everywhere(tmp_path: Path) -> None:
     for build in NETS.values():
-        for q in _place(build(), tmp_path, "tensorrt").quantizers:
+        for q in plan_of(build(), tmp_path, "tensorrt").quantizers:
             assert q.symmetric
             assert q.qtype.storage == "int8"
             assert q.role != "bias"
@@ -500,8 +488,8 @@ def test_data_movement_keeps_the_scale_in_front_of_it(target: str, tmp_path: Pat
     x = net.op("MaxPool", "pool", x, kernel_shape=[8, 8])
     x = net.op("Flatten", "flat", x)
     net.op("Gemm", "y", x, net.weight("w", 16, 32), net.weight("b", 32))
-    plan = _place(net.proto({"x": [1, 16, 8, 8]}, ["y", "other"]), tmp_path, target)
-    edges = _edges(plan)
+    plan = plan_of(net.proto({"x": [1, 16, 8, 8]}, ["y", "other"]), tmp_path, target)
+    edges = edges_of(plan)
     moves_quantized_values = ("pool", 0) in edges
     assert moves_quantized_values == (target != "simulate")
     assert (edges["y", 0].scale_group == edges["other", 0].scale_group) == moves_quantized_values
@@ -525,8 +513,8 @@ def test_quantizers_of_one_scale_group_have_one_grid(tmp_path: Path) -> None:
 
 def test_bits_per_node(tmp_path: Path) -> None:
     model = NETS["conv_relu_conv"]()
-    plan = _place(model, tmp_path, "simulate", weight_bits=4, activation_bits=6, bits_of={"conv2": (3, 5)})
-    edges = _edges(plan)
+    plan = plan_of(model, tmp_path, "simulate", weight_bits=4, activation_bits=6, bits_of={"conv2": (3, 5)})
+    edges = edges_of(plan)
     assert edges["conv1", 0].qtype == QType.unsigned(6)
     assert edges["conv1", 1].qtype == QType.signed(4)
     assert edges["conv2", 0].qtype == QType.unsigned(5)
@@ -535,7 +523,7 @@ def test_bits_per_node(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_int4_storage_is_for_weights_of_up_to_4_bits(bits: int, tmp_path: Path) -> None:
-    plan = _place(
+    plan = plan_of(
         NETS["conv_relu_conv"](),
         tmp_path,
         "simulate",
@@ -543,16 +531,16 @@ def test_int4_storage_is_for_weights_of_up_to_4_bits(bits: int, tmp_path: Path) 
         weight_storage="int4",
         bits_of={"conv2": (5, 8)},
     )
-    edges = _edges(plan)
+    edges = edges_of(plan)
     assert edges["conv1", 1].qtype == QType.signed(bits, "int4")
     assert edges["conv2", 1].qtype == QType.signed(5, "int8")
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "tensorrt"])
 def test_activation_bits_that_no_kernel_runs_are_mapped_and_said(target: str, tmp_path: Path) -> None:
-    plan = _place(NETS["conv_relu_conv"](), tmp_path, target, activation_bits=4)
+    plan = plan_of(NETS["conv_relu_conv"](), tmp_path, target, activation_bits=4)
     assert all(q.qtype.bits == 8 for q in plan.quantizers if q.role == "activation")
-    assert "4-bit activations" in _reasons(plan)["conv2"]
+    assert "4-bit activations" in reasons_of(plan)["conv2"]
 
 
 @ALL
@@ -560,7 +548,7 @@ def test_two_readers_at_different_bits_get_two_quantizers(target: str, tmp_path:
     net = Net()
     for name in ("y", "z"):
         net.conv(name, "x", (16, 16, 1, 1))
-    plan = _place(net.proto({"x": [1, 16, 4, 4]}, ["y", "z"]), tmp_path, target, bits_of={"z": (8, 4)})
+    plan = plan_of(net.proto({"x": [1, 16, 4, 4]}, ["y", "z"]), tmp_path, target, bits_of={"z": (8, 4)})
     found = {q.quantizer_id: q for q in plan.quantizers if q.tensor == "x"}
     assert len(found) == (2 if target == "simulate" else 1)
     assert len({q.scale_group for q in found.values()}) == len(found)
@@ -576,7 +564,7 @@ def test_a_weight_read_twice_has_one_quantizer_per_axis(target: str, tmp_path: P
     first = net.op("MatMul", "a", "x", w)
     second = net.op("MatMul", "b", first, w)
     net.op("Gemm", "c", second, w, transB=1)
-    plan = _place(net.proto({"x": [4, 16]}, ["c"]), tmp_path, target)
+    plan = plan_of(net.proto({"x": [4, 16]}, ["c"]), tmp_path, target)
     weights = [q for q in plan.quantizers if q.tensor == "w"]
     readers = {tuple(s.consumer for s in q.sites): q.granularity for q in weights}
     assert readers == {("a", "b"): PerAxis(1), ("c",): PerAxis(0)}
@@ -587,7 +575,7 @@ def test_a_weight_read_at_different_bits_has_a_quantizer_for_each(target: str, t
     net = Net()
     w = net.weight("w", 16, 16)
     net.op("MatMul", "b", net.op("MatMul", "a", "x", w), w)
-    plan = _place(net.proto({"x": [4, 16]}, ["b"]), tmp_path, target, bits_of={"b": (4, 8)})
+    plan = plan_of(net.proto({"x": [4, 16]}, ["b"]), tmp_path, target, bits_of={"b": (4, 8)})
     weights = [q for q in plan.quantizers if q.tensor == "w"]
     assert {q.sites[0].consumer: q.qtype.bits for q in weights} == {"a": 8, "b": 4}
     assert len({q.quantizer_id for q in weights}) == 2
@@ -595,7 +583,7 @@ def test_a_weight_read_at_different_bits_has_a_quantizer_for_each(target: str, t
 
 @ALL
 def test_declined_and_uncalibrated_nodes_are_listed(target: str, tmp_path: Path) -> None:
-    plan = _place(
+    plan = plan_of(
         NETS["conv_relu_conv"](),
         tmp_path,
         target,
@@ -603,7 +591,7 @@ def test_declined_and_uncalibrated_nodes_are_listed(target: str, tmp_path: Path)
         uncalibrated={"relu": "NaN"},
     )
     assert plan.quantizers == ()
-    assert _reasons(plan) == {"conv1": "because", "conv2": "its input 'relu' cannot be calibrated: NaN"}
+    assert reasons_of(plan) == {"conv1": "because", "conv2": "its input 'relu' cannot be calibrated: NaN"}
 
 
 @ALL
@@ -622,7 +610,7 @@ def test_weights_of_operators_without_a_row_are_listed(target: str, tmp_path: Pa
     (custom,) = (node for node in graph.nodes if node.op == "MatMul")
     custom.op, custom.domain = "FusedMatMul", "com.microsoft"
     plan = TARGETS[target](GraphIndex(graph), PlacementRequest(declined={"hidden": "no"}))
-    assert _reasons(plan) == {
+    assert reasons_of(plan) == {
         "taken": "a table that is looked up stays in float",
         "hidden": "no",
         "y": "operators of com.microsoft stay in float",
@@ -635,7 +623,7 @@ def test_an_operator_of_another_domain_is_not_the_one_of_the_table(target: str, 
     graph.nodes[0].domain = "com.microsoft"
     plan = TARGETS[target](GraphIndex(graph), PlacementRequest())
     assert plan.quantizers == ()
-    assert _reasons(plan) == {"y": "operators of com.microsoft stay in float"}
+    assert reasons_of(plan) == {"y": "operators of com.microsoft stay in float"}
 
 
 def test_a_product_of_activations_reads_what_a_convolution_writes_quantized(tmp_path: Path) -> None:
@@ -645,15 +633,15 @@ def test_a_product_of_activations_reads_what_a_convolution_writes_quantized(tmp_
         "MatMul", "product", net.conv("a", "x", (16, 16, 1, 1)), net.conv("b", "x", (16, 16, 1, 1))
     )
     model = net.proto({"x": [1, 16, 8, 8]}, [net.conv("y", product, (16, 16, 1, 1))])
-    edges = _edges(_place(model, tmp_path, "ort-cpu"))
+    edges = edges_of(plan_of(model, tmp_path, "ort-cpu"))
     assert {("product", 0), ("product", 1), ("y", 0)} <= set(edges)
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "tensorrt"])
 def test_transposed_convolutions_are_quantized_or_listed(target: str, tmp_path: Path) -> None:
-    plan = _place(LINEARS["conv_transpose"][0], tmp_path, target)
+    plan = plan_of(LINEARS["conv_transpose"][0], tmp_path, target)
     wanted = {"y": "this target leaves ConvTranspose in float"} if target == "ort-cpu" else {}
-    assert _reasons(plan) == wanted
+    assert reasons_of(plan) == wanted
 
 
 def test_integer_products_are_left_alone(tmp_path: Path) -> None:
@@ -663,9 +651,9 @@ def test_integer_products_are_left_alone(tmp_path: Path) -> None:
     net.op("Cast", "y", "product", to=onnx.TensorProto.FLOAT)
     model = net.proto({"x": [4, 4]}, ["y"])
     for target in TARGETS:
-        plan = _place(model, tmp_path, target)
+        plan = plan_of(model, tmp_path, target)
         assert plan.quantizers == ()
-        assert "not float32" in _reasons(plan)["product"]
+        assert "not float32" in reasons_of(plan)["product"]
 
 
 def test_candidates_serve_every_target(tmp_path: Path) -> None:
@@ -691,12 +679,12 @@ def test_scale_groups_join_transitively() -> None:
 
 @ALL
 def test_weighted_sums_of_vector_attention(target: str, tmp_path: Path) -> None:
-    edges = _edges(_place(vector_attention(), tmp_path, target, activation_bits=4))
+    edges = edges_of(plan_of(vector_attention(), tmp_path, target, activation_bits=4))
     if target != "simulate":
         assert not {("pv", 0), ("pv", 1)} & set(edges)
         return
     assert [edges["pv", i].tensor for i in (0, 1)] == ["p", "v4"]
     assert edges["pv", 0].qtype == QType.unsigned(4)
-    declined = _place(vector_attention(), tmp_path, target, declined={"pv": "excluded"})
-    assert ("pv", 0) not in _edges(declined)
-    assert _reasons(declined) == {"pv": "excluded"}
+    declined = plan_of(vector_attention(), tmp_path, target, declined={"pv": "excluded"})
+    assert ("pv", 0) not in edges_of(declined)
+    assert reasons_of(declined) == {"pv": "excluded"}

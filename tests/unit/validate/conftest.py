@@ -11,10 +11,11 @@ from tests.unit.validate.written_model import Written, network, samples, write
 
 @pytest.fixture(scope="session")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """For onnxruntime on a CPU: int8 weights, int32 biases, a quantized graph output."""
+    """For onnxruntime on a CPU: int8 weights, int32 biases, a quantized graph output, and a sum left in float."""
     folder = tmp_path_factory.mktemp("int8")
     onnx.save(network(), str(folder / "network.onnx"))
-    return write(folder / "network.onnx", folder, "ort-cpu", PlacementRequest(), samples(3))
+    request = PlacementRequest(declined={"sum": "asked for"})
+    return write(folder / "network.onnx", folder, "ort-cpu", request, samples(3))
 
 
 @pytest.fixture(scope="session")
