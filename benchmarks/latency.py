@@ -13,10 +13,12 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.beds import BEDS, decoded
 from benchmarks.quality import open_session
@@ -24,9 +26,8 @@ from benchmarks.quality import open_session
 _WARM_UP = 5
 
 
-def measure(bed: str, files: dict[str, Path], rounds: int, threads: int) -> dict[str, Any]:
+def measure(sample: npt.NDArray[Any], files: Mapping[str, Path], rounds: int, threads: int) -> dict[str, Any]:
     """Milliseconds per file and ratios per pair."""
-    sample = np.array(decoded(BEDS[bed], "evaluation").values()[:1])
     sessions = {name: open_session(path, threads=threads) for name, path in files.items()}
     feeds = {name: {session.get_inputs()[0].name: sample} for name, session in sessions.items()}
     for name, session in sessions.items():
@@ -69,7 +70,8 @@ def main() -> None:
     parser.add_argument("--result", type=Path, required=True)
     given = parser.parse_args()
     files = {name: Path(path) for name, _, path in (entry.partition("=") for entry in given.file)}
-    given.result.write_text(json.dumps(measure(given.bed, files, given.rounds, given.threads)))
+    sample = np.array(decoded(BEDS[given.bed], "evaluation").values()[:1])
+    given.result.write_text(json.dumps(measure(sample, files, given.rounds, given.threads)))
 
 
 if __name__ == "__main__":

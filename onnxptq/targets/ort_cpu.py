@@ -4,7 +4,7 @@
 |---|---|---|---|---|---|
 | Conv | input 0, uint8 | int8 per output channel | int32 | quantized, behind a fused Relu/Clip | QLinearConv |
 | Conv of few products, depthwise behind it | float | float | float | quantized where a kernel reads it | none |
-| Conv before a normalization | input 0, uint8 | int8 per output channel | int32 | float | none |
+| Conv that only float operators follow | input 0, uint8 | int8 per output channel | int32 | float | none |
 | Add, Mul, Concat, Sigmoid, LeakyRelu, average pools between such | uint8 | | | quantized | QLinearAdd, ... |
 | Gemm | input 0, uint8 | int8 per output channel | int32 | float | QGemm |
 | MatMul with a constant | input 0, uint8 | int8 per output channel | int32, in its Add | float | see below |
@@ -13,6 +13,11 @@
 A MatMul becomes MatMulIntegerToFloat, or QGemm where its shapes are static and an Add follows it. That Gemm
 runs in float unless its bias is int32: a ViT-S then takes four times as long.
 
+A convolution without a quantizer behind it runs in float, and slowly: its weight is no constant to onnxruntime then,
+which keeps it from the layout of its fast kernels (ConvNeXt took 1.3 times as long as in float, with all outputs
+quantized 0.6). So the output stays in float only where nothing on integers follows, and behind the network's input
+where normalizations follow, as in the patches of a ViT (1.4 dB for a layer that takes no time).
+
 The first convolution on a picture, 3 x 3 over 3 channels, takes 1.5 times as long on integers as in float:
 QLinearConv copies what each output reads, which few products do not pay for. From 4 channels, or 4 x 4 values
 of 3, it is faster. A depthwise convolution right behind it stays in float as well (EfficientNet-Lite0: 3 % of
@@ -20,14 +25,15 @@ the time, and 2.3 dB, for what the first channels lose on one grid).
 
 Between two activations a MatMul is faster in float (quantized attention MatMuls run at 0.5-0.8 of the
 speed), and LayerNormalization, Gelu and ReduceMean have no integer kernel. Operators between two convolutions run on
-integers where that makes whole chains of integer kernels (:mod:`onnxptq.targets.integer_chains`): EfficientNet-B0, whose
-activations are x sigmoid(x), takes 0.6 of the time of float instead of 1.1, ResNet-50 with its sums 0.4 instead of 0.6.
+integers where that makes whole chains of integer kernels (:mod:`onnxptq.targets.integer_chains`):
+EfficientNet-B0, whose activations are x sigmoid(x), takes 0.6 of the time of float instead of 1.1, ResNet-50 with
+its sums 0.4 instead of 0.6.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import onnx_graphsurgeon as gs
 
@@ -88,7 +94,7 @@ _CARRIERS = MOVEMENT_OPS | {
     "Sigmoid",
     "Sub",
 }
-"""Operators between two integer kernels; behind anything else (a normalization, say) everything is float."""
+"""Operators that integer kernels have between them, on 8 bits or in float."""
 
 
 def _carries(node: gs.Node) -> bool:
@@ -99,20 +105,32 @@ def _carries(node: gs.Node) -> bool:
     return node.op in _CARRIERS or (node.op == "Div" and is_constant(node.inputs[1]))
 
 
-def _no_kernel_reads(node: gs.Node, index: GraphIndex) -> str | None:
+def _output_gains_nothing(node: gs.Node, index: GraphIndex) -> str | None:
     """A reason to keep a convolution's output in float: it would be rounded for the sake of one kernel."""
-    waiting, seen = [node.outputs[0].name], set()
+    near = _behind(node, index, _carries)
+    if any(name in index.output_names or _is_read_by_kernel(name, index) for name in near):
+        return None
+    if index.producer(node.inputs[0].name) is None:
+        return "its output stays in float, and so does its kernel: all that follows would carry its rounding noise"
+    if any(_is_read_by_kernel(name, index) for name in _behind(node, index, lambda follower: True)):
+        return None
+    return "its output stays in float, and so does its kernel: no integer kernel follows that would read it"
+
+
+def _behind(node: gs.Node, index: GraphIndex, through: Callable[[gs.Node], bool]) -> Iterator[str]:
+    """The output of ``node``, and what the operators that one may look ``through`` make of it."""
+    waiting, seen = [node.outputs[0].name], {node.name}
     while waiting:
         name = waiting.pop()
-        if name in index.output_names:
-            return None
-        for use in index.uses(name):
-            if use.node.op in TABLE:
-                return None
-            if _carries(use.node) and use.node.name not in seen:
-                seen.add(use.node.name)
-                waiting += [t.name for t in use.node.outputs]
-    return "its output stays in float, and so does its kernel: no integer kernel follows that would read it"
+        yield name
+        for follower in (use.node for use in index.uses(name)):
+            if through(follower) and follower.name not in seen:
+                seen.add(follower.name)
+                waiting += [t.name for t in follower.outputs]
+
+
+def _is_read_by_kernel(tensor: str, index: GraphIndex) -> bool:
+    return any(use.node.op in TABLE for use in index.uses(tensor))
 
 
 _FEW_CHANNELS = 3
@@ -125,9 +143,23 @@ def _products(node: gs.Node) -> int:
     return math.prod(node.inputs[1].shape[1:])
 
 
-def _is_small(node: gs.Node) -> bool:
+def _is_small(node: gs.Node, index: GraphIndex) -> bool:
+    """Whether ``node`` is faster in float.
+
+    Not where a MaxPool reads it: onnxruntime moves the quantizer behind the pool to the front of it, and between a
+    float and an integer kernel the pool takes six times as long.
+    """
     is_plain = node.attrs.get("group", 1) == 1 and node.inputs[1].shape[1] <= _FEW_CHANNELS
-    return is_plain and _products(node) <= _FEW_VALUES
+    return is_plain and _products(node) <= _FEW_VALUES and not _is_pooled(node.outputs[0].name, index)
+
+
+def _is_pooled(tensor: str, index: GraphIndex) -> bool:
+    """Whether a MaxPool reads ``tensor``, or the activation of it."""
+    followers = [use.node for use in index.uses(tensor)]
+    return any(
+        node.op == "MaxPool" or (node.op in FUSED_ACTIVATIONS and _is_pooled(node.outputs[0].name, index))
+        for node in followers
+    )
 
 
 def _convolution_before(node: gs.Node, index: GraphIndex) -> gs.Node | None:
@@ -143,14 +175,14 @@ def _conv_gains_nothing(node: gs.Node, index: GraphIndex) -> str | None:
         return "its weight is not constant"
     if len(node.inputs) > 2 and not is_constant(node.inputs[2]):
         return "its bias is not constant"
-    if _is_small(node):
+    if _is_small(node, index):
         return f"an output value sums {_products(node)} products only: the float kernel is faster on the CPU"
     first = _convolution_before(node, index)
     if (
         node.inputs[1].shape[1] == 1
         and node.attrs.get("group", 1) > 1
         and first is not None
-        and _is_small(first)
+        and _is_small(first, index)
     ):
         return f"it reads '{first.name}', which runs in float: both are faster without a quantizer in between"
     return None
@@ -164,7 +196,7 @@ TABLE: Mapping[str, Row] = {
         bias=2,
         bias_storage="int32",
         quantize_output=True,
-        output_is_idle=_no_kernel_reads,
+        output_is_idle=_output_gains_nothing,
         decline=_conv_gains_nothing,
     ),
     "Gemm": Row(

@@ -352,22 +352,33 @@ CARRIERS: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("op", [*CARRIERS, "Resize", "Erf", "InstanceNormalization"])
-def test_outputs_of_convolutions_are_quantized_where_a_kernel_reads_them_through(
-    op: str, tmp_path: Path
+@pytest.mark.parametrize("is_first", [True, False])
+def test_outputs_of_convolutions_are_quantized_where_a_kernel_follows(
+    op: str, is_first: bool, tmp_path: Path
 ) -> None:
-    """Behind a normalization, or what is not known, everything is float."""
+    """Behind the network's input only where nothing but activations and the like stands in between."""
     net = Net()
     more: list[str] = []
     if op == "Resize":
         more = ["", "", net.constant("sizes", np.array([1, 16, 16, 16], np.int64))]
     if op == "InstanceNormalization":
         more = [net.weight("scale", 16), net.weight("shift", 16)]
-    x = net.op(op, "between", net.conv("conv", "x", (16, 16, 3, 3)), *more, **CARRIERS.get(op, {}))
+    source = "x" if is_first else net.op("Abs", "abs", "x")
+    x = net.op(op, "between", net.conv("conv", source, (16, 16, 3, 3)), *more, **CARRIERS.get(op, {}))
     model = net.proto({"x": [1, 16, 8, 8]}, [net.conv("next", x, (16, 16, 1, 1))])
     plan = plan_of(model, tmp_path, "ort-cpu")
-    is_carried = op in CARRIERS or op == "Resize"
-    assert ("no integer kernel follows" in reasons_of(plan).get("conv", "")) != is_carried
-    assert (("between", 0) in edges_of(plan)) == (is_carried and op != "Relu")
+    is_quantized = op in CARRIERS or op == "Resize" or not is_first
+    assert ("its output stays in float" in reasons_of(plan).get("conv", "")) != is_quantized
+    assert (("between", 0) in edges_of(plan)) == (is_quantized and op != "Relu")
+
+
+@pytest.mark.parametrize("op", ["Erf", "Softmax"])
+def test_the_output_of_a_convolution_that_no_kernel_follows_stays_in_float(op: str, tmp_path: Path) -> None:
+    net = Net()
+    x = net.op(op, "y", net.conv("conv", net.op("Abs", "abs", "x"), (16, 16, 3, 3)))
+    plan = plan_of(net.proto({"x": [1, 16, 8, 8]}, [x]), tmp_path, "ort-cpu")
+    assert "no integer kernel follows" in reasons_of(plan)["conv"]
+    assert ("y", 0) not in edges_of(plan)
 
 
 def test_parts_of_a_tensor_keep_its_scale(tmp_path: Path) -> None:
