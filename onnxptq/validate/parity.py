@@ -15,7 +15,8 @@ different draws from one distribution, so over n output elements the two SQNR di
 sum of n squares has a relative deviation of sqrt(2/n), the ratio of two of them one of
 10 log10(e) sqrt(4/n) = 8.7/sqrt(n) dB, of which three are allowed on top. On activation grids of less than
 8 bits a difference in the last digit of a sum moves an element by a coarse step, and all outputs of a sample
-share what becomes of it: there n counts rows of the output, not elements. Above ``CEILING_DB`` differences
+share what becomes of it: there n counts rows of the output, not elements. So it does behind a Softmax, where the
+whole error may be that of one class that has changed. Above ``CEILING_DB`` differences
 do not count: the whole error is then below one step of an 8-bit output.
 """
 
@@ -29,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxptq.errors import OutputCheckError
+from onnxptq.graph.index import probability_outputs
 from onnxptq.quantizers.affine import expand, fake_quantize
 from onnxptq.runtime import Provider, Session, group_within, open_exposed
 from onnxptq.types import (
@@ -298,8 +300,9 @@ def _compare_outputs(
         exact_meter.update(wanted, exact)
         fast_meter.update(wanted, done)
         tick()
+    decided = probability_outputs(model.graph)
     return tuple(
-        _judge(path, name, exact_meter.meters[name], fast_meter.meters[name], is_coarse)
+        _judge(path, name, exact_meter.meters[name], fast_meter.meters[name], is_coarse or name in decided)
         for name in model.judged
     )
 
@@ -310,12 +313,12 @@ def _is_finite_where(reference: Array, value: Array) -> bool:
     return bool((np.isfinite(value) | ~np.isfinite(reference)).all())
 
 
-def _judge(path: Path, name: str, exact: OutputMeter, fast: OutputMeter, is_coarse: bool) -> OutputParity:
+def _judge(path: Path, name: str, exact: OutputMeter, fast: OutputMeter, by_rows: bool) -> OutputParity:
     summary = exact.result()
     if summary.sqnr_db is None or not summary.elements:
         return OutputParity(name=name, exact_sqnr_db=None, fast_sqnr_db=None)
     meant, done = sqnr_db(*exact.sums), sqnr_db(*fast.sums)
-    independent = max(1, summary.rows) if is_coarse else summary.elements
+    independent = max(1, summary.rows) if by_rows else summary.elements
     margin = FAST_MARGIN_DB + _CHANCE_DB / math.sqrt(independent)
     if done < min(meant, CEILING_DB) - margin:
         raise OutputCheckError(

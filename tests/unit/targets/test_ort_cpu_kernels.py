@@ -88,6 +88,19 @@ def test_convolutions_that_sum_few_products_stay_in_float(
     assert found.get("Conv", 0) == is_float
 
 
+@pytest.mark.parametrize("is_activated", [True, False])
+def test_a_small_convolution_in_front_of_a_pool_runs_on_integers(is_activated: bool, tmp_path: Path) -> None:
+    """Otherwise onnxruntime would quantize in front of the pool, which then runs in neither of the fast layouts."""
+    net = Net()
+    x = net.conv("first", "x", (8, 3, 3, 3))
+    x = net.op("Relu", "act", x) if is_activated else x
+    x = net.op("MaxPool", "pool", x, kernel_shape=[2, 2], strides=[2, 2])
+    found = kernels_of(net.proto({"x": [1, 3, 16, 16]}, [net.conv("next", x, (8, 8, 3, 3))]), tmp_path)
+    assert found["QLinearConv"] == 2
+    assert found["NhwcMaxPool"] == 1
+    assert not {"Conv", "FusedConv", "MaxPool"} & set(found)
+
+
 @pytest.mark.parametrize(
     ("channels", "group", "is_float"), [(3, 8, True), (3, 4, False), (3, 1, False), (4, 8, False)]
 )

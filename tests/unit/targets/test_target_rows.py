@@ -351,7 +351,7 @@ CARRIERS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("op", [*CARRIERS, "Resize", "Erf", "InstanceNormalization"])
+@pytest.mark.parametrize("op", [*CARRIERS, "BatchNormalization", "Resize", "Erf", "InstanceNormalization"])
 @pytest.mark.parametrize("is_first", [True, False])
 def test_outputs_of_convolutions_are_quantized_where_a_kernel_follows(
     op: str, is_first: bool, tmp_path: Path
@@ -363,11 +363,14 @@ def test_outputs_of_convolutions_are_quantized_where_a_kernel_follows(
         more = ["", "", net.constant("sizes", np.array([1, 16, 16, 16], np.int64))]
     if op == "InstanceNormalization":
         more = [net.weight("scale", 16), net.weight("shift", 16)]
+    if op == "BatchNormalization":
+        ones = net.constant("variance", np.ones(16, np.float32))
+        more = [net.weight("scale", 16), net.weight("shift", 16), net.weight("mean", 16), ones]
     source = "x" if is_first else net.op("Abs", "abs", "x")
     x = net.op(op, "between", net.conv("conv", source, (16, 16, 3, 3)), *more, **CARRIERS.get(op, {}))
     model = net.proto({"x": [1, 16, 8, 8]}, [net.conv("next", x, (16, 16, 1, 1))])
     plan = plan_of(model, tmp_path, "ort-cpu")
-    is_quantized = op in CARRIERS or op == "Resize" or not is_first
+    is_quantized = op in (*CARRIERS, "BatchNormalization", "Resize") or not is_first
     assert ("its output stays in float" in reasons_of(plan).get("conv", "")) != is_quantized
     assert (("between", 0) in edges_of(plan)) == (is_quantized and op != "Relu")
 

@@ -12,11 +12,12 @@ import pytest
 
 from onnxptq.errors import OutputCheckError
 from onnxptq.runtime import Session, group_within
+from onnxptq.targets import PlacementRequest
 from onnxptq.types import Sample
 from onnxptq.validate import exposure, parity
 from onnxptq.validate.metrics import OutputMeter
 from onnxptq.validate.parity import OutputParity, Parity, check_parity
-from tests.unit.validate.written_model import Written, run_outputs, samples
+from tests.unit.validate.written_model import Written, network, run_outputs, samples, write
 
 
 def _check(written: Written, folder: Path, **options: Any) -> Parity:
@@ -169,7 +170,7 @@ def _meter(sqnr_db: float, count: int, rows: int) -> OutputMeter:
 
 
 @pytest.mark.parametrize(
-    ("exact", "fast", "is_coarse", "is_refused"),
+    ("exact", "fast", "by_rows", "is_refused"),
     [
         (40.0, 37.5, False, False),
         (40.0, 36.0, False, True),
@@ -182,13 +183,32 @@ def _meter(sqnr_db: float, count: int, rows: int) -> OutputMeter:
     ],
 )
 def test_how_much_the_default_session_may_lose(
-    exact: float, fast: float, is_coarse: bool, is_refused: bool
+    exact: float, fast: float, by_rows: bool, is_refused: bool
 ) -> None:
     """3 dB, and three deviations of 8.7 / sqrt(n) dB: 0.26 dB for 10 000 elements."""
-    given = (Path("q.onnx"), "y", _meter(exact, 10_000, 4), _meter(fast, 10_000, 4), is_coarse)
+    given = (Path("q.onnx"), "y", _meter(exact, 10_000, 4), _meter(fast, 10_000, 4), by_rows)
     if is_refused:
         with pytest.raises(OutputCheckError, match=f"has {fast} dB .* gives {exact} dB"):
             parity._judge(*given)
     else:
         found = parity._judge(*given)
         assert (found.exact_sqnr_db, found.fast_sqnr_db) == pytest.approx((exact, fast))
+
+
+def test_probabilities_are_judged_by_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a Softmax one class that changes is most of the error, however many classes there are."""
+    model = network(batch=1)
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["scores"], ["p"], name="softmax"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("p", onnx.TensorProto.FLOAT, [1, 7]))
+    onnx.save(model, str(tmp_path / "network.onnx"))
+    written = write(tmp_path / "network.onnx", tmp_path, "ort-cpu", PlacementRequest(), samples(2))
+    judged: dict[str, bool] = {}
+    judge = parity._judge
+
+    def noted(path: Path, name: str, exact: OutputMeter, fast: OutputMeter, by_rows: bool) -> OutputParity:
+        judged[name] = by_rows
+        return judge(path, name, exact, fast, by_rows)
+
+    monkeypatch.setattr(parity, "_judge", noted)
+    _check(written, tmp_path)
+    assert judged == {name: name == "p" for name in written.model.outputs}
