@@ -463,6 +463,28 @@ def larger_note(model: CanonicalModel, output_bytes: int, rows: tuple[SizeRow, .
     )
 
 
+_SLOWER = 1.05
+"""Ratio of times that noise of a machine does not explain where even the lower quartile exceeds it."""
+
+_NOTICEABLE_MS = 0.5
+"""A loss of less time than this is not worth a sentence."""
+
+
+def slower_note(target: str, latency: Latency, kernels: Mapping[str, int] | None) -> str:
+    """That the output is slower than the input in onnxruntime, and between how many float operators its integer
+    kernels stand; empty where it is not, and for targets that another runtime runs."""
+    lost = latency.quantized_ms - latency.reference_ms
+    if target != "ort-cpu" or kernels is None or latency.ratio_low <= _SLOWER or lost < _NOTICEABLE_MS:
+        return ""
+    counts = wording.kernel_counts(kernels)
+    return (
+        f"The output takes {latency.ratio:.2f} times as long as the float network on this processor: beside "
+        f"{counts['integer']} integer kernels it runs {counts['conversion']} conversions and {counts['float']} float "
+        "operators, some of which onnxruntime fuses into convolutions where all is float. Quantize for another "
+        "processor or for size only."
+    )
+
+
 def versions(recipe_hash: str) -> Mapping[str, str]:
     """Versions of everything that computed something."""
     found = {"onnxptq": __version__, "python": platform.python_version(), "runtime": runtime_version()}

@@ -315,8 +315,9 @@ def report(
     size = sum(part.stat().st_size for part in written.parent.iterdir())
     sizes = reporting.size_rows(model, plan, solution, size)
     note = reporting.larger_note(model, size, sizes)
-    if note:
-        run.note(note, NoteRank.FIRST)
+    slower = reporting.slower_note(plan.target, checks.latency, checks.kernels)
+    for told in filter(None, (note, slower)):
+        run.note(told, NoteRank.FIRST)
     allowed = run.recipe.max_size
     if allowed is not None and size > allowed * MEGABYTE:
         told = f"The file takes {size / MEGABYTE:.3f} MB, more than the {allowed:g} MB that were allowed."

@@ -76,6 +76,21 @@ def probability_outputs(graph: gs.Graph) -> frozenset[str]:
     return frozenset(t.name for t in graph.outputs if t.inputs and t.inputs[0].op == "Softmax")
 
 
+_RESHAPING = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+
+
+def softmax_outputs(graph: gs.Graph) -> frozenset[str]:
+    """Graph outputs that hold what a Softmax writes, along whatever axis, in whatever shape."""
+    found = set()
+    for output in graph.outputs:
+        tensor = output
+        while tensor.inputs and tensor.inputs[0].op in _RESHAPING and tensor.inputs[0].inputs:
+            tensor = tensor.inputs[0].inputs[0]
+        if tensor.inputs and tensor.inputs[0].op == "Softmax":
+            found.add(output.name)
+    return frozenset(found)
+
+
 def is_constant(tensor: gs.Tensor) -> bool:
     """Whether ``tensor`` is an initializer."""
     return isinstance(tensor, gs.Constant)

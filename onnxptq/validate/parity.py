@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxptq.errors import OutputCheckError
-from onnxptq.graph.index import probability_outputs
+from onnxptq.graph.index import softmax_outputs
 from onnxptq.quantizers.affine import expand, fake_quantize
 from onnxptq.runtime import Provider, Session, group_within, open_exposed
 from onnxptq.types import (
@@ -300,7 +300,7 @@ def _compare_outputs(
         exact_meter.update(wanted, exact)
         fast_meter.update(wanted, done)
         tick()
-    decided = probability_outputs(model.graph)
+    decided = softmax_outputs(model.graph)
     return tuple(
         _judge(path, name, exact_meter.meters[name], fast_meter.meters[name], is_coarse or name in decided)
         for name in model.judged

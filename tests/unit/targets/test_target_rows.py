@@ -13,7 +13,7 @@ from onnx import TensorProto
 from onnxptq.graph.index import GraphIndex
 from onnxptq.targets import TARGETS, PlacementRequest, candidate_tensors
 from onnxptq.targets.placement import ScaleGroups, known_bounds
-from onnxptq.types import GRAPH_OUTPUT, PerAxis, PerTensor, QType
+from onnxptq.types import GRAPH_OUTPUT, PerAxis, PerTensor, QType, QuantPlan
 from tests.unit.small_nets import NETS, Net, graph_of, vector_attention
 from tests.unit.targets.plans import edges_of, plan_of, reasons_of
 
@@ -351,28 +351,43 @@ CARRIERS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("op", [*CARRIERS, "BatchNormalization", "Resize", "Erf", "InstanceNormalization"])
-@pytest.mark.parametrize("is_first", [True, False])
-def test_outputs_of_convolutions_are_quantized_where_a_kernel_follows(
-    op: str, is_first: bool, tmp_path: Path
-) -> None:
-    """Behind the network's input only where nothing but activations and the like stands in between."""
+def _followed(op: str, folder: Path, *, group: int = 1, linear: bool = False) -> QuantPlan:
+    """A convolution, ``op``, and a convolution or a linear layer."""
     net = Net()
     more: list[str] = []
     if op == "Resize":
         more = ["", "", net.constant("sizes", np.array([1, 16, 16, 16], np.int64))]
-    if op == "InstanceNormalization":
+    if op in ("BatchNormalization", "InstanceNormalization"):
         more = [net.weight("scale", 16), net.weight("shift", 16)]
     if op == "BatchNormalization":
-        ones = net.constant("variance", np.ones(16, np.float32))
-        more = [net.weight("scale", 16), net.weight("shift", 16), net.weight("mean", 16), ones]
-    source = "x" if is_first else net.op("Abs", "abs", "x")
-    x = net.op(op, "between", net.conv("conv", source, (16, 16, 3, 3)), *more, **CARRIERS.get(op, {}))
-    model = net.proto({"x": [1, 16, 8, 8]}, [net.conv("next", x, (16, 16, 1, 1))])
-    plan = plan_of(model, tmp_path, "ort-cpu")
-    is_quantized = op in (*CARRIERS, "BatchNormalization", "Resize") or not is_first
-    assert ("its output stays in float" in reasons_of(plan).get("conv", "")) != is_quantized
-    assert (("between", 0) in edges_of(plan)) == (is_quantized and op != "Relu")
+        more += [net.weight("mean", 16), net.constant("variance", np.ones(16, np.float32))]
+    x = net.conv("conv", "x", (16, 16 // group, 3, 3), group=group)
+    x = net.op(op, "between", x, *more, **CARRIERS.get(op, {}))
+    if linear:
+        net.op("MatMul", "next", x, net.weight("w", 8, 8))
+    else:
+        net.conv("next", x, (16, 16, 1, 1))
+    return plan_of(net.proto({"x": [1, 16, 8, 8]}, ["next"]), folder, "ort-cpu")
+
+
+@pytest.mark.parametrize("op", [*CARRIERS, "BatchNormalization", "Resize", "Erf", "InstanceNormalization"])
+def test_outputs_of_convolutions_are_quantized_where_another_follows(op: str, tmp_path: Path) -> None:
+    plan = _followed(op, tmp_path)
+    assert "conv" not in reasons_of(plan)
+    assert (("between", 0) in edges_of(plan)) == (op != "Relu")
+
+
+@pytest.mark.parametrize(
+    ("op", "group", "is_quantized"),
+    [("Sigmoid", 1, True), ("InstanceNormalization", 1, False), ("Erf", 1, False), ("Erf", 16, True)],
+)
+def test_outputs_of_convolutions_in_front_of_linear_layers(
+    op: str, group: int, is_quantized: bool, tmp_path: Path
+) -> None:
+    """Behind a normalization they begin what all layers read; a grouped convolution in float would be too slow."""
+    plan = _followed(op, tmp_path, group=group, linear=True)
+    assert ("linear layers follow" in reasons_of(plan).get("conv", "")) != is_quantized
+    assert (("between", 0) in edges_of(plan)) == is_quantized
 
 
 @pytest.mark.parametrize("op", ["Erf", "Softmax"])

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from onnxptq.reporting import slower_note
 from onnxptq.validate import latency
-from onnxptq.validate.latency import measure_latency
+from onnxptq.validate.latency import Latency, measure_latency
 
 FEED = {"x": np.zeros((4, 3), np.float32)}
 
@@ -89,3 +90,36 @@ def test_progress_reaches_its_total_although_time_runs_out(clock: _Clock) -> Non
     found = measure_latency(Path("a"), Path("b"), FEED, pairs=20, seconds=0.01, progress=Heard())
     assert found.pairs == 5
     assert left == {"measure latency": 0}
+
+
+@pytest.mark.parametrize(
+    ("target", "ratio", "low", "float_ms", "is_told"),
+    [
+        ("ort-cpu", 1.5, 1.4, 2.0, True),
+        ("ort-cpu", 1.5, 1.0, 2.0, False),  # a quarter of the pairs says otherwise
+        ("ort-cpu", 0.6, 0.5, 2.0, False),
+        ("ort-cpu", 1.5, 1.4, 0.2, False),  # a tenth of a millisecond
+        ("tensorrt", 1.5, 1.4, 2.0, False),  # onnxruntime is not what runs it
+    ],
+)
+def test_a_file_that_is_slower_than_float_is_told(
+    target: str, ratio: float, low: float, float_ms: float, is_told: bool
+) -> None:
+    found = Latency(
+        reference_ms=float_ms,
+        quantized_ms=ratio * float_ms,
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=2 * ratio,
+        pairs=20,
+        batch=1,
+        threads=0,
+        provider="cpu",
+    )
+    kernels = {"QLinearConv": 7, "QuantizeLinear": 2, "DequantizeLinear": 3, "HardSigmoid": 4}
+    note = slower_note(target, found, kernels)
+    assert bool(note) == is_told
+    if is_told:
+        assert "1.50 times" in note
+        assert "7 integer kernels it runs 5 conversions and 4 float" in note
+    assert slower_note(target, found, None) == ""

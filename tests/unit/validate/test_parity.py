@@ -198,8 +198,9 @@ def test_how_much_the_default_session_may_lose(
 def test_probabilities_are_judged_by_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a Softmax one class that changes is most of the error, however many classes there are."""
     model = network()
-    model.graph.node.append(onnx.helper.make_node("Softmax", ["scores"], ["p"], name="softmax"))
-    model.graph.output.append(onnx.helper.make_tensor_value_info("p", onnx.TensorProto.FLOAT, ["batch", 7]))
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["scores"], ["rows"], name="softmax"))
+    model.graph.node.append(onnx.helper.make_node("Transpose", ["rows"], ["p"], name="turned", perm=[1, 0]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("p", onnx.TensorProto.FLOAT, [7, "batch"]))
     onnx.save(model, str(tmp_path / "network.onnx"))
     written = write(tmp_path / "network.onnx", tmp_path, "ort-cpu", PlacementRequest(), samples(2))
     judged: dict[str, bool] = {}
