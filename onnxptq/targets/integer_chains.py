@@ -18,7 +18,6 @@ from collections.abc import Collection
 
 import onnx_graphsurgeon as gs
 
-from onnxptq.graph.choosing import only_chooses
 from onnxptq.graph.index import is_constant, is_float32
 from onnxptq.targets.placement import FUSED_ACTIVATIONS, Placer, moves_values
 
@@ -55,10 +54,9 @@ def _may_run_on_integers(placer: Placer, node: gs.Node) -> bool:
     if node.op not in INTEGER_OPS or node.domain not in ("", None) or node.name in placer.request.declined:
         return False
     tensors = [*node.inputs, *node.outputs]
-    return (
-        not any(is_constant(tensor) or not is_float32(tensor) for tensor in tensors)
-        and not any(tensor.name in placer.request.uncalibrated for tensor in tensors)
-        and not only_chooses(placer.index, node.outputs[0].name)
+    return not any(
+        is_constant(tensor) or not is_float32(tensor) or tensor.name in placer.request.uncalibrated
+        for tensor in tensors
     )
 
 
