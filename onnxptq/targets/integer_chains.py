@@ -34,8 +34,12 @@ def place_chains(placer: Placer, kernels: Collection[str]) -> None:
     members = _members(placer, kernels)
     for node in placer.index.nodes:
         if node.name in members:
-            for i in range(len(node.inputs)):
+            for i, tensor in enumerate(node.inputs):
                 placer.add_edge(node, i)
+                source = placer.index.producer(tensor.name)
+                if source is not None and moves_values(source):
+                    # Another pool behind a pool that is read here, say, must not keep the first in float.
+                    placer.quantize_tensor(tensor.name)
             placer.quantize_tensor(placer.behind_activation(node))
             placer.quantized_nodes.add(node.name)
 

@@ -29,6 +29,7 @@ _INTEGER_KERNELS = frozenset(
         "MatMulInteger",
         "MatMulIntegerToFloat",
         "MatMulNBits",
+        "NhwcMaxPool",
         "QAttention",
         "QGemm",
     }

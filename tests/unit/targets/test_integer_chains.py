@@ -139,3 +139,16 @@ def test_only_nearest_neighbours_are_moved(tmp_path: Path) -> None:
 
         found = edges_of(_between(enlarged, tmp_path))
         assert (found["larger", 0].scale_group == found["last", 0].scale_group) == (mode == "nearest")
+
+
+def test_pools_behind_pools_run_on_integers(tmp_path: Path) -> None:
+    """Each is read by the next one and by the Concat."""
+    net = Net()
+    parts = [net.op("Relu", "act", net.conv("first", "x", (8, 8, 3, 3)))]
+    for i in range(3):
+        parts.append(net.op("MaxPool", f"pool{i}", parts[-1], kernel_shape=[3, 3], pads=[1, 1, 1, 1]))
+    x = net.op("Concat", "joined", *parts, axis=1)
+    found = kernels_of(net.proto({"x": [1, 8, 8, 8]}, [net.conv("last", x, (8, 32, 1, 1))]), tmp_path)
+    assert found["NhwcMaxPool"] == 3
+    assert found["QLinearConcat"] == 1
+    assert found["QuantizeLinear"] == found["DequantizeLinear"] == 1
