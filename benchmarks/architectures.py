@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
+import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
@@ -51,6 +51,8 @@ ARCHITECTURES = (
 )
 CONSOLE = Console(highlight=False, soft_wrap=True)
 PICTURES = 4
+SIZE = (3, 224, 224)
+INPUT = "pictures"
 
 
 def main() -> int:
@@ -75,44 +77,37 @@ def main() -> int:
 def _row(name: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            files = _files(name, Path(folder))
+            model = _model(name)
+            pictures = np.random.default_rng(0).standard_normal((PICTURES, *SIZE), dtype=np.float32)
+            return measure(pictures[:1], _files(model, pictures, Path(folder)), rounds, 0)
         except _FailedError as error:
             return {"error": str(error)}
-        pictures = _pictures(files["float"])
-        return measure(pictures[:1], files, rounds, 0)
 
 
 class _FailedError(Exception):
     """A file could not be made."""
 
 
-def _files(name: str, folder: Path) -> Mapping[str, Path]:
-    """The float network, ours and onnxruntime's."""
+def _model(name: str) -> Path:
+    """The float network, kept in the cache."""
     model = cache_folder("architectures") / f"{name}.onnx"
     if not model.exists():
         # In a process of its own, so that torch's memory and threads are gone when latency is measured.
         code = "import sys; from benchmarks.architectures import export; export(sys.argv[1], sys.argv[2])"
         _run([sys.executable, "-c", code, name, str(model)], "timm")
-    data = folder / "pictures.npy"
-    np.save(data, _pictures(model))
-    ours, theirs = folder / "ours.onnx", folder / "onnxruntime.onnx"
-    command = [
-        sys.executable,
-        "-m",
-        "onnxptq",
-        "quantize",
-        str(model),
-        "-q",
-        "--calib",
-        str(data),
-        "-o",
-        str(ours),
-    ]
-    _run([*command, "--method", "rtn", "--holdout", "0", "--no-report"], "onnxptq")
-    session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    return model
+
+
+def _files(model: Path, pictures: npt.NDArray[np.float32], folder: Path) -> Mapping[str, Path]:
+    """The float network, ours and onnxruntime's."""
+    data, ours, theirs = (folder / name for name in ("pictures.npy", "ours.onnx", "onnxruntime.onnx"))
+    np.save(data, pictures)
+    command = [sys.executable, "-m", "onnxptq", "quantize", str(model), "-q", "--calib", str(data)]
+    command += ["--method", "rtn", "--holdout", "0", "--no-report", "-o", str(ours)]
+    _run(command, "onnxptq")
     command = [sys.executable, "-m", "benchmarks.peers.onnxruntime_static", "--model", str(model)]
-    command += ["--data", str(data), "--input-name", session.get_inputs()[0].name]
-    _run([*command, "--output", str(theirs), "--setting", "minmax"], "onnxruntime")
+    command += ["--data", str(data), "--input-name", INPUT, "--output", str(theirs), "--setting", "minmax"]
+    _run(command, "onnxruntime")
     return {"float": model, "ours": ours, "onnxruntime": theirs}
 
 
@@ -122,12 +117,6 @@ def _run(command: list[str], what: str) -> None:
         raise _FailedError(f"{what}: {measured.failure}")
 
 
-def _pictures(model: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
-    session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-    shape = session.get_inputs()[0].shape[1:]
-    return np.random.default_rng(0).standard_normal((PICTURES, *shape), dtype=np.float32)
-
-
 def export(name: str, path: str) -> None:
     """Write timm's network of this name with random weights, its batch statistics taken from random pictures."""
     import timm
@@ -135,13 +124,14 @@ def export(name: str, path: str) -> None:
 
     torch.manual_seed(0)
     network = timm.create_model(name, pretrained=False)
-    size = network.default_cfg["input_size"]
+    pictures = torch.randn(8, *SIZE)
     with torch.no_grad():
         for _ in range(3):
-            network.train()(torch.randn(8, *size))
+            network.train()(pictures)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(network.eval(), (torch.randn(1, *size),), path, opset_version=17, dynamo=False)
+        given: dict[str, Any] = {"input_names": [INPUT], "opset_version": 17, "dynamo": False}
+        torch.onnx.export(network.eval(), (pictures[:1],), path, **given)
 
 
 def _print(results: ResultsFile) -> int:

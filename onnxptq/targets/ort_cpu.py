@@ -242,6 +242,7 @@ def place(index: GraphIndex, request: PlacementRequest) -> QuantPlan:
     """Quantizers for onnxruntime's CPU kernels. Grids are 8 bits; ``weight_bits`` below 8 narrows the weights."""
     placer = Placer(index, request, activation=lambda bits: QType.unsigned(8), symmetric=False)
     placer.apply(TABLE)
+    # Not in front of linear layers: those write float values, and what a classifier reads is small.
     place_chains(placer, ("Conv",))
     _free_float_products(placer)
     _place_added_biases(placer)
