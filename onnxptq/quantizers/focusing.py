@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from onnxptq.quantizers.affine import SMALLEST_SCALE, shifted_type
+from onnxptq.quantizers.straight_through import inner, on_grid, passed
 from onnxptq.types import PerTensor, QParams, QType
 
 _LEAST_WIDTH = 2.0**-10
@@ -114,21 +115,24 @@ class _Focus(torch.autograd.Function):
         most_steps: int,
     ) -> torch.Tensor:
         scale, steps = _grid(b1, b2, levels, most_steps)
-        ctx.save_for_backward(x, scale, steps)
-        ctx.levels = levels  # type: ignore[attr-defined]
-        held = torch.minimum(torch.maximum(torch.round(x / scale), steps), steps + levels)
-        return held * scale
+        first = float(steps)
+        found = on_grid(x, scale, first, first + levels)
+        ctx.save_for_backward(x, found, scale)
+        ctx.ends = first, first + levels  # type: ignore[attr-defined]
+        return found
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        x, scale, steps = ctx.saved_tensors  # type: ignore[attr-defined]
-        levels: int = ctx.levels  # type: ignore[attr-defined]
-        position = x / scale
-        below, above = position < steps, position > steps + levels
-        inside = ~(below | above)
-        shared = (gradient * inside * (torch.round(position) - position)).sum().reshape(1) / levels
-        to_low = (gradient * below).sum().reshape(1) - shared
-        to_high = (gradient * above).sum().reshape(1) + shared
-        return gradient * inside, to_low, to_high, None, None
+        x, found, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        first, last = ctx.ends  # type: ignore[attr-defined]
+        step, levels = float(scale), last - first
+        through = passed(gradient, x, first * step, last * step)
+        shared = (inner(through, found) - inner(through, x)) / (step * levels)
+        # Beyond the grid x_hat / s is one of two integers, which tells below from above without another comparison:
+        # sum g = below + above, sum g x_hat / s = first below + last above.
+        beyond = gradient - through
+        both = beyond.sum()
+        above = (inner(beyond, found) / step - first * both) / levels
+        return through, (both - above - shared).reshape(1), (above + shared).reshape(1), None, None

@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from onnxptq.quantizers.trainable import StraightThroughWeight, round_through
+from onnxptq.quantizers.straight_through import round_through
+from onnxptq.quantizers.trainable import StraightThroughWeight
 from onnxptq.types import FloatArray, QParams
 
 

@@ -10,6 +10,7 @@ single precision, no negative zeros.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -32,12 +33,34 @@ def fake_quantizer(qparams: QParams) -> Callable[[torch.Tensor], torch.Tensor]:
         if key not in cache:
             cache.clear()
             cache[key] = _expanded(qparams, x)
-        scale, low, high = cache[key]
-        clamped = torch.minimum(torch.maximum(torch.round(x / scale), low), high)
-        # Adding zero turns -0.0, which no integer stands for, into 0.0.
-        return (clamped + 0.0) * scale
+        return cast(torch.Tensor, _Fixed.apply(x, *cache[key]))  # type: ignore[no-untyped-call]
 
     return apply
+
+
+class _Fixed(torch.autograd.Function):
+    """Gradients pass the rounding straight through and end beyond the grid, as those of learnt grids do
+    (:mod:`onnxptq.quantizers.straight_through`)."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: torch.Tensor,
+        scale: torch.Tensor,
+        low: torch.Tensor,
+        high: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, scale, low, high)
+        # Adding zero turns -0.0, which no integer stands for, into 0.0.
+        return torch.div(x, scale).round_().clamp_(low, high).add_(0.0).mul_(scale)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        x, scale, low, high = ctx.saved_tensors  # type: ignore[attr-defined]
+        is_inside = (x >= (low - 0.5) * scale) & (x <= (high + 0.5) * scale)
+        return gradient * is_inside, None, None, None
 
 
 def _expanded(qparams: QParams, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

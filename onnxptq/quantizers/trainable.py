@@ -12,7 +12,7 @@ Kept weights: the integers q of a weight on its grid stay, w_hat = s q, and the 
 
 Activations (LSQ, Esser et al., arXiv 1902.08153): the scale is learnt, the zero point is kept,
 
-    x_hat = s (clamp(round(x / s) + z, qmin, qmax) - z)
+    x_hat = s (clamp(round(x / s) + z, qmin, qmax) - z) = s clamp(round(x / s), qmin - z, qmax - z)
 
 Learnt scales are s = s_0 exp(t) with t starting at 0, so that they stay positive and one learning rate serves
 all. ``hardened`` gives what reaches the file: parameters in single precision and values on their grid.
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from onnxptq.quantizers.affine import SMALLEST_SCALE, expand
+from onnxptq.quantizers.straight_through import round_through, scaled_grid
 from onnxptq.types import Array, FloatArray, QParams
 
 _STRETCH = 1.2
@@ -40,11 +41,6 @@ two, the first steps would flip it at random."""
 
 _ON_ITS_SIDE = 0.4999
 """Nearer to the boundary single precision could round a latent to the other integer."""
-
-
-def round_through(x: torch.Tensor) -> torch.Tensor:
-    """Round half to even, with the gradient of the identity."""
-    return x + (torch.round(x) - x).detach()
 
 
 class LearnedScale(torch.nn.Module):
@@ -205,8 +201,8 @@ class LearnedActivation(torch.nn.Module):
         self._largest = largest
         self._largest_log = math.log(largest / float(qparams.scale))
         self.scale = LearnedScale(qparams, (1,), is_learned=True)
-        self._low, self._high = qparams.qtype.qmin, qparams.qtype.qmax
-        self.zero_point = torch.nn.Buffer(torch.tensor([float(qparams.zero_point)]))
+        zero_point = int(qparams.zero_point)
+        self._low, self._high = qparams.qtype.qmin - zero_point, qparams.qtype.qmax - zero_point
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` on the grid, differentiable."""
@@ -215,10 +211,7 @@ class LearnedActivation(torch.nn.Module):
             self.scale.log.clamp_max_(self._largest_log)
         free = self.scale().reshape(1)
         scale = free + (free.clamp_max(self._largest) - free).detach()
-        # Multiplies by 1 / s where the file divides by s: rounding ties apart, the same values.
-        return torch._fake_quantize_learnable_per_tensor_affine(
-            x, scale, self.zero_point, self._low, self._high, 1.0
-        )
+        return scaled_grid(x, scale, self._low, self._high)
 
     def hardened(self) -> QParams:
         """Parameters as the file will hold them."""

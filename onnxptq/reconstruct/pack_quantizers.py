@@ -41,6 +41,29 @@ class _Bias:
         return self.start + self.unit * self.change
 
 
+class _Made:
+    """A constant of the network that is made of what is learnt: at every read, or once for all of them."""
+
+    def __init__(self, make: Callable[[], torch.Tensor]) -> None:
+        self._make = make
+        self._made: torch.Tensor | None = None
+        self._held: torch.Tensor | None = None
+
+    def __call__(self, _: torch.Tensor) -> torch.Tensor:
+        """In place of the constant that the file holds."""
+        return self._make() if self._held is None else self._held
+
+    def hold(self) -> None:
+        """Make it; reads are of this from now on."""
+        self._made = self._make()
+        self._held = self._made.detach().requires_grad_(self._made.requires_grad)
+
+    def release(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What was made, and its gradient where there is one; reads make it anew from now on."""
+        made, held, self._made, self._held = self._made, self._held, None, None
+        return None if made is None or held is None or held.grad is None else (made, held.grad)
+
+
 class PackQuantizers:
     """The trainable quantizers and biases of one pack. Making it puts hooks on ``module``.
 
@@ -67,6 +90,7 @@ class PackQuantizers:
         self.activations: dict[str, LearnedActivation | FocusedActivation] = {}
         self._biases: dict[str, _Bias] = {}
         self._ids: dict[str, str] = {}
+        self._constants: dict[str, _Made] = {}
         tensors = index.graph.tensors()
         quantizer_at = quantizers_by_edge(plan)
         focused = _softmax_edges(index) if settings.focuses_softmax else frozenset()
@@ -85,7 +109,8 @@ class PackQuantizers:
                     learned = _weight(value, start, qparams, settings, candidates)
                     self.weights[site.tensor] = learned.to(device)
                     self._ids[quantizer.quantizer_id] = site.tensor
-                module.set_hook(*edge, _instead(self.weights[site.tensor]))
+                    self._constants[site.tensor] = _Made(self.weights[site.tensor])
+                module.set_hook(*edge, self._constants[site.tensor])
             elif isinstance(qparams.granularity, PerTensor) and settings.activation_scale_rate > 0.0:
                 activation = self.activations.get(quantizer.scale_group)
                 if activation is None:
@@ -116,7 +141,8 @@ class PackQuantizers:
                 torch.nn.Parameter(torch.zeros(start.shape, device=device)),
             )
             self._biases[bias.name] = learned
-            module.set_hook(bias.name, node.name, layer.bias_index, _instead(learned.value))
+            self._constants[bias.name] = _Made(learned.value)
+            module.set_hook(bias.name, node.name, layer.bias_index, self._constants[bias.name])
 
     @property
     def is_empty(self) -> bool:
@@ -162,14 +188,30 @@ class PackQuantizers:
 
     @contextmanager
     def hard(self) -> Iterator[None]:
-        """Within it the pack computes with the weights as ``hardened`` would leave them."""
+        """Within it the pack computes with the weights as ``hardened`` would leave them; nothing may be learnt."""
         for weight in self.weights.values():
             weight.eval()
         try:
-            yield
+            with torch.no_grad(), self.once():
+                yield
         finally:
             for weight in self.weights.values():
                 weight.train()
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Within it all passes read the same weights and biases, made once; at its end the sums of their gradients go
+        on to what they are made of."""
+        constants = self._constants.values()
+        try:
+            for constant in constants:
+                constant.hold()
+            yield
+        finally:
+            found = [pair for constant in constants if (pair := constant.release()) is not None]
+        if found:
+            made, gradients = zip(*found, strict=True)
+            torch.autograd.backward(made, gradients)
 
     def indecision(self, beta: float) -> torch.Tensor:
         """AdaRound's regulariser, summed over the weights; zero without any."""
@@ -228,11 +270,6 @@ def _activation(
         return FocusedActivation(qparams)
     members = [q for q in plan.quantizers if q.scale_group == quantizer.scale_group]
     return LearnedActivation(qparams, min(largest_scale(member, qparams) for member in members))
-
-
-def _instead(value: Callable[[], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A hook that reads ``value()`` in place of the constant."""
-    return lambda _: value()
 
 
 def _weight(

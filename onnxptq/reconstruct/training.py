@@ -31,6 +31,9 @@ from onnxptq.reconstruct.suffix import Suffix
 RANKINGS = 10
 """How often samples are ranked anew where the easy ones come first."""
 
+_SLACK = 4 * SLACK
+"""Bytes of freed memory that stay: the next step needs them again."""
+
 _LOWEST_GAIN = 0.005
 """A judgement that improves by less counts as flat."""
 
@@ -75,11 +78,12 @@ def train(
     for chosen in _lessons(data, learned, pupils, norms, settings, generator):
         optimizer.zero_grad(set_to_none=True)
         masks = _seeds(chosen, generator) if settings.mixing > 0.0 else {}
-        for part in data.chunks(chosen):
-            found = data.module(_mixed(data, part, settings.mixing, masks))
-            loss = objective(found, part) * (len(part) / len(chosen))
-            if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
+        with learned.once():
+            for part in data.chunks(chosen):
+                found = data.module(_mixed(data, part, settings.mixing, masks))
+                loss = objective(found, part) * (len(part) / len(chosen))
+                if loss.requires_grad:
+                    loss.backward()  # type: ignore[no-untyped-call]
         data.ranks.sum_gradients(parameters_of(optimizer))
         if not any(parameter.grad is not None for parameter in parameters_of(optimizer)):
             # Operators that no gradient passes stand between all that could learn and what is compared.
@@ -91,7 +95,7 @@ def train(
         optimizer.step()
         schedule.step()
         _hold_constant(optimizer)
-        return_memory(SLACK)
+        return_memory(_SLACK)
         done += 1
         if tick is not None:
             tick()

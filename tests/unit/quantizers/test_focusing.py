@@ -17,7 +17,7 @@ from onnxptq.quantizers.affine import (
     shifted_type,
 )
 from onnxptq.quantizers.focusing import FocusedActivation, can_focus
-from onnxptq.quantizers.trainable import round_through
+from onnxptq.quantizers.straight_through import round_through
 from onnxptq.types import PerAxis, PerTensor, QParams, QType
 
 BITS = st.integers(2, 7)

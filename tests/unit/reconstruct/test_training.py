@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -425,3 +426,35 @@ def test_a_pack_that_ends_worse_than_it_started_is_left_as_it_was(
     found = made.solved(settings)
     assert made.error(found.solution) == pytest.approx(made.error(made.start))
     assert all(outcome.after == outcome.before for outcome in found.outcomes)
+
+
+def _counted(calls: Counter[str], name: str, *_: object) -> None:
+    calls[name] += 1
+
+
+def test_a_step_of_several_passes_makes_its_weights_once(made: Case) -> None:
+    """And moves what is learnt as one pass over the same samples does."""
+    found = []
+    for together in (16, 3):
+        data = made.data(together=together)
+        learned = _learned(made, data, PLAIN)
+        calls = Counter[str]()
+        for name, weight in learned.weights.items():
+            weight.register_forward_hook(functools.partial(_counted, calls, name))
+        train(data, learned, replace(PLAIN, batch=16, steps=4), _generator())
+        # Once in every step, and for the judgements before and after.
+        assert set(calls.values()) == {4 + 2}
+        found.append(learned.state())
+    for one, several in zip(*found, strict=True):
+        torch.testing.assert_close(one, several, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_made_anew_where_nothing_holds_them(made: Case) -> None:
+    data = made.data()
+    learned = _learned(made, data, PLAIN)
+    before = data.module(data.quantized([0]))
+    with torch.no_grad():
+        for weight in learned.weights.values():
+            weight.latents[0].add_(1.0)
+    after = data.module(data.quantized([0]))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
