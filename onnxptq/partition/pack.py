@@ -127,8 +127,8 @@ def pack_memory(
 ) -> PackMemory:
     """An upper estimate, known before anything runs; single precision throughout.
 
-    Per batch element the forward pass keeps every tensor of the pack, and five more of its size for each
-    quantized read (quotient, rounded, clamped and their masks); the backward pass adds gradients of as
+    Per batch element the forward pass keeps every tensor of the pack, and for each quantized read its values on
+    the grid, with as much again for what gradients take on their way; the backward pass adds gradients of as
     much as the two largest tensors. A trained weight is kept, besides itself, as gradient, two moments,
     latent value and five intermediates of its quantizer; where its scale alone is trained, as integers, product,
     and gradients of both.
@@ -142,7 +142,7 @@ def pack_memory(
     tensors = {*pack.inputs, *pack.outputs, *(site.tensor for site in data)}
     weights = {site.tensor for site in pack.sites if site.is_weight and _at(site, quantized)}
     kept = sum(sizes[name] for name in tensors)
-    kept += _QUANTIZER_COPIES * sum(sizes[site.tensor] for site in data if _at(site, quantized))
+    kept += _READ_COPIES * sum(sizes[site.tensor] for site in data if _at(site, quantized))
     kept += 2 * sum(sorted((sizes[name] for name in tensors), reverse=True)[:2])
     cached = 2 * sum(sizes[name] for name in pack.inputs) + sum(sizes[name] for name in pack.outputs)
     trained = sum(weight_sizes[name] for name in weights)
@@ -152,6 +152,8 @@ def pack_memory(
         parameters=4 * (4 if keeps_integers else 5 + _QUANTIZER_COPIES) * trained,
     )
 
+
+_READ_COPIES = 2
 
 _QUANTIZER_COPIES = 5
 

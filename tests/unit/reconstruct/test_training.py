@@ -458,3 +458,33 @@ def test_weights_are_made_anew_where_nothing_holds_them(made: Case) -> None:
             weight.latents[0].add_(1.0)
     after = data.module(data.quantized([0]))
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_indecision_weighs_as_much_as_beside_a_sum_of_squares(
+    made: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradient is that of decision / P * indecision, P = sum over outputs of channels times variance."""
+    data, decision = made.data(), 0.7
+    seen: list[list[torch.Tensor]] = []
+
+    class Recorded(torch.optim.SGD):
+        def __init__(self, groups: Any) -> None:
+            super().__init__(groups, lr=0.0)
+
+        def step(self, _: Any = None) -> None:  # type: ignore[override]
+            seen.append([p.grad.clone() for g in self.param_groups for p in g["params"]])
+
+    monkeypatch.setattr(torch.optim, "Adam", Recorded)
+    settings = replace(ADAROUND, steps=1, warm_up=0.0, activation_scale_rate=0.0)
+    for weight in (0.0, decision):
+        learned = _learned(made, data, settings)
+        train(data, learned, replace(settings, decision=weight), _generator())
+    latents = [latent for weight in learned.weights.values() for latent in weight.latents]
+    # The first step is at the largest exponent.
+    wanted = torch.autograd.grad(learned.indecision(20.0), latents)
+    (name,) = data.network.outputs
+    outputs = torch.stack([values[name] for values in data.targets_of]).double()
+    positions = data.targets_of[0][name].shape[1] * float(outputs.var(correction=0))
+    for without, together, own in zip(*seen, wanted, strict=True):
+        torch.testing.assert_close(together - without, own * (decision / positions), rtol=1e-3, atol=1e-6)
+        assert float(own.abs().max()) > 0.0
