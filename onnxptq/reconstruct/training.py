@@ -6,6 +6,10 @@
 so that AdaRound's term weighs as much as beside the published sum of squares over channels. beta falls from 20 to 2
 after the warm-up.
 
+Weights near the boundary between two integers swing from one to the other with the steps (Nagel et al., arXiv
+2203.11086), and where the last step leaves them is chance. So all that is learnt is averaged on the way, over about
+1 / ``_AVERAGED`` steps, and samples that judge choose between the average and what the last step left.
+
 Learning rates fall to 0 along a cosine. With effort ``paper`` that of AdaRound's latents is constant, as published.
 
 Where the easy samples come first (the curriculum of AIQViT, arXiv 2502.04628), step t of T draws from the share
@@ -33,6 +37,9 @@ RANKINGS = 10
 
 _SLACK = 4 * SLACK
 """Bytes of freed memory that stay: the next step needs them again."""
+
+_AVERAGED = 0.05
+"""Share of the last step in the running average of what is learnt."""
 
 _LOWEST_GAIN = 0.005
 """A judgement that improves by less counts as flat."""
@@ -71,7 +78,7 @@ def train(
     with learned.hard():
         best = objective.begin(judges or pupils)
     before = after = objective.start[0]
-    best_state, stale, done = learned.state(), 0, 0
+    best_state, averaged, stale, done = learned.state(), learned.state(), 0, 0
     optimizer = torch.optim.Adam(learned.groups(settings))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     every = max(1, settings.steps // settings.checks)
@@ -95,17 +102,17 @@ def train(
         optimizer.step()
         schedule.step()
         _hold_constant(optimizer)
+        if judges:
+            _move_towards(averaged, learned.parameters())
         return_memory(_SLACK)
         done += 1
         if tick is not None:
             tick()
         if judges and done % every == 0:
-            with learned.hard():
-                losses = objective.measured(judges)
-            seen = objective.combined(*losses)
+            seen, local, state = _better(learned, averaged, objective, judges)
             stale = 0 if seen < (1.0 - _LOWEST_GAIN) * best else stale + 1
             if seen < best:
-                best, after, best_state = seen, losses[0], learned.state()
+                best, after, best_state = seen, local, state
             if stale >= settings.patience:
                 break
     if not judges:
@@ -113,6 +120,29 @@ def train(
             return before, objective.measured(pupils)[0], done
     learned.restore(best_state)
     return before, after, done
+
+
+@torch.no_grad()
+def _move_towards(averaged: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> None:
+    """Move a running average, in place."""
+    for average, parameter in zip(averaged, parameters, strict=True):
+        average.lerp_(parameter, _AVERAGED)
+
+
+def _better(
+    learned: PackQuantizers, averaged: Sequence[torch.Tensor], objective: Objective, judges: Sequence[int]
+) -> tuple[float, float, list[torch.Tensor]]:
+    """The loss and the local loss of what is learnt or of its average, whichever judges prefer, and that state; what
+    is learnt stays as it is."""
+    found = []
+    current = learned.state()
+    for state in (current, [average.clone() for average in averaged]):
+        learned.restore(state)
+        with learned.hard():
+            local, distant = objective.measured(judges)
+        found.append((objective.combined(local, distant), local, state))
+    learned.restore(current)
+    return min(found, key=lambda entry: entry[0])
 
 
 def _hold_constant(optimizer: torch.optim.Optimizer) -> None:

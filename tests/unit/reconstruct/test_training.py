@@ -124,14 +124,15 @@ def test_samples_that_judge_never_enter_a_step(share: float, made: Case) -> None
     assert not set(used) & set(judging)
     assert set(used) | set(judging) == set(range(16))
     assert len(judging) == int(np.ceil(share * 16))
-    # Before the first step, and at five checks.
-    assert set(judging.values()) == {6}
+    # Before the first step, and at five checks what it left and the average.
+    assert set(judging.values()) == {11}
 
 
 def test_it_stops_where_nothing_is_gained_and_keeps_the_best(
     made: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter([1.0, 0.8, 0.5, 0.7, 0.4999, 0.6, 0.3])
+    # At the start, and at every check of the last step and of the average, which never is the better one here.
+    scores = iter([1.0, 0.8, 2.0, 0.5, 2.0, 0.7, 2.0, 0.4999, 2.0, 0.6, 2.0, 0.3])
     states: list[list[torch.Tensor]] = []
     data = made.data()
     settings = replace(PLAIN, steps=100, checks=10, patience=3, held_out=0.25)
@@ -145,7 +146,7 @@ def test_it_stops_where_nothing_is_gained_and_keeps_the_best(
     before, best, steps = train(data, learned, settings, _generator())
     # 0.7 is worse, 0.4999 no gain to speak of though the best, 0.6 is the third that is flat.
     assert (before, best, steps) == (1.0, 0.4999, 50)
-    for kept, wanted, last in zip(learned.state(), states[4], states[-1], strict=True):
+    for kept, wanted, last in zip(learned.state(), states[7], states[-2], strict=True):
         assert torch.equal(kept, wanted)
         assert not torch.equal(kept, last)
 
@@ -488,3 +489,56 @@ def test_indecision_weighs_as_much_as_beside_a_sum_of_squares(
     for without, together, own in zip(*seen, wanted, strict=True):
         torch.testing.assert_close(together - without, own * (decision / positions), rtol=1e-3, atol=1e-6)
         assert float(own.abs().max()) > 0.0
+
+
+@pytest.mark.parametrize("is_average_better", [False, True])
+def test_judges_choose_between_the_last_step_and_the_average(
+    is_average_better: bool, made: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The average by hand, and losses that say which of both is better."""
+    data = made.data()
+    settings = replace(PLAIN, held_out=0.25, steps=5, checks=1, patience=99)
+    learned = _learned(made, data, settings)
+    states = [learned.state()]
+    original = training._move_towards
+
+    def moved(averaged: Any, parameters: Any) -> None:
+        original(averaged, parameters)
+        states.append(learned.state())
+
+    losses = iter([9.0, 2.0, 1.0] if is_average_better else [9.0, 1.0, 2.0])
+    monkeypatch.setattr(training, "_move_towards", moved)
+    monkeypatch.setattr(Objective, "measured", lambda *_: (next(losses), 0.0))
+    before, after, steps = train(data, learned, settings, _generator())
+    assert (before, after, steps) == (9.0, 1.0, 5)
+    average = states[0]
+    for state in states[1:]:
+        average = [0.95 * a + 0.05 * b for a, b in zip(average, state, strict=True)]
+    wanted = average if is_average_better else states[-1]
+    other = states[-1] if is_average_better else average
+    for found, own, different in zip(learned.state(), wanted, other, strict=True):
+        torch.testing.assert_close(found, own)
+        assert not torch.equal(own, different)
+
+
+def _last_step(made: Case, checks: int, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    settings = replace(PLAIN, held_out=0.25, steps=6, checks=checks, patience=99)
+    data = made.data()
+    learned = _learned(made, data, settings)
+    seen: list[list[torch.Tensor]] = []
+    original = training._move_towards
+
+    def moved(averaged: Any, parameters: Any) -> None:
+        original(averaged, parameters)
+        seen.append(learned.state())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_move_towards", moved)
+        train(data, learned, settings, _generator())
+    return seen[-1]
+
+
+def test_learning_goes_on_from_the_last_step(made: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judging moves nothing: with more judgements on the way the last step ends where it did."""
+    rare, often = (_last_step(made, checks, monkeypatch) for checks in (1, 6))
+    assert all(torch.equal(one, other) for one, other in zip(rare, often, strict=True))
