@@ -44,7 +44,7 @@ from onnxptq.graph.surgeon import import_graph
 from onnxptq.listing import listed
 from onnxptq.types import CanonicalModel, InputSpec, Progress, Skip, started
 
-FORM = 12
+FORM = 13
 """Version of the canonical form: part of the fingerprint, raised when results change."""
 
 LARGE_MODEL_BYTES = 1_500_000_000

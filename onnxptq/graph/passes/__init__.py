@@ -2,7 +2,8 @@
 
 The order matters: constants first, so that all others see them; products of equations next, which are layers and
 attention from then on; idle nodes before patterns, so that they do not hide one; constants that are only moved behind
-those, which may stand between; attention scales last, when the linear layers have taken in what belongs to them.
+those, which may stand between; bounds behind patterns that guard a sum by one; attention scales last, when the linear
+layers have taken in what belongs to them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from onnxptq.graph.passes import (
     fuse_rms_norm,
     fuse_softmax,
     lower_einsum,
+    merge_bounds,
     remove_identity,
     unwrap_softmax,
 )
@@ -55,6 +57,7 @@ PASSES: tuple[Pass, ...] = tuple(
         fuse_rms_norm,
         fuse_gelu,
         fuse_softmax,
+        merge_bounds,
         fold_attention_scale,
     )
 )
