@@ -70,7 +70,7 @@ def test_packs_get_shorter_where_memory_is_scarce(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(packing, "reconstruct", stop)
     monkeypatch.setattr(packing, "score_blocks", rising)
-    for memory in (2048, 16, 10):
+    for memory in (2048, 10, 7):
         recipe = Recipe(target="simulate", weight_bits=4, method="pack-ptq", max_memory=memory)
         with pytest.raises(KeyboardInterrupt):
             packing.solve_by_packs(
