@@ -491,6 +491,19 @@ def test_indecision_weighs_as_much_as_beside_a_sum_of_squares(
         assert float(own.abs().max()) > 0.0
 
 
+def _recorded(learned: PackQuantizers, patch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
+    """What is learnt at the start and, as it is trained, behind every step."""
+    states = [learned.state()]
+    original = training._move_towards
+
+    def moved(averaged: Any, parameters: Any) -> None:
+        original(averaged, parameters)
+        states.append(learned.state())
+
+    patch.setattr(training, "_move_towards", moved)
+    return states
+
+
 @pytest.mark.parametrize("is_average_better", [False, True])
 def test_judges_choose_between_the_last_step_and_the_average(
     is_average_better: bool, made: Case, monkeypatch: pytest.MonkeyPatch
@@ -499,15 +512,8 @@ def test_judges_choose_between_the_last_step_and_the_average(
     data = made.data()
     settings = replace(PLAIN, held_out=0.25, steps=5, checks=1, patience=99)
     learned = _learned(made, data, settings)
-    states = [learned.state()]
-    original = training._move_towards
-
-    def moved(averaged: Any, parameters: Any) -> None:
-        original(averaged, parameters)
-        states.append(learned.state())
-
+    states = _recorded(learned, monkeypatch)
     losses = iter([9.0, 2.0, 1.0] if is_average_better else [9.0, 1.0, 2.0])
-    monkeypatch.setattr(training, "_move_towards", moved)
     monkeypatch.setattr(Objective, "measured", lambda *_: (next(losses), 0.0))
     before, after, steps = train(data, learned, settings, _generator())
     assert (before, after, steps) == (9.0, 1.0, 5)
@@ -525,17 +531,10 @@ def _last_step(made: Case, checks: int, monkeypatch: pytest.MonkeyPatch) -> list
     settings = replace(PLAIN, held_out=0.25, steps=6, checks=checks, patience=99)
     data = made.data()
     learned = _learned(made, data, settings)
-    seen: list[list[torch.Tensor]] = []
-    original = training._move_towards
-
-    def moved(averaged: Any, parameters: Any) -> None:
-        original(averaged, parameters)
-        seen.append(learned.state())
-
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_move_towards", moved)
+        states = _recorded(learned, patch)
         train(data, learned, settings, _generator())
-    return seen[-1]
+    return states[-1]
 
 
 def test_learning_goes_on_from_the_last_step(made: Case, monkeypatch: pytest.MonkeyPatch) -> None:
